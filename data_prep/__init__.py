@@ -1,0 +1,1 @@
+"""From raw video files to WebDataset shards with an index."""

@@ -1,0 +1,1 @@
+"""Strategies, checkpoints and weight averaging over one or many processes."""

@@ -1,0 +1,15 @@
+"""Errors meant for people: each message says what was wrong, the value, and the mend, in one line."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints it as one line and exits with code 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(UserError):
+    """Input data or a stored artefact that is missing, damaged or does not fit."""

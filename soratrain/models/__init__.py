@@ -1,0 +1,1 @@
+"""Networks as plain modules: one device, no knowledge of configs, trainers or parallelism."""

@@ -1,0 +1,116 @@
+"""Weights on disk: one safetensors file a network, and beside it the YAML that rebuilds the network."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from soratrain.errors import ConfigError, DataError
+
+ALLOWED = "soratrain."  # a weights folder may name classes of this package only: reading one never runs foreign code
+
+
+def spec_of(factory: partial) -> dict[str, Any]:
+    """Return `{target, kwargs}` of a network's factory, plain values only."""
+    return {"target": f"{factory.func.__module__}.{factory.func.__qualname__}", "kwargs": dict(factory.keywords)}
+
+
+def factory_of(spec: Mapping[str, Any]) -> partial:
+    """Return the factory that `spec_of` described.
+
+    Raises:
+        ConfigError: the target is not a class of this package.
+    """
+    target = str(spec.get("target", ""))
+    if not target.startswith(ALLOWED):
+        raise ConfigError(f"weights name the class {target!r}; only classes of soratrain are loaded")
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"weights name {target!r}, which does not exist: {error}") from error
+    return partial(cls, **spec.get("kwargs", {}))
+
+
+def resolve(folder: str | Path, name: str) -> Path:
+    """Return the folder that holds `name`'s weights: `folder` itself, or the `weights/` of a stage's output.
+
+    Raises:
+        DataError: neither holds them.
+    """
+    for candidate in (Path(folder) / "weights", Path(folder)):
+        if (candidate / f"{name}.safetensors").is_file() and (candidate / f"{name}.yaml").is_file():
+            return candidate
+    raise DataError(f"no weights of {name!r} in {folder} (looked for {name}.safetensors and {name}.yaml)")
+
+
+def write_atomically(path: Path, write: Any) -> None:
+    """Call `write(temporary path)`, flush it to disk and rename it to `path`, so that no half-written file shows."""
+    temporary = path.with_name(f".{path.name}.part")
+    write(temporary)
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(temporary, path)
+
+
+def save(
+    folder: str | Path, name: str, module: nn.Module | Mapping[str, Tensor], factory: partial, extra: Mapping[str, Any]
+) -> None:
+    """Write `name.safetensors` and `name.yaml` into `folder`.
+
+    Args:
+        module: the network, or its state dict.
+        factory: what built it; its plain keyword arguments are stored.
+        extra: plain values kept beside the weights (what they were trained on, say).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = module.state_dict() if isinstance(module, nn.Module) else module
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
+    document = yaml.safe_dump({**spec_of(factory), "extra": dict(extra)}, sort_keys=False, allow_unicode=True)
+    write_atomically(folder / f"{name}.safetensors", lambda path: save_file(tensors, str(path)))
+    write_atomically(folder / f"{name}.yaml", lambda path: path.write_text(document))
+
+
+def load_state(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state dict and the YAML document of `name`."""
+    place = resolve(folder, name)
+    document = yaml.safe_load((place / f"{name}.yaml").read_text())
+    return load_file(str(place / f"{name}.safetensors")), document
+
+
+def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load `state` into `module`, every key and shape matching.
+
+    Raises:
+        DataError: keys are missing, unexpected or of another shape; the message names them.
+    """
+    own = module.state_dict()
+    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    reshaped = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    if missing or unexpected or reshaped:
+        raise DataError(
+            f"weights of {origin} do not fit {type(module).__name__}: missing {missing[:5]}, unexpected"
+            f" {unexpected[:5]}, of another shape {reshaped[:5]}; use the config they were trained with"
+        )
+    module.load_state_dict(dict(state))
+
+
+def load(folder: str | Path, name: str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
+    """Return the network `name` rebuilt from `folder`, in eval mode, and the extra values stored beside it."""
+    state, document = load_state(folder, name)
+    module = factory_of(document)()
+    load_into(module, state, f"{folder}:{name}")
+    return module.to(device).eval(), document.get("extra", {})
