@@ -1,0 +1,1 @@
+"""From shards on disk to typed batches: manifest, buckets, plan, range reads, decoding."""
