@@ -1,0 +1,40 @@
+"""Quote command-line values that Hydra's grammar refuses: commas, quotes, brackets, any script."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|\'(?:[^\'\\]|\\.)*\'', re.DOTALL)
+
+
+def quote_value(value: str) -> str:
+    """Return `value` as one quoted Hydra string; a value that is one already is returned unchanged.
+
+    In Hydra's grammar only a backslash that stands before a quote (or at the end) is special; `${` would be read as
+    an interpolation, so it is escaped as well.
+    """
+    if QUOTED.fullmatch(value):
+        return value
+    escaped = re.sub(r'(\\*)"', lambda match: match.group(1) * 2 + '\\"', value)
+    escaped = re.sub(r"(\\+)$", lambda match: match.group(1) * 2, escaped)
+    return '"' + re.sub(r"(\\*)\$\{", lambda match: match.group(1) * 2 + "\\${", escaped) + '"'
+
+
+def quote(argv: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Return `argv` with the values of `keys` quoted for Hydra.
+
+    Args:
+        keys: key names or patterns (`inputs.*`). `null` stays bare for every key but `prompt`, which takes any text.
+
+    Quoting twice changes nothing: child processes are started with the argv that was quoted here.
+    """
+    result = []
+    for argument in argv:
+        key, equals, value = argument.partition("=")
+        name = key.lstrip("+")
+        wanted = bool(equals) and any(fnmatchcase(name, pattern) for pattern in keys)
+        bare = value == "null" and name != "prompt"
+        result.append(f"{key}={quote_value(value)}" if wanted and not bare else argument)
+    return result
