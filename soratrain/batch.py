@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import torch
@@ -59,6 +59,7 @@ class Batch:
         weights: loss weight of each sample `[B]`, fp32; over all micro-batches of an optimizer step they sum to 1.
         draws: 63-bit seeds `[B]`, int64.
         scale: micro-batches in an optimizer step over all ranks; undoes the averaging over them.
+        styles: the type of each chosen caption (`short`, `long`, `gt`, …), or empty where nothing was chosen by type.
     """
 
     keys: tuple[str, ...]
@@ -67,6 +68,7 @@ class Batch:
     weights: Tensor
     draws: Tensor
     scale: float
+    styles: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -81,7 +83,7 @@ class Batch:
                 return tuple(item.to(device, non_blocking=non_blocking) for item in value)
             return value
 
-        moved = {field.name: move(getattr(self, field.name)) for field in fields(self) if field.name != "draws"}
+        moved = {item.name: move(getattr(self, item.name)) for item in fields(self) if item.name != "draws"}
         return replace(self, **moved)
 
     def normal(self, stream: str, shapes: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> list[Tensor]:
