@@ -1,0 +1,108 @@
+"""What every trained stage shares: building its nets, its optimizer, and reporting.
+
+A subclass implements `training_step(batch, batch_idx) -> loss` and takes all randomness from the batch's `draws`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from soratrain.batch import draw_of
+from soratrain.models import weights
+from soratrain.optim import OptimizerFactory, Schedule
+
+COUNTS = ("tokens", "samples", "frames")  # reported quantities that are summed; all others are averaged
+
+
+class TrainStage(L.LightningModule):
+    """A LightningModule that builds its nets late, so that a sharding strategy can build them in pieces.
+
+    Args:
+        nets: factory of each net; net `x` becomes the attribute `self.x` in `configure_model`.
+        optimizer: over all parameters that require gradients.
+        schedule: of the learning rate.
+        max_steps: optimizer steps in the whole run.
+    """
+
+    def __init__(
+        self,
+        *,
+        nets: Mapping[str, partial],
+        optimizer: OptimizerFactory,
+        schedule: Schedule,
+        max_steps: int,
+    ) -> None:
+        super().__init__()
+        self.factories = dict(nets)
+        self.optimizer_factory, self.schedule, self.max_steps = optimizer, schedule, max_steps
+        self.origins: dict[str, tuple[Path, str]] = {}
+        self.reported: dict[str, Tensor] = {}
+        self.reports = 0
+
+    def start_from(self, name: str, folder: str | Path, stored_as: str = "") -> None:
+        """Let net `name` begin with the weights in `folder` (stored there as `stored_as`) when it is built.
+
+        Raises:
+            DataError: the folder does not hold them.
+        """
+        stored_as = stored_as or name
+        weights.resolve(folder, stored_as)
+        self.origins[name] = (Path(folder), stored_as)
+
+    def configure_model(self) -> None:
+        """Build every net that is not built yet; a net's first weights depend on the run's seed and its name alone."""
+        for name, factory in self.factories.items():
+            if hasattr(self, name):
+                continue
+            with torch.random.fork_rng():
+                torch.manual_seed(draw_of(torch.initial_seed(), "net", name))
+                net = factory()
+            if name in self.origins:
+                folder, stored_as = self.origins[name]
+                load_whole(net, weights.load_state(folder, stored_as)[0], f"{folder}:{stored_as}")
+            setattr(self, name, net)
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and its schedule, stepped once an optimizer step."""
+        optimizer = self.optimizer_factory(self.named_parameters())
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, self.max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def exported(self) -> dict[str, tuple[nn.Module, partial, dict[str, Any]]]:
+        """Return what belongs into `weights/`: name → (net, its factory, plain values kept beside it)."""
+        return {name: (getattr(self, name), factory, {}) for name, factory in self.factories.items()}
+
+    def report(self, **values: Tensor | float) -> None:
+        """Hand numbers of this micro-batch to the progress bar, `metrics.csv` and the logger.
+
+        `tokens`, `samples` and `frames` are counts, summed over micro-batches and ranks; all else is averaged.
+        """
+        self.reports += 1
+        for key, value in values.items():
+            number = value.detach().double() if isinstance(value, Tensor) else torch.tensor(float(value)).double()
+            self.reported[key] = self.reported[key] + number if key in self.reported else number
+
+    def take_reported(self) -> dict[str, Tensor]:
+        """Return this rank's numbers since the last call: counts summed, the rest averaged; then start anew."""
+        taken = {key: value if key in COUNTS else value / max(self.reports, 1) for key, value in self.reported.items()}
+        self.reported, self.reports = {}, 0
+        return taken
+
+
+def load_whole(net: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load a whole state dict into `net`, also where ZeRO-3 has cut its parameters into slices."""
+    if not any(hasattr(parameter, "ds_id") for parameter in net.parameters()):
+        weights.load_into(net, state, origin)
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(net.parameters()), modifier_rank=0):
+        weights.load_into(net, state, origin)
