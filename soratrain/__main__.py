@@ -1,0 +1,69 @@
+"""The entry point: quote, compose, validate, run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from soratrain.errors import UserError
+
+USAGE = """\
+python -m soratrain stage=STAGE [+experiment=NAME] [GROUP=OPTION …] [KEY=VALUE …]   one stage
+python -m soratrain -m stage=STAGE KEY=A,B …                                        a sweep (Hydra multirun)
+python -m soratrain --cfg stage=STAGE …                                             print the resolved config
+"""
+
+
+def show_help() -> None:
+    """Print the usage, the stages and every group's options."""
+    from soratrain.schema import groups
+
+    sys.stdout.write(USAGE + "\n")
+    for group, options in groups().items():
+        sys.stdout.write(f"  {group:<14}{' '.join(options)}{' auto' if group == 'machine' else ''}\n")
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run what `argv` asks for and return the exit code."""
+    if not argv or {"-h", "--help"} & set(argv):
+        show_help()
+        return 0
+    from soratrain.compose import TEXT_KEYS
+    from soratrain.quoting import quote
+
+    flags = [word for word in argv if word.startswith("-")]
+    unknown = set(flags) - {"-m", "--multirun", "--cfg"}
+    if unknown:
+        raise UserError(f"{sorted(unknown)[0]}: no such flag; see python -m soratrain --help")
+    overrides = quote([word for word in argv if not word.startswith("-")], TEXT_KEYS)
+    if {"-m", "--multirun"} & set(flags):
+        from soratrain.sweep import sweep
+
+        return sweep(overrides)
+    from soratrain.run import prepare, run
+
+    config, overrides = prepare(overrides)
+    if "--cfg" in flags:
+        import yaml
+
+        sys.stdout.write(yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=120))
+        return 0
+    sys.argv[1:] = overrides  # processes of a distributed run are started with these same words
+    run(config, overrides)
+    return 0
+
+
+def main() -> int:
+    """Return the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    try:
+        return dispatch(sys.argv[1:])
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: the same command goes on from here\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""From command-line overrides to one resolved, plain config; Hydra's errors become one line each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from soratrain.errors import ConfigError
+from soratrain.schema import CONF, ROOT_KEYS, groups, suggest
+
+TEXT_KEYS = ("prompt", "input", "output", "inputs.*", "init", "out")  # values that may hold any text
+
+
+def split_override(override: str) -> tuple[str, str]:
+    """Return the key without `+`, `++` or `~`, and the value as written."""
+    key, _, value = override.partition("=")
+    return key.lstrip("+~"), value
+
+
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Refuse a word that is no override, an unknown group option, and an unknown root key, naming the closest.
+
+    Raises:
+        ConfigError: names the override and the mend.
+    """
+    known = groups()
+    for override in overrides:
+        key, value = split_override(override)
+        if "=" not in override and not override.startswith("~"):
+            raise ConfigError(f"{override!r}: is not an override; write key=value, such as stage=vae")
+        try:
+            OverridesParser.create().parse_override(override)
+        except OverrideParseException as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{override!r}: cannot be read ({reason}); quote the value: key='\"…\"'") from error
+        if key in known and key != "hydra":
+            options = [*known[key], *(["auto"] if key == "machine" else [])]
+            for choice in re.split(r"[,\[\]\s]+", value):
+                if choice and choice != "null" and choice not in options:
+                    raise ConfigError(f"{key}={choice}: no such option; {suggest(choice, options)}")
+            if key == "experiment" and not override.startswith("+"):
+                raise ConfigError(f"experiment={value}: write +experiment={value}, since no experiment is the default")
+        root = key.split(".")[0].split("@")[0].split("/")[0]
+        if root not in (*ROOT_KEYS, "hydra", "experiment"):
+            raise ConfigError(f"{key}={value}: no such key; {suggest(root, ROOT_KEYS)}")
+
+
+def one_line(error: Exception) -> str:
+    """Return the first telling line of a Hydra or OmegaConf error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines else type(error).__name__
+
+
+def unknown_key(error: Exception, overrides: Sequence[str]) -> str | None:
+    """Return a sentence for Hydra's «could not override», with the closest key of that group; None for others."""
+    match = re.search(r"Could not (?:override|append to config) '?([\w.@/-]+)'?", str(error))
+    if not match:
+        return None
+    key = match.group(1).rstrip(".")
+    parent, _, leaf = key.rpartition(".")
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            base = hydra_compose("config", [item for item in overrides if split_override(item)[0] != key])
+        node = OmegaConf.select(base, parent) if parent else base
+    except (HydraException, OmegaConfBaseException):
+        return None
+    return f"{key}: no such key; {suggest(leaf, node)}" if OmegaConf.is_dict(node) else f"{key}: no such key"
+
+
+def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Compose and resolve the config of `overrides`.
+
+    Returns:
+        The config as plain Python values, and the option chosen for each group.
+
+    Raises:
+        ConfigError: an override, a group option or a key that does not exist, or a value that cannot be resolved.
+    """
+    check_overrides(overrides)
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra_compose("config", list(overrides), return_hydra_config=True)
+        choices = {key: value for key, value in composed.hydra.runtime.choices.items() if value is not None}
+        OmegaConf.set_struct(composed, False)
+        composed.pop("hydra")
+        if composed.stage is None:
+            raise ConfigError(f"stage is missing; {suggest('', groups()['stage'])}")
+        experiment = choices.get("experiment")
+        if experiment and not any(split_override(item)[0] == "out" for item in overrides):
+            composed.out = f"outputs/{composed.run}/{composed.stage.name}/{folder_name(experiment)}"
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"{missing[0]}: has no value; give {missing[0]}=…")
+        config = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(unknown_key(error, overrides) or one_line(error)) from error
+    assert isinstance(config, dict)
+    return {str(key): value for key, value in config.items()}, {str(key): str(value) for key, value in choices.items()}
+
+
+def folder_name(experiment: str) -> str:
+    """Return the folder of an experiment, or of several: `[a,b]` becomes `a+b`."""
+    return "+".join(part for part in re.split(r"[,\[\]\s'\"]+", experiment) if part)

@@ -1,0 +1,124 @@
+"""A stage's output folder: who owns it, whether it is finished, and what the same command may do to it.
+
+outputs/<run>/<stage>/<experiment or base>/
+    config.yaml    the resolved config that the folder belongs to
+    result.json    written last: the stage is finished
+    log.txt        what was said
+    checkpoints/ weights/ metrics.csv samples/ …   as the stage makes them
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from soratrain.errors import ConfigError, DataError
+from soratrain.models.weights import write_atomically
+
+# Keys that may differ when a run goes on: they change where or how fast it runs and what it says, not what it learns.
+FREE = (
+    "fresh",
+    "upstream",
+    "logger",
+    "strategy",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "trainer.log_every",
+    "trainer.checkpoint_every",
+    "machine.workers",
+    "data.workers",
+    "data.cache",
+    "stage.data.workers",
+    "stage.data.cache",
+)
+
+
+def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as dotted keys."""
+    if not isinstance(node, Mapping) or not node:
+        return {prefix: node}
+    return {
+        key: value
+        for name, child in node.items()
+        for key, value in flatten(child, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def free(key: str) -> bool:
+    """Return whether `key` may differ between two starts of one run."""
+    return any(key == name or key.startswith(name + ".") for name in FREE)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return `key: old → new` for every key that matters and differs."""
+    before, after = flatten(old), flatten(new)
+    keys = [key for key in sorted(before.keys() | after.keys()) if not free(key)]
+    return [f"{key}: {before.get(key)!r} → {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
+
+
+def stored_config(out: Path) -> dict[str, Any] | None:
+    """Return the config that `out` belongs to, or None where it belongs to none."""
+    file = out / "config.yaml"
+    return yaml.safe_load(file.read_text()) if file.is_file() else None
+
+
+def stored_result(out: Path) -> dict[str, Any] | None:
+    """Return the result of the finished stage in `out`, or None where it is not finished."""
+    file = out / "result.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def claim(out: Path, config: Mapping[str, Any], *, compare: bool) -> None:
+    """Make `out` belong to `config`: a new folder, the same run again, or (`fresh`) an emptied one.
+
+    Args:
+        compare: refuse a folder whose config differs where it matters.
+
+    Raises:
+        ConfigError: another config owns the folder, or `fresh` was asked for a folder that no run made.
+    """
+    old = stored_config(out)
+    if config["fresh"] and out.exists():
+        if old is None and any(out.iterdir()):
+            raise ConfigError(
+                f"fresh=true: {out} holds files but no config.yaml, so no run made it; remove it yourself"
+            )
+        shutil.rmtree(out)
+        old = None
+    if old is not None and compare:
+        changed = differences(old, config)
+        if changed:
+            shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+            raise ConfigError(
+                f"{out} was begun with another config ({shown}); give the same values, run=NAME for a run beside it,"
+                " or fresh=true to start over"
+            )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        document = yaml.safe_dump({**config, "fresh": False}, sort_keys=False, allow_unicode=True, width=120)
+        write_atomically(out / "config.yaml", lambda path: path.write_text(document))
+    except OSError as error:
+        raise DataError(
+            f"{out}: cannot be written ({error.strerror}); give run=NAME or out=FOLDER elsewhere"
+        ) from error
+
+
+def finish(out: Path, result: Mapping[str, Any]) -> None:
+    """Write `result.json`, the mark of a finished stage."""
+    document = json.dumps(dict(result), indent=1, ensure_ascii=False) + "\n"
+    write_atomically(out / "result.json", lambda path: path.write_text(document))
+
+
+def fingerprint(path: Path) -> str:
+    """Return a short hash of what an upstream folder holds, from the file that its maker writes last."""
+    for name in ("result.json", "dataset.json"):
+        if (path / name).is_file():
+            return hashlib.blake2b((path / name).read_bytes(), digest_size=8).hexdigest()
+    return "unknown"

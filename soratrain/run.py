@@ -1,0 +1,164 @@
+"""Run one stage: settle the machine, check the config, see to what is upstream, build the objects, run them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from soratrain import outputs, upstream
+from soratrain.compose import compose, split_override
+from soratrain.errors import ConfigError, DataError
+from soratrain.schema import validate
+
+log = logging.getLogger(__name__)
+
+
+def detect_machine(overrides: Sequence[str]) -> tuple[str, str]:
+    """Return `laptop` or `gpu`, and why: a cluster's launcher implies GPUs, since a login node has none."""
+    if (
+        any(item.startswith("hydra/launcher=") and "slurm" in item for item in overrides)
+        or "SLURM_JOB_ID" in os.environ
+    ):
+        return "gpu", "a SLURM job"
+    import torch
+
+    if torch.cuda.is_available():
+        return "gpu", f"{torch.cuda.device_count()} CUDA device(s)"
+    return "laptop", "no CUDA device"
+
+
+def prepare(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the validated config and the overrides with the machine settled.
+
+    `machine=auto` becomes what the run's folder was begun with, else what is found here.
+
+    Raises:
+        ConfigError: anything that the config system refuses.
+    """
+    asked = [split_override(item)[1] for item in overrides if split_override(item)[0] == "machine"]
+    settled = [item for item in overrides if split_override(item)[0] != "machine"]
+    machine, why = (asked[-1], "") if asked and asked[-1] != "auto" else detect_machine(overrides)
+    config, _ = compose([*settled, f"machine={machine}"])
+    old = outputs.stored_config(Path(config["out"])) if not (asked and asked[-1] != "auto") else None
+    if old and not config["fresh"] and old["machine"]["name"] != machine:
+        machine, why = old["machine"]["name"], "as this run was begun"
+        config, _ = compose([*settled, f"machine={machine}"])
+    validate(config)
+    if why and global_rank() == 0:
+        logging.getLogger("soratrain").debug("machine=auto chose %s (%s)", machine, why)
+        config["machine"]["chosen"] = f"auto: {why}"
+    return config, [*settled, f"machine={machine}"]
+
+
+def global_rank() -> int:
+    """Return this process's rank, before any process group exists."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 0
+
+
+def start_logging(out: Path) -> None:
+    """Say what happens on the terminal and in `log.txt`."""
+    root = logging.getLogger("soratrain")
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    console = logging.StreamHandler()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    root.handlers = [console]
+    if out.is_dir():
+        file = logging.FileHandler(out / "log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        root.handlers.append(file)
+
+
+def instantiate(node: Mapping[str, Any]) -> Any:
+    """Build the object that a config node describes; nets come as factories (`_partial_`)."""
+    from hydra.utils import instantiate as hydra_instantiate
+
+    return hydra_instantiate(dict(node), _convert_="all")
+
+
+def unchanged_upstream(out: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to go on from upstream results that were made anew since this folder was begun.
+
+    Raises:
+        ConfigError: names the input that changed.
+    """
+    file = out / "upstream.yaml"
+    now = {
+        key: outputs.fingerprint(Path(config["inputs"][key]))
+        for key in config["stage"]["needs"]
+        if config["inputs"][key]
+    }
+    before = yaml.safe_load(file.read_text()) if file.is_file() else now
+    for key in sorted(now.keys() & before.keys()):
+        if now[key] != before[key]:
+            raise ConfigError(
+                f"inputs.{key}={config['inputs'][key]}: was made anew since {out} began from it; use fresh=true, or run=NAME"
+            )
+    file.write_text(yaml.safe_dump(now))
+
+
+def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Run the stage that `config` describes, or go on with it; return its result.
+
+    Raises:
+        UserError: something that the user can mend.
+    """
+    out, stage, first = Path(config["out"]), config["stage"], global_rank() == 0
+    once = stage.get("once", True)
+    start_logging(out)
+    if first:
+        if config["machine"].get("chosen"):
+            log.info("machine=%s (%s)", config["machine"]["name"], config["machine"]["chosen"])
+        upstream.ensure(config, overrides)
+        outputs.claim(out, config, compare=once)
+        start_logging(out)
+        if once:
+            unchanged_upstream(out, config)
+    done = outputs.stored_result(out) if once else None
+    if done is not None:
+        log.info("stage=%s is done in %s (fresh=true would start it over)", stage["name"], out)
+        return done
+    began = time.monotonic()
+    try:
+        metrics = fit(config, out) if stage["kind"] == "fit" else instantiate(stage["job"])()
+    except OSError as error:
+        raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
+    result = {"stage": stage["name"], "seconds": round(time.monotonic() - began, 1), **metrics}
+    if first:
+        outputs.finish(out, result)
+        log.info(
+            "%s",
+            "  ".join(f"{key} {shown(value)}" for key, value in result.items() if not isinstance(value, dict | list)),
+        )
+    return result
+
+
+def shown(value: Any) -> str:
+    """Return a result's value for the terminal."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def fit(config: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Train the stage's nets and return the run's last metrics."""
+    import lightning as L
+
+    from soratrain.distributed.trainer import build_trainer, latest_checkpoint
+
+    L.seed_everything(config["seed"], verbose=False)
+    module = instantiate(config["stage"]["module"])
+    data = instantiate(config["stage"]["data"])
+    if config["init"]:
+        for name in module.factories:
+            module.start_from(name, config["init"])
+    trainer = build_trainer(config=config, out=out, data=data)
+    trainer.fit(module, datamodule=data, ckpt_path=latest_checkpoint(out / "checkpoints"))
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}

@@ -1,0 +1,68 @@
+"""Sweeps: Hydra's multirun, each job in a process and a folder of its own.
+
+A job's folder is named by a hash of its overrides, so a sweep can be widened and run again: what is done is skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from soratrain.compose import TEXT_KEYS, check_overrides, split_override
+from soratrain.errors import ConfigError
+from soratrain.quoting import quote
+from soratrain.run import detect_machine
+from soratrain.schema import CONF
+
+METRICS = ("loss", "accuracy")  # the first one that a stage reports is what a sweeper minimises
+
+
+def folder_hash(overrides: Sequence[str]) -> str:
+    """Return the name of a job's folder, whatever the order of its overrides."""
+    kept = sorted(item for item in overrides if split_override(item)[0] not in ("fresh", "upstream", "machine"))
+    return hashlib.blake2b("\n".join(kept).encode(), digest_size=4).hexdigest()
+
+
+def job(config: DictConfig) -> float:
+    """Run one job of the sweep as the single-run command that anyone could type, and return its metric."""
+    overrides = quote(list(HydraConfig.get().overrides.task), TEXT_KEYS)
+    out = Path("outputs") / config.run / config.stage.name / "sweep" / folder_hash(overrides)
+    words = [sys.executable, "-m", "soratrain", *overrides, f"out={out}"]
+    sys.stderr.write(f"sweep: {' '.join(overrides)} → {out}\n")
+    code = subprocess.run(words, check=False).returncode
+    if code:
+        sys.exit(code)
+    result = json.loads((out / "result.json").read_text())
+    return float(next((result[key] for key in METRICS if key in result), 0.0))
+
+
+def sweep(overrides: Sequence[str]) -> int:
+    """Run Hydra's multirun over `overrides` and return the exit code.
+
+    Raises:
+        ConfigError: an override that a single run would refuse, before the first job starts.
+    """
+    keys = [split_override(item)[0] for item in overrides]
+    if "stage" not in keys:
+        raise ConfigError("stage is missing; write -m stage=NAME …")
+    if "out" in keys:
+        raise ConfigError("out: a sweep names its jobs' folders itself; use run=NAME")
+    check_overrides(overrides)
+    words = list(overrides)
+    if "machine" not in keys or "machine=auto" in words:
+        machine, why = detect_machine(overrides)
+        words = [item for item in words if item != "machine=auto"] + [f"machine={machine}"]
+        sys.stderr.write(f"machine={machine} (auto: {why})\n")
+    if any(item.startswith("hydra/launcher=") for item in words) and "upstream" not in keys:
+        words.append("upstream=fail")  # jobs that run at once would all make the same thing
+    sys.argv[1:] = ["--multirun", *words]
+    hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    return 0
