@@ -101,7 +101,8 @@ def unchanged_upstream(out: Path, config: Mapping[str, Any]) -> None:
     for key in sorted(now.keys() & before.keys()):
         if now[key] != before[key]:
             raise ConfigError(
-                f"inputs.{key}={config['inputs'][key]}: was made anew since {out} began from it; use fresh=true, or run=NAME"
+                f"inputs.{key}={config['inputs'][key]}: was made anew since {out} began from it; use fresh=true,"
+                " or run=NAME"
             )
     file.write_text(yaml.safe_dump(now))
 
