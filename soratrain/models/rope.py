@@ -1,0 +1,49 @@
+"""Rotary position embedding on float coordinates, in any number of axes (Su et al., 2021; 3D split as Wan).
+
+Legend: N tokens, A axes, H heads, K head dim. Angles are fp32 whatever the tokens' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+THETA = 10_000.0  # longest wavelength's base, Su et al., 2021
+
+
+def split_axes(head_dim: int) -> tuple[int, int, int]:
+    """Return how many of `head_dim` channels turn with time, height and width: a third each, time taking the rest.
+
+    Raises:
+        ValueError: `head_dim` is odd or leaves an axis without a pair of channels.
+    """
+    side = 2 * (head_dim // 6)
+    if head_dim % 2 or not side:
+        raise ValueError(f"3D rotary embedding needs an even head dim of at least 6, not {head_dim}")
+    return head_dim - 2 * side, side, side
+
+
+def rotations(coords_NA: Tensor, channels: Sequence[int], theta: float = THETA) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines `[N, 1, K/2]`, fp32, of the angles that each coordinate turns its channels by.
+
+    The fastest pair of an axis turns by 1 rad per unit of its coordinate.
+
+    Args:
+        coords_NA: coordinates, any floats.
+        channels: channels of each axis, all even; they sum to K.
+    """
+    angles = []
+    for axis, count in enumerate(channels):
+        steps = torch.arange(0, count, 2, device=coords_NA.device, dtype=torch.float32) / count
+        angles.append(coords_NA[:, axis, None].float() * theta**-steps)
+    angle = torch.cat(angles, dim=1)[:, None]
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_NHK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn channel i with channel i + K/2, in fp32, and return the result in `x_NHK`'s dtype."""
+    cos, sin = rotation
+    first, second = x_NHK.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x_NHK.dtype)
