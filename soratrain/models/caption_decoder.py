@@ -1,0 +1,251 @@
+"""The text side of the captioner: bytes written one after the other, and read again only from a cache.
+
+A caption is its UTF-8 bytes, so any script can be written and nothing is out of vocabulary.
+
+Legend: B clips, D width, H heads, K head dim, Q pooled queries, L new places, S places read so far.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from soratrain.batch import keyed_uniform
+from soratrain.models.attention import Packing, attend
+from soratrain.models.rope import rotate, rotations
+
+START, END, SYMBOLS = 256, 256, 257  # a caption's bytes, then END; START stands before the first byte
+NGRAMS = (2, 3, 4)
+IGNORED = -100  # target of places behind a caption's end
+
+
+def encode_captions(captions: Sequence[str], max_bytes: int) -> tuple[Tensor, Tensor]:
+    """Return what the decoder reads `[B, L]` (START, then bytes) and what it should answer `[B, L]`.
+
+    A caption longer than `max_bytes` is cut, and its END is then not asked for: the net must not learn to break off.
+    """
+    coded = [caption.encode("utf-8", "replace") for caption in captions]
+    length = min(max(map(len, coded)), max_bytes) + 1
+    symbols = torch.full((len(coded), length), END)
+    targets = torch.full((len(coded), length), IGNORED)
+    for row, data in enumerate(coded):
+        values = torch.tensor([*data[:max_bytes]], dtype=torch.int64)
+        symbols[row, 0] = START
+        symbols[row, 1 : len(values) + 1] = values
+        targets[row, : len(values)] = values
+        if len(data) <= max_bytes:
+            targets[row, len(values)] = END
+    return symbols, targets
+
+
+def decode_caption(data: bytes) -> str:
+    """Return a caption's text: broken UTF-8 is left out, runs of spaces and control characters become one space."""
+    text = data.decode("utf-8", "ignore")
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+
+
+def choose(logits_BV: Tensor, chance_B: Tensor | None, top_p: float) -> Tensor:
+    """Return the next symbol of each clip, `[B]`: the likeliest, or by `chance_B` in [0, 1) among the nucleus.
+
+    The nucleus is the smallest set of symbols whose probability reaches `top_p` (Holtzman et al., 2020).
+    """
+    if chance_B is None:
+        return logits_BV.argmax(-1)
+    probability, order = logits_BV.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    before = probability.cumsum(-1) - probability
+    kept = torch.where(before < top_p, probability, 0.0).cumsum(-1)
+    place = torch.searchsorted(kept, chance_B[:, None] * kept[:, -1:], right=True)
+    return order.gather(1, place.clamp(max=order.shape[1] - 1))[:, 0]
+
+
+class Block(nn.Module):
+    """Pre-norm attention with normed, turned queries and keys, and an MLP."""
+
+    def __init__(self, *, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm_attention, self.norm_mlp = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.norm_q, self.norm_k = nn.RMSNorm(dim // num_heads), nn.RMSNorm(dim // num_heads)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        hidden = int(mlp_ratio * dim)
+        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        for last in (self.out, self.down):
+            nn.init.zeros_(last.weight)
+
+    def turned(self, x_ND: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values, `[N, H, K]` each."""
+        qkv = self.qkv(self.norm_attention(x_ND)).unflatten(-1, (3, self.num_heads, -1))
+        q_NHK, k_NHK, v_NHK = qkv.unbind(1)
+        q_NHK, k_NHK = rotate(self.norm_q(q_NHK), rotation), rotate(self.norm_k(k_NHK), rotation)
+        return q_NHK.to(v_NHK.dtype), k_NHK.to(v_NHK.dtype), v_NHK
+
+    def mlp(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm_mlp(x)), approximate="tanh"))
+
+    def forward(self, x_ND: Tensor, packing: Packing, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        mixed = attend(*self.turned(x_ND, rotation), packing, packing)
+        return self.mlp(x_ND + self.out(mixed.flatten(1)))
+
+
+class Cache:
+    """Keys and values of the places already read, one pair `[B, H, S, K]` a block, so that no byte is read twice."""
+
+    def __init__(self, blocks: int, capacity: int) -> None:
+        self.capacity, self.length = capacity, 0
+        self.stored: list[tuple[Tensor, Tensor] | None] = [None] * blocks
+
+    def extend(self, block: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the newest keys and values and return all of them; `length` moves when the last block has stored."""
+        entry = self.stored[block]
+        if entry is None:
+            shape = (*k_BHLK.shape[:2], self.capacity, k_BHLK.shape[3])
+            entry = self.stored[block] = (k_BHLK.new_empty(shape), v_BHLK.new_empty(shape))
+        end = self.length + k_BHLK.shape[2]
+        for held, new in zip(entry, (k_BHLK, v_BHLK), strict=True):
+            held[:, :, self.length : end] = new
+        if block == len(self.stored) - 1:
+            self.length = end
+        return entry[0][:, :, :end], entry[1][:, :, :end]
+
+
+class DecoderBlock(Block):
+    """A causal block that also reads the clip's pooled answers."""
+
+    def __init__(self, *, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        super().__init__(dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio)
+        self.norm_cross = nn.RMSNorm(dim)
+        self.norm_cross_q, self.norm_cross_k = nn.RMSNorm(dim // num_heads), nn.RMSNorm(dim // num_heads)
+        self.cross_q, self.cross_kv = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 2 * dim, bias=False)
+        self.cross_out = nn.Linear(dim, dim, bias=False)
+
+    def read(self, memory_BQD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of the pooled answers, `[B, H, Q, K]` each; once a clip is enough."""
+        k, v = self.cross_kv(memory_BQD).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
+        return self.norm_cross_k(k).to(v.dtype).transpose(1, 2), v.transpose(1, 2)
+
+    def forward(  # type: ignore[override]
+        self,
+        x_BLD: Tensor,
+        memory: tuple[Tensor, Tensor],
+        rotation: tuple[Tensor, Tensor],
+        cache: Cache | None = None,
+        index: int = 0,
+    ) -> Tensor:
+        batch, length, _ = x_BLD.shape
+        q, k, v = (
+            part.unflatten(0, (batch, length)).transpose(1, 2) for part in self.turned(x_BLD.flatten(0, 1), rotation)
+        )
+        if cache is not None:
+            k, v = cache.extend(index, k, v)
+        x_BLD = x_BLD + self.out(_look(q, k, v, causal=True).transpose(1, 2).flatten(2))
+        asked = self.cross_q(self.norm_cross(x_BLD)).unflatten(-1, (self.num_heads, -1))
+        asked = self.norm_cross_q(asked).to(memory[0].dtype).transpose(1, 2)
+        return self.mlp(x_BLD + self.cross_out(_look(asked, *memory, causal=False).transpose(1, 2).flatten(2)))
+
+
+def _look(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, causal: bool) -> Tensor:
+    """Attend over a short text; the last query stands at the last key. Plain products, as `attention.py` explains."""
+    scores = (q_BHLK * (1 / math.sqrt(q_BHLK.shape[-1]))) @ k_BHSK.transpose(-1, -2)
+    queries, keys = scores.shape[-2:]
+    if causal and queries > 1:
+        hidden = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return scores.softmax(-1).to(v_BHSK.dtype) @ v_BHSK
+
+
+class Decoder(nn.Module):
+    """Causal transformer over a caption's bytes, each known with the few before it (hashed n-grams).
+
+    The n-grams are the Byte Latent Transformer's trick (Pagnoni et al., 2024): words need no depth to be recognised.
+    """
+
+    def __init__(self, *, dim: int, depth: int, num_heads: int, mlp_ratio: float, styles: int, table: int) -> None:
+        super().__init__()
+        self.table, self.channels = table, (dim // num_heads,)
+        self.bytes, self.ngrams, self.style = (
+            nn.Embedding(SYMBOLS, dim),
+            nn.Embedding(table, dim),
+            nn.Embedding(styles, dim),
+        )
+        self.blocks = nn.ModuleList(
+            DecoderBlock(dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth)
+        )
+        self.norm_in, self.norm_out = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.head = nn.Linear(dim, SYMBOLS, bias=False)
+        nn.init.zeros_(self.head.weight)
+        for weight in (self.bytes.weight, self.ngrams.weight, self.style.weight, self.head.weight):
+            weight.no_muon = True  # type: ignore[attr-defined]
+
+    def embed(self, symbols_BS: Tensor, styles_B: Tensor, new: int) -> Tensor:
+        """Return the inputs `[B, new, D]` of the last `new` symbols; those before them are context for the n-grams."""
+        hashes, code = [], symbols_BS
+        for n in range(2, max(NGRAMS) + 1):
+            earlier = F.pad(symbols_BS, (n - 1, 0), value=START)[:, : symbols_BS.shape[1]]
+            code = (code * 1_000_003 + earlier * 8191 + n) % 2_147_483_647
+            hashes.append(code % self.table)
+        rows = torch.stack(hashes, dim=-1)[:, -new:]
+        x_BLD = self.bytes(symbols_BS[:, -new:]) + self.ngrams(rows).sum(2)
+        opening = (symbols_BS[:, -new:] == START)[..., None]
+        return self.norm_in(x_BLD + torch.where(opening, self.style(styles_B)[:, None], 0.0))
+
+    def memory(self, pooled_BQD: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return what each block reads of the clips."""
+        return [block.read(pooled_BQD) for block in self.blocks]
+
+    def forward(
+        self,
+        symbols_BS: Tensor,
+        styles_B: Tensor,
+        memory: list[tuple[Tensor, Tensor]],
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Return logits `[B, L, 257]` of the symbol after each place that `cache` does not yet hold."""
+        done = cache.length if cache is not None else 0
+        batch, total = symbols_BS.shape
+        context = max(0, done - max(NGRAMS) + 1)
+        x_BLD = self.embed(symbols_BS[:, context:], styles_B, total - done)
+        places = torch.arange(done, total, device=symbols_BS.device).repeat(batch)
+        rotation = rotations(places[:, None], self.channels)
+        for index, (block, read) in enumerate(zip(self.blocks, memory, strict=True)):
+            x_BLD = block(x_BLD, read, rotation, cache, index)
+        return self.head(self.norm_out(x_BLD)).float()
+
+    @torch.no_grad()
+    def write(
+        self,
+        pooled_BQD: Tensor,
+        styles_B: Tensor,
+        *,
+        max_bytes: int,
+        top_p: float = 0.0,
+        draws: Sequence[int] = (),
+        cached: bool = True,
+    ) -> tuple[list[bytes], list[bool]]:
+        """Write a caption for each clip, and say which came to their end within `max_bytes`.
+
+        Args:
+            top_p: 0 takes the likeliest byte; above 0 bytes are drawn from the nucleus.
+            draws: what each clip's chance depends on; needed where `top_p` is above 0.
+            cached: False computes every place anew at every byte: the same captions, slowly.
+        """
+        batch, device = len(styles_B), styles_B.device
+        symbols = torch.full((batch, max_bytes + 1), END, device=device)
+        chances = [keyed_uniform(draw, "caption", (max_bytes,)) for draw in draws] if top_p else []
+        chance = torch.stack(chances).to(device) if top_p else None
+        memory, cache = self.memory(pooled_BQD), Cache(len(self.blocks), max_bytes + 1) if cached else None
+        ended = torch.zeros(batch, dtype=torch.bool, device=device)
+        written = 0
+        for place in range(max_bytes + 1):
+            logits = self(symbols[:, : place + 1], styles_B, memory, cache)[:, -1]
+            following = choose(logits, None if chance is None or place == max_bytes else chance[:, place], top_p)
+            ended |= following == END
+            if place == max_bytes or bool(ended.all()):
+                break
+            symbols[:, place + 1] = torch.where(ended, END, following)
+            written = place + 1
+        rows = symbols[:, 1 : written + 1].tolist()
+        return [bytes(symbol for symbol in row if symbol != END) for row in rows], ended.tolist()
