@@ -1,0 +1,79 @@
+"""A stage's folder belongs to one config: the same command goes on, another is refused, nothing is lost by mistake."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from soratrain import outputs
+from soratrain.errors import ConfigError, DataError
+
+
+def config(**changes):
+    base = {"fresh": False, "upstream": "make", "seed": 0, "optimizer": {"lr": 0.1}, "trainer": {"max_steps": 5}}
+    return {**base, **changes}
+
+
+def test_the_same_config_claims_its_folder_again(tmp_path):
+    out = tmp_path / "run"
+    outputs.claim(out, config(), compare=True)
+    (out / "weights").mkdir()
+    outputs.claim(out, config(upstream="fail"), compare=True)
+    assert (out / "weights").is_dir()
+    assert yaml.safe_load((out / "config.yaml").read_text())["seed"] == 0
+
+
+def test_another_config_is_refused_naming_the_keys_and_changes_nothing(tmp_path):
+    out = tmp_path / "run"
+    outputs.claim(out, config(), compare=True)
+    before = (out / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.1 → 0\.2.*fresh=true"):
+        outputs.claim(out, config(optimizer={"lr": 0.2}), compare=True)
+    assert (out / "config.yaml").read_text() == before
+
+
+def test_a_key_that_one_side_lacks_counts_as_a_difference():
+    assert outputs.differences({"a": 1}, {"a": 1, "b": {"c": 2}}) == ["b.c: None → 2"]
+
+
+def test_speed_and_speech_may_differ_between_starts():
+    old = {"logger": {"name": "csv"}, "machine": {"workers": 0, "name": "laptop"}}
+    new = {"logger": {"name": "wandb"}, "machine": {"workers": 4, "name": "laptop"}}
+    assert outputs.differences(old, new) == []
+
+
+def test_fresh_starts_over_with_the_new_config(tmp_path):
+    out = tmp_path / "run"
+    outputs.claim(out, config(), compare=True)
+    outputs.finish(out, {"loss": 1.0})
+    outputs.claim(out, config(seed=7, fresh=True), compare=True)
+    assert outputs.stored_result(out) is None
+    stored = outputs.stored_config(out)
+    assert stored["seed"] == 7 and stored["fresh"] is False
+
+
+def test_fresh_never_removes_a_folder_that_no_run_made(tmp_path):
+    (tmp_path / "photo.jpg").write_bytes(b"precious")
+    with pytest.raises(ConfigError, match="no run made it"):
+        outputs.claim(tmp_path, config(fresh=True), compare=True)
+    assert (tmp_path / "photo.jpg").read_bytes() == b"precious"
+
+
+def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        outputs.claim(tmp_path / "file" / "run", config(), compare=True)
+
+
+def test_a_result_survives_a_round_trip_and_is_what_marks_the_end(tmp_path):
+    assert outputs.stored_result(tmp_path) is None
+    outputs.finish(tmp_path, {"loss": 0.5, "text": "三只猫"})
+    assert outputs.stored_result(tmp_path) == {"loss": 0.5, "text": "三只猫"}
+
+
+def test_the_fingerprint_follows_what_the_maker_wrote(tmp_path):
+    assert outputs.fingerprint(tmp_path) == "unknown"
+    outputs.finish(tmp_path, {"loss": 0.5})
+    first = outputs.fingerprint(tmp_path)
+    outputs.finish(tmp_path, {"loss": 0.4})
+    assert outputs.fingerprint(tmp_path) != first
