@@ -1,0 +1,237 @@
+"""The two tables that cross a border: the manifest of a folder of shards, and captions joined to it by key.
+
+Their columns and dtypes are fixed here and nowhere else. A manifest row is one sample (a clip, an image or a cached
+latent); all lengths and offsets are bytes inside its shard, so that a sample is read by two numbers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from soratrain.data.atomic import replacing
+from soratrain.errors import DataError
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),  # 32 hex digits
+        pa.field("shard", pa.string(), nullable=False),  # file name of the tar beside manifest/
+        pa.field("kind", pa.string(), nullable=False),  # "video" or "image"
+        pa.field("ext", pa.string(), nullable=False),  # of the media member: mp4, jpg, png, webp, safetensors
+        pa.field("w", pa.int32(), nullable=False),  # pixels, also where the member is a latent
+        pa.field("h", pa.int32(), nullable=False),
+        pa.field("frames", pa.int32(), nullable=False),
+        pa.field("fps_num", pa.int32(), nullable=False),
+        pa.field("fps_den", pa.int32(), nullable=False),
+        pa.field("json_offset", pa.int64(), nullable=False),
+        pa.field("json_length", pa.int64(), nullable=False),
+        pa.field("media_offset", pa.int64(), nullable=False),
+        pa.field("media_length", pa.int64(), nullable=False),
+        pa.field("crc32", pa.int64(), nullable=False),  # of the media member
+        pa.field("scores", pa.string(), nullable=False),  # a JSON object
+    ]
+)
+CAPTION_SCHEMA = pa.schema(
+    [pa.field(name, pa.string(), nullable=False) for name in ("key", "type", "text", "model", "rev", "lang")]
+)
+KINDS = ("video", "image")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample of a manifest; the fields are the table's columns without `scores`."""
+
+    key: str
+    shard: str
+    kind: str
+    ext: str
+    w: int
+    h: int
+    frames: int
+    fps_num: int
+    fps_den: int
+    json_offset: int
+    json_length: int
+    media_offset: int
+    media_length: int
+    crc32: int
+
+    @property
+    def fps(self) -> float:
+        """Frames per second."""
+        return self.fps_num / self.fps_den
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest in memory: one numpy array a column, rows in the order of (shard, offset).
+
+    Attributes:
+        folder: where the shards are, a path or a URL.
+        key: bytes `S32`, [N].
+        shards, exts: names; `shard` and `ext` [N] index them.
+        image: whether a sample is a still image, bool [N].
+        The other columns are as in MANIFEST_SCHEMA, [N].
+    """
+
+    folder: str
+    key: np.ndarray
+    shards: tuple[str, ...]
+    shard: np.ndarray
+    exts: tuple[str, ...]
+    ext: np.ndarray
+    image: np.ndarray
+    w: np.ndarray
+    h: np.ndarray
+    frames: np.ndarray
+    fps_num: np.ndarray
+    fps_den: np.ndarray
+    json_offset: np.ndarray
+    json_length: np.ndarray
+    media_offset: np.ndarray
+    media_length: np.ndarray
+    crc32: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    def row(self, index: int) -> Row:
+        """Return sample `index`."""
+        numbers = {name: int(getattr(self, name)[index]) for name in _NUMBERS}
+        return Row(
+            key=self.key[index].decode(),
+            shard=self.shards[self.shard[index]],
+            kind=KINDS[int(self.image[index])],
+            ext=self.exts[self.ext[index]],
+            **numbers,
+        )
+
+    def rows(self) -> Iterator[Row]:
+        """Iterate over all samples in order."""
+        return (self.row(index) for index in range(len(self)))
+
+    @cached_property
+    def hash(self) -> str:
+        """Identify the dataset: what is in it and in which order, not where the folder is."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in ("key", "image", "w", "h", "frames", "fps_num", "fps_den", "crc32"):
+            digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
+        return digest.hexdigest()
+
+
+_NUMBERS = tuple(name for name in Row.__dataclass_fields__ if name not in ("key", "shard", "kind", "ext"))
+
+
+def write_manifest(folder: str | Path, rows: Iterable[Mapping[str, Any]], part: int = 0) -> Path:
+    """Write `manifest/part-NNNNN.parquet` under `folder`, atomically, and return its path.
+
+    A row is a mapping with exactly the columns of MANIFEST_SCHEMA. Raises DataError for a missing or unknown column,
+    a value of another type, or a kind that is not known.
+    """
+    rows = list(rows)
+    for row in rows:
+        if row.get("kind") not in KINDS:
+            raise DataError(f"manifest row {row.get('key')}: kind={row.get('kind')!r}; use one of {', '.join(KINDS)}")
+    return _write(Path(folder) / "manifest" / f"part-{part:05d}.parquet", rows, MANIFEST_SCHEMA)
+
+
+def write_captions(path: str | Path, rows: Iterable[Mapping[str, str]]) -> Path:
+    """Write one parquet file of captions (`captions/<rev>/part-NNNNN.parquet`), atomically, and return its path."""
+    return _write(Path(path), list(rows), CAPTION_SCHEMA)
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> Path:
+    for row in rows:
+        if set(row) != set(schema.names):
+            wrong = sorted(set(row) ^ set(schema.names))
+            raise DataError(f"{path.name}: row {row.get('key')} has missing or unknown columns {wrong}")
+    try:
+        columns = [pa.array([row[field.name] for row in rows], field.type) for field in schema]
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise DataError(f"{path.name}: a value does not fit its column: {error}") from error
+    for field, column in zip(schema, columns, strict=True):
+        if column.null_count:
+            raise DataError(f"{path.name}: a value of column {field.name} is missing; every column needs one")
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_arrays(columns, schema=schema), temporary, compression="zstd")
+    return path
+
+
+def read_table(folder: str | Path) -> pa.Table:
+    """Return the manifest under `folder` (a path or a URL) as an arrow table, rows by (shard, offset).
+
+    Raises DataError where there is no manifest, where a part has other columns, or where a key occurs twice.
+    """
+    table = _read(folder, ["manifest/part-*.parquet"], MANIFEST_SCHEMA)
+    if table is None:
+        raise DataError(
+            f"{folder} has no manifest/part-*.parquet; write shards with `python -m data_prep input=… output={folder}`"
+        )
+    table = table.sort_by([("shard", "ascending"), ("media_offset", "ascending")])
+    if len(table) != len(table["key"].unique()):
+        counts = table["key"].value_counts()
+        twice = next(item["values"].as_py() for item in counts if item["counts"].as_py() > 1)
+        raise DataError(f"{folder}: key {twice} occurs twice in the manifest; write the shards again")
+    return table
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """Return the manifest under `folder`, a path or a URL; errors as in `read_table`."""
+    table = read_table(folder).combine_chunks()
+
+    def coded(name: str) -> tuple[tuple[str, ...], np.ndarray]:
+        names, codes = np.unique(table[name].to_numpy(), return_inverse=True) if len(table) else ([], np.zeros(0))
+        return tuple(map(str, names)), codes.astype(np.int32)
+
+    shards, shard = coded("shard")
+    exts, ext = coded("ext")
+    return Manifest(
+        folder=str(folder),
+        key=table["key"].to_numpy().astype("S32"),
+        shards=shards,
+        shard=shard,
+        exts=exts,
+        ext=ext,
+        image=table["kind"].to_numpy() == "image",
+        **{name: table[name].to_numpy() for name in _NUMBERS},
+    )
+
+
+def read_captions(folder: str | Path) -> dict[str, list[dict[str, str]]]:
+    """Return captions by key, each a mapping with the columns of CAPTION_SCHEMA, in a fixed order.
+
+    `folder` is one revision (`captions/<rev>`), a folder of revisions, or the output folder of a stage that holds
+    `captions/`. Raises DataError where there is none.
+    """
+    table = _read(folder, ["*.parquet", "*/*.parquet", "captions/*/*.parquet"], CAPTION_SCHEMA)
+    if table is None:
+        raise DataError(f"{folder} has no captions (*.parquet); make them with `python -m soratrain stage=recaption`")
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in table.sort_by([(name, "ascending") for name in table.column_names]).to_pylist():
+        found.setdefault(row["key"], []).append(row)
+    return found
+
+
+def _read(folder: str | Path, patterns: Sequence[str], schema: pa.Schema) -> pa.Table | None:
+    filesystem, root = fsspec.core.url_to_fs(str(folder))
+    root = root.rstrip("/")
+    paths = sorted({path for pattern in patterns for path in filesystem.glob(f"{root}/{pattern}")})
+    if not paths:
+        return None
+    tables = []
+    for path in paths:
+        with filesystem.open(path, "rb") as file:
+            table = pq.read_table(file)
+        if missing := sorted(set(schema.names) - set(table.column_names)):
+            raise DataError(f"{path} has no columns {missing}; it was written by something else")
+        tables.append(table.select(schema.names).cast(schema))
+    return pa.concat_tables(tables)
