@@ -33,6 +33,7 @@ FREE = (
     "trainer.log_every",
     "trainer.checkpoint_every",
     "machine.workers",
+    "machine.chosen",
     "data.workers",
     "data.cache",
     "stage.data.workers",

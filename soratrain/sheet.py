@@ -40,7 +40,9 @@ def strip(frames: np.ndarray, count: int = 6, height: int = 128) -> Image.Image:
     width = max(1, round(chosen.shape[2] * height / chosen.shape[1]))
     image = Image.new("RGB", (len(chosen) * (width + GAP) - GAP, height), PAPER)
     for index, frame in enumerate(chosen):
-        image.paste(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC), (index * (width + GAP), 0))
+        image.paste(
+            Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC), (index * (width + GAP), 0)
+        )
     return image
 
 
