@@ -23,6 +23,11 @@ NGRAMS = (2, 3, 4)
 IGNORED = -100  # target of places behind a caption's end
 
 
+def norm(dim: int) -> nn.LayerNorm:
+    """Return a norm without bias; a LayerNorm, since forward and backward are one kernel each on every device."""
+    return nn.LayerNorm(dim, bias=False)
+
+
 def encode_captions(captions: Sequence[str], max_bytes: int) -> tuple[Tensor, Tensor]:
     """Return what the decoder reads `[B, L]` (START, then bytes) and what it should answer `[B, L]`.
 
@@ -68,8 +73,8 @@ class Block(nn.Module):
     def __init__(self, *, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.norm_attention, self.norm_mlp = nn.RMSNorm(dim), nn.RMSNorm(dim)
-        self.norm_q, self.norm_k = nn.RMSNorm(dim // num_heads), nn.RMSNorm(dim // num_heads)
+        self.norm_attention, self.norm_mlp = norm(dim), norm(dim)
+        self.norm_q, self.norm_k = norm(dim // num_heads), norm(dim // num_heads)
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
         hidden = int(mlp_ratio * dim)
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
@@ -117,8 +122,8 @@ class DecoderBlock(Block):
 
     def __init__(self, *, dim: int, num_heads: int, mlp_ratio: float) -> None:
         super().__init__(dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio)
-        self.norm_cross = nn.RMSNorm(dim)
-        self.norm_cross_q, self.norm_cross_k = nn.RMSNorm(dim // num_heads), nn.RMSNorm(dim // num_heads)
+        self.norm_cross = norm(dim)
+        self.norm_cross_q, self.norm_cross_k = norm(dim // num_heads), norm(dim // num_heads)
         self.cross_q, self.cross_kv = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 2 * dim, bias=False)
         self.cross_out = nn.Linear(dim, dim, bias=False)
 
@@ -174,7 +179,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(
             DecoderBlock(dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth)
         )
-        self.norm_in, self.norm_out = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.norm_in, self.norm_out = norm(dim), norm(dim)
         self.head = nn.Linear(dim, SYMBOLS, bias=False)
         nn.init.zeros_(self.head.weight)
         for weight in (self.bytes.weight, self.ngrams.weight, self.style.weight, self.head.weight):

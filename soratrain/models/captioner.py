@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from soratrain.errors import ConfigError, DataError
 from soratrain.models.attention import Packing, attend
-from soratrain.models.caption_decoder import IGNORED, Block, Decoder, decode_caption, encode_captions
+from soratrain.models.caption_decoder import IGNORED, Block, Decoder, decode_caption, encode_captions, norm
 from soratrain.models.rope import rotations, split_axes
 
 TIME_SCALE = 6.0  # coordinates turn 6 per second, as in the DiT
@@ -70,7 +70,7 @@ class VideoEncoder(nn.Module):
         self.channels = split_axes(dim // num_heads)
         self.embed = nn.Linear(3 * math.prod(self.patch), dim)
         self.place = nn.Linear(5, dim)
-        self.norm_in, self.norm_out = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.norm_in, self.norm_out = norm(dim), norm(dim)
         self.blocks = nn.ModuleList(Block(dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
 
     def cut(self, pixels: Tensor, fps: Tensor) -> tuple[Tensor, Tensor, Tensor, Packing]:
@@ -127,10 +127,10 @@ class Pooler(nn.Module):
         self.queries = nn.Parameter(torch.randn(queries, dim))
         self.queries.no_muon = True  # type: ignore[attr-defined]
         self.q, self.kv = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 2 * dim, bias=False)
-        self.norm_q, self.norm_k = nn.RMSNorm(dim // num_heads), nn.RMSNorm(dim // num_heads)
+        self.norm_q, self.norm_k = norm(dim // num_heads), norm(dim // num_heads)
         self.out = nn.Linear(dim, dim, bias=False)
         hidden = int(mlp_ratio * dim)
-        self.norm_mlp, self.norm_out = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.norm_mlp, self.norm_out = norm(dim), norm(dim)
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
     def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
@@ -213,6 +213,7 @@ class Captioner(nn.Module):
         if not styles or len(set(styles)) != len(styles):
             raise ConfigError(f"captioner.styles={list(styles)} must name each style once")
         self.styles, self.max_bytes = tuple(styles), max_bytes
+        self.register_buffer("taught", torch.zeros(len(self.styles)))
         self.encoder = VideoEncoder(
             dim=dim,
             depth=depth,
@@ -247,8 +248,17 @@ class Captioner(nn.Module):
                 )
         return torch.tensor([self.styles.index(style) for style in styles], device=device)
 
+    def teach(self, styles: Sequence[str]) -> None:
+        """Remember that captions of `styles` have been trained on; only these are worth asking for."""
+        self.taught[self.style_ids(sorted(set(styles)), self.taught.device)] = 1.0
+
+    @property
+    def known_styles(self) -> tuple[str, ...]:
+        """The styles that this captioner was trained on."""
+        return tuple(style for style, taught in zip(self.styles, self.taught.tolist(), strict=True) if taught)
+
     def look(self, pixels: Tensor, fps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what the decoder reads of `[B, 3, T, H, W]` clips, `[B, Q, width]`, and their vectors' source `[B, D]`."""
+        """Return what the decoder reads of clips `[B, Q, width]`, and what their vectors are made of `[B, D]`."""
         answers = self.pooler(*self.encoder(pixels, fps))
         return self.bridge(answers[:, 1:]), answers[:, 0]
 

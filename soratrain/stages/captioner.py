@@ -1,0 +1,75 @@
+"""stage=captioner: train the captioner and its text encoder on the captions that the clips came with."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from soratrain.batch import VideoBatch
+from soratrain.errors import DataError
+from soratrain.models.captioner import Captioner
+from soratrain.models.text import ByteTextEncoder
+from soratrain.optim import OptimizerFactory, Schedule
+from soratrain.stages.base import TrainStage
+
+ORIGINAL = "gt"  # type of captions that came with a clip, whatever they say
+
+
+class CaptionerStage(TrainStage):
+    """Language loss plus weighted contrastive loss (CoCa, Yu et al., 2022, equation 4).
+
+    Exports `captioner` and `text`, the text encoder of the contrast, from which other stages' encoders may start.
+
+    Args:
+        net, text: factories of the captioner and of its text encoder.
+        contrast_weight: of the contrastive loss beside the language loss.
+        short_bytes: an original caption counts as `short` up to this many bytes, above as `long`.
+    """
+
+    captioner: Captioner
+    text: ByteTextEncoder
+
+    def __init__(
+        self,
+        *,
+        net: partial,
+        text: partial,
+        optimizer: OptimizerFactory,
+        schedule: Schedule,
+        max_steps: int,
+        contrast_weight: float = 0.2,
+        short_bytes: int = 100,
+    ) -> None:
+        nets = {"captioner": partial(net, text_dim=text.keywords["dim"]), "text": text}
+        super().__init__(nets=nets, optimizer=optimizer, schedule=schedule, max_steps=max_steps)
+        self.contrast_weight, self.short_bytes = contrast_weight, short_bytes
+
+    def style_of(self, kind: str, caption: str) -> str:
+        """Return the style that a caption of type `kind` teaches: its own, or by its length for an original one."""
+        if kind and kind != ORIGINAL:
+            return kind
+        return "short" if len(caption.encode("utf-8", "replace")) <= self.short_bytes else "long"
+
+    def training_step(self, batch: VideoBatch, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch; clips without a caption give none.
+
+        Raises:
+            DataError: no clip of the batch has a caption.
+        """
+        told = [bool(caption) for caption in batch.captions]
+        if not any(told):
+            raise DataError(
+                f"the captioner learns from captions, and clips such as {batch.keys[0]} have none; write them beside"
+                " the videos (NAME.txt) and prepare again, or take a trained captioner as it is:"
+                " init=outputs/default/captioner/base trainer.max_steps=0"
+            )
+        kinds = batch.styles or (ORIGINAL,) * len(batch)
+        styles = [self.style_of(kind, caption) for kind, caption in zip(kinds, batch.captions, strict=True)]
+        self.captioner.teach([style for style, known in zip(styles, told, strict=True) if known])
+        features, packing = self.text(self.text.tokenize(batch.captions))
+        language, contrast = self.captioner(batch.pixels(), batch.fps, batch.captions, styles, packing.mean(features))
+        heard = language.new_tensor(told)
+        loss = batch.mean(heard * (language + self.contrast_weight * contrast))
+        self.report(loss=loss, language=language.mean(), contrast=contrast.mean(), samples=len(batch))
+        return loss

@@ -1,0 +1,117 @@
+"""Promises of stage=captioner: styles are learned as they came, silent clips teach nothing, batches can be split."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from soratrain.batch import VideoBatch
+from soratrain.errors import DataError
+from soratrain.models.captioner import Captioner
+from soratrain.models.text import ByteTextEncoder
+from soratrain.optim import OptimizerFactory, Schedule
+from soratrain.stages.captioner import CaptionerStage
+
+
+def stage(**changes) -> CaptionerStage:
+    net = partial(
+        Captioner, dim=24, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2, queries=2, table=64
+    )
+    built = CaptionerStage(
+        net=partial(net, vector_dim=8, max_bytes=64),
+        text=partial(ByteTextEncoder, dim=16, depth=1, num_heads=2, table=64),
+        optimizer=OptimizerFactory(lr=1e-2),
+        schedule=Schedule(name="constant", warmup_steps=0),
+        max_steps=10,
+        **changes,
+    )
+    torch.manual_seed(0)
+    built.configure_model()
+    return built
+
+
+def batch(captions: list[str], styles: list[str], weights: list[float] | None = None) -> VideoBatch:
+    count = len(captions)
+    return VideoBatch(
+        keys=tuple(f"{index:032x}" for index in range(count)),
+        captions=tuple(captions),
+        fps=torch.full((count,), 8.0),
+        weights=torch.tensor(weights or [1 / count] * count),
+        draws=torch.arange(count),
+        scale=1.0,
+        styles=tuple(styles),
+        video=torch.randint(
+            0, 256, (count, 5, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        ),
+    )
+
+
+def test_the_loss_is_language_plus_weighted_contrast():
+    captions, styles = ["a red disc", "a blue box"], ["short", "short"]
+    plain, both = (stage(contrast_weight=weight) for weight in (0.0, 0.5))
+    both.load_state_dict(plain.state_dict())
+    language = plain.training_step(batch(captions, styles), 0)
+    loss = both.training_step(batch(captions, styles), 0)
+    reported = both.take_reported()
+    torch.testing.assert_close(loss, language + 0.5 * reported["contrast"].float())
+    torch.testing.assert_close(language, plain.take_reported()["language"].float())
+
+
+def test_a_clip_without_a_caption_teaches_no_words():
+    built = stage(contrast_weight=0.0)
+    torch.nn.init.normal_(built.captioner.decoder.head.weight)
+    clips = batch(["a red disc", ""], ["short", "gt"])
+    grads = []
+    for other in (0, 255):
+        video = clips.video.clone()
+        video[1] = other
+        built.zero_grad()
+        built.training_step(replace(clips, video=video), 0).backward()
+        grads.append(built.captioner.encoder.embed.weight.grad.clone())
+    torch.testing.assert_close(*grads)
+    assert grads[0].abs().sum() > 0
+
+
+def test_no_captions_at_all_is_an_error_that_names_both_ways_out():
+    with pytest.raises(DataError, match=r"NAME\.txt.*init=.*max_steps=0"):
+        stage().training_step(batch(["", ""], ["gt", "gt"]), 0)
+
+
+def test_captions_teach_the_style_of_their_type_and_originals_that_of_their_length():
+    built = stage(short_bytes=20)
+    assert built.style_of("long", "a disc") == "long"
+    assert built.style_of("gt", "a disc") == "short"
+    assert built.style_of("gt", "a disc that is red and moves") == "long"
+    assert built.captioner.known_styles == ()
+    built.training_step(batch(["a red disc", "a box"], ["gt", "short"]), 0)
+    assert built.captioner.known_styles == ("short",)
+    built.training_step(batch(["a red disc", "a blue box moves left"], ["short", "gt"]), 0)
+    assert built.captioner.known_styles == ("short", "long")
+
+
+def test_known_styles_are_kept_with_the_weights(tmp_path):
+    from soratrain.models import weights
+
+    built = stage()
+    built.training_step(batch(["a red disc", "a box"], ["short", "short"]), 0)
+    net, factory, extra = built.exported()["captioner"]
+    weights.save(tmp_path, "captioner", net, factory, extra)
+    loaded, _ = weights.load(tmp_path, "captioner")
+    assert loaded.known_styles == ("short",)
+
+
+def test_both_nets_are_exported_and_fit_together():
+    exported = stage().exported()
+    assert set(exported) == {"captioner", "text"}
+    assert exported["captioner"][1].keywords["text_dim"] == exported["text"][1].keywords["dim"] == 16
+
+
+def test_the_loss_reaches_every_parameter():
+    built = stage()
+    built.training_step(batch(["a red disc", "a blue box"], ["short", "long"]), 0).backward()
+    # layers that start at zero hide those before them for one step
+    for param in built.parameters():
+        assert param.grad is not None and torch.isfinite(param.grad).all()
