@@ -1,0 +1,156 @@
+"""The output folder: whose it is, what state it is in, and how a finished build replaces an unfinished one.
+
+While a build runs, all it writes lies in `.building/`: `state.json` (the settings, and what the input was), one tar
+and one JSON a unit of work, and the finished shards. Publishing moves them out and writes `dataset.json` last, so a
+folder with a `dataset.json` and no `.building/` is whole. Every step can be repeated after a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from data_prep.records import SCHEMA, dumps
+from data_prep.schema import hash_of
+from soratrain.data.atomic import replacing
+from soratrain.errors import ConfigError, DataError
+
+BUILDING = ".building"
+PARTS = ("manifest", "captions/gt", "failures.jsonl", "stats.json")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a build is: its settings, and a hash of what its input held when it began."""
+
+    settings: dict[str, Any]
+    listing: str
+
+    @property
+    def hash(self) -> str:
+        """Hash of the settings."""
+        return hash_of(self.settings)
+
+
+def claim(folder: Path, identity: Identity, *, fresh: bool) -> Literal["new", "continue", "done"]:
+    """Make `folder` ready for a build and say what is there of it already.
+
+    Raises:
+        ConfigError: it was made with other settings, or from input that has changed, and `fresh` is not set.
+        DataError: it holds files of somebody else, or cannot be written.
+    """
+    building = folder / BUILDING
+    state, dataset = _read(building / "state.json"), _read(folder / "dataset.json")
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"output={folder} is a file; name a folder")
+    if folder.exists() and not building.is_dir() and not _ours(dataset) and any(folder.iterdir()):
+        raise DataError(f"output={folder} holds files that data_prep did not make; name an empty or a new folder")
+    if state is not None and _same(state, identity):
+        return "continue"
+    if not fresh:
+        if _ours(dataset):
+            assert dataset is not None
+            _compare(folder, dataset, identity, "was made")
+            if not building.is_dir():
+                return "done"
+        elif state is not None:
+            _compare(folder, state, identity, "holds an unfinished build")
+    try:
+        if building.is_dir():
+            shutil.rmtree(building)
+        (building / "units").mkdir(parents=True)
+        write_json(building / "state.json", {"settings": identity.settings, "listing": identity.listing})
+    except OSError as error:
+        raise DataError(f"output={folder} cannot be written: {error.strerror}; name another folder") from error
+    return "new"
+
+
+def publish(folder: Path, dataset: dict[str, Any]) -> None:
+    """Move a finished build from `.building/shards` to `folder`, over what was there; dataset.json comes last."""
+    building = folder / BUILDING
+    replaced = building / "replaced.json"
+    if (folder / "dataset.json").exists():  # from here on the folder does not look whole
+        os.replace(folder / "dataset.json", replaced)
+    for entry in (_read(replaced) or {}).get("shards", []):
+        (folder / Path(entry["name"]).name).unlink(missing_ok=True)
+    for name in PARTS:
+        if (building / "shards" / name).exists():
+            _remove(folder / name)
+    for path in sorted((building / "shards").rglob("*")):
+        if path.is_file():
+            target = folder / path.relative_to(building / "shards")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    write_json(folder / "dataset.json", {"schema": SCHEMA, "made_by": "data_prep"} | dataset)
+    shutil.rmtree(building)
+
+
+def discard(folder: Path) -> None:
+    """Remove an unfinished build, and the folder where nothing else is in it."""
+    shutil.rmtree(folder / BUILDING, ignore_errors=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` to `path`, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_lines(path: Path, values: list[dict[str, Any]]) -> None:
+    """Write one JSON object a line, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text("".join(dumps(value) + "\n" for value in values), encoding="utf-8")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _ours(dataset: dict[str, Any] | None) -> bool:
+    return dataset is not None and dataset.get("made_by") == "data_prep"
+
+
+def _same(state: dict[str, Any], identity: Identity) -> bool:
+    return state.get("settings") == identity.settings and state.get("listing") == identity.listing
+
+
+def _compare(folder: Path, found: dict[str, Any], identity: Identity, what: str) -> None:
+    before, now = _flat(found.get("settings", {})), _flat(identity.settings)
+    changed = [
+        f"{key}={before.get(key, 'none')} (now {now.get(key, 'none')})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ConfigError(
+            f"output={folder} {what} with {', '.join(changed)}; give another output, or fresh=true to replace it"
+        )
+    if found.get("listing") != identity.listing:
+        raise ConfigError(
+            f"output={folder} {what} from an input that has changed since (files added, removed or of another size); "
+            "fresh=true builds it again"
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,166 @@
+"""Units of work on disk, and packing them into shards.
+
+A worker writes what it made of one unit as a tar of samples and a JSON of tallies and failures, each whole or not
+there. When all units are done, they are packed in order, so shards do not depend on which worker did what or when.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from data_prep.records import Failure, Sample, Tally, dumps
+from soratrain.data.atomic import replacing
+from soratrain.data.manifest import write_manifest
+from soratrain.data.shards import Shard, ShardWriter
+
+
+@dataclass
+class Report:
+    """What happened to one unit of work, or to all of them."""
+
+    tallies: dict[str, Tally] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def tally(self, step: str, unit: str) -> Tally:
+        """Return the tally of `step`, which counts `unit` (files or clips)."""
+        return self.tallies.setdefault(step, Tally(step, unit))
+
+    def add(self, other: Report) -> None:
+        """Add what happened to another unit."""
+        for step, tally in other.tallies.items():
+            self.tally(step, tally.unit).add(tally)
+        self.failures += other.failures
+        self.seconds += other.seconds
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The finished shards and the totals of what is in them."""
+
+    shards: tuple[Shard, ...]
+    totals: dict[str, Any]
+    histograms: dict[str, dict[str, int]]
+
+
+def unit_done(folder: Path, number: int) -> bool:
+    """Return whether unit `number` is finished; its JSON is written last."""
+    return (folder / f"{number:06d}.json").is_file()
+
+
+def write_unit(folder: Path, number: int, samples: Iterable[Sample], report: Report) -> None:
+    """Write a unit's samples as they come, then its report, which `samples` may still fill while it is read."""
+    with replacing(folder / f"{number:06d}.tar") as temporary, tarfile.open(temporary, "w") as tar:
+        for sample in samples:
+            header = dumps({"row": sample.row(), "record": sample.record, "copied": sample.copied})
+            for name, data in (("head", header.encode()), ("media", sample.media)):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, BytesIO(data))
+    value = {
+        "tallies": [tally.as_dict() for tally in report.tallies.values()],
+        "failures": [asdict(failure) for failure in report.failures],
+        "seconds": report.seconds,
+    }
+    with replacing(folder / f"{number:06d}.json") as temporary:
+        temporary.write_text(dumps(value), encoding="utf-8")
+
+
+def read_report(folder: Path, number: int) -> Report:
+    """Return a finished unit's report."""
+    value = json.loads((folder / f"{number:06d}.json").read_text(encoding="utf-8"))
+    tallies = [Tally.from_dict(row) for row in value["tallies"]]
+    failures = [Failure(**row) for row in value["failures"]]
+    return Report({tally.step: tally for tally in tallies}, failures, value["seconds"])
+
+
+def read_samples(folder: Path, number: int) -> Iterator[tuple[dict[str, Any], dict[str, Any], bytes]]:
+    """Yield (manifest columns, K.json, media bytes) of a finished unit."""
+    with tarfile.open(folder / f"{number:06d}.tar") as tar:
+        while (head := tar.next()) is not None:
+            header = json.loads(_content(tar, head))
+            media = tar.next()
+            assert media is not None, "a unit's members come in pairs"
+            yield header["row"], header["record"], _content(tar, media)
+
+
+def pack(units: Path, numbers: Sequence[int], target: Path, *, max_bytes: int, report: Report) -> Packed:
+    """Pack the units' samples, in order, into shards and a manifest under `target`; count them in `report`.
+
+    A sample whose content was packed before (the same bytes under another name) is dropped and recorded.
+    """
+    tally = report.tally("pack", "clips")
+    rows: list[dict[str, Any]] = []
+    seen: dict[str, str] = {}
+    totals: dict[str, Any] = {"samples": 0, "videos": 0, "images": 0, "frames": 0, "seconds": 0.0, "bytes": 0}
+    histograms: dict[str, dict[str, int]] = {"size": {}, "frames": {}, "fps": {}}
+    with ShardWriter(target, max_bytes=max_bytes) as writer:
+        for number in numbers:
+            for row, record, media in read_samples(units, number):
+                tally.entered += 1
+                uri = record["source"]["uri"]
+                if (first := seen.setdefault(row["key"], uri)) != uri or (rows and rows[-1]["key"] == row["key"]):
+                    tally.dropped["the same content under two names"] += 1
+                    report.failures.append(Failure(uri, "pack", f"has the same content as {first}, which is used"))
+                    continue
+                placed = writer.write(row["key"], {"json": dumps(record).encode(), row["ext"]: media})
+                (json_offset, json_length), (offset, length) = placed.members["json"], placed.members[row["ext"]]
+                rows.append(
+                    row
+                    | {
+                        "shard": placed.shard,
+                        "json_offset": json_offset,
+                        "json_length": json_length,
+                        "media_offset": offset,
+                        "media_length": length,
+                        "crc32": zlib.crc32(media),
+                    }
+                )
+                tally.left += 1
+                count(totals, histograms, rows[-1])
+    write_manifest(target, rows)
+    return Packed(tuple(writer.finished), totals | {"seconds": round(totals["seconds"], 6)}, ordered(histograms))
+
+
+def count(totals: dict[str, Any], histograms: dict[str, dict[str, int]], row: dict[str, Any]) -> None:
+    """Add one manifest row to the totals and histograms of dataset.json."""
+    video = row["kind"] == "video"
+    totals["samples"] += 1
+    totals["videos" if video else "images"] += 1
+    totals["frames"] += row["frames"]
+    totals["bytes"] += row["media_length"]
+    if video:
+        totals["seconds"] += row["frames"] * row["fps_den"] / row["fps_num"]
+    for name, value in (
+        ("size", f"{row['w']}x{row['h']}"),
+        ("frames", str(row["frames"])),
+        ("fps", f"{row['fps_num'] / row['fps_den']:.4g}" if video else "image"),
+    ):
+        histograms[name][value] = histograms[name].get(value, 0) + 1
+
+
+def ordered(histograms: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
+    """Return histograms with their largest counts first."""
+    return {
+        name: dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))) for name, counts in histograms.items()
+    }
+
+
+def clean(units: Path) -> None:
+    """Remove what workers that were stopped left half written."""
+    for path in units.glob(".*.tmp"):
+        os.unlink(path)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read()

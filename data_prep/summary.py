@@ -1,0 +1,37 @@
+"""The table at the end of a run: what came in, what got out, what did not and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.pack import Packed, Report
+
+SHOWN = 12  # reasons listed before the rest is summed
+
+
+def show(console: Console, folder: Path, report: Report, packed: Packed) -> None:
+    """Print the funnel, the totals and the reasons."""
+    table = Table(title=f"data_prep: {folder}", title_justify="left")
+    for name in ("step", "in", "out", "how, and what was dropped"):
+        table.add_column(name, justify="right" if name in ("in", "out") else "left", overflow="fold")
+    for tally in report.tallies.values():
+        notes = [f"{count} {how}" for how, count in sorted(tally.how.items())]
+        notes += [f"dropped {count}: {reason}" for reason, count in tally.dropped.most_common()]
+        table.add_row(tally.step, f"{tally.entered} {tally.unit}", str(tally.left), "\n".join(notes))
+    console.print(table)
+    totals = packed.totals
+    console.print(
+        f"{totals['videos']} clips ({totals['seconds']:.1f} s of video, {report.seconds:.1f} s came in) and "
+        f"{totals['images']} images in {len(packed.shards)} shards, {totals['bytes'] / 1e6:.1f} MB"
+    )
+    reasons = Counter(f"{failure.reason}{f' ({failure.used})' if failure.used else ''}" for failure in report.failures)
+    for reason, count in reasons.most_common(SHOWN):
+        console.print(f"  {count} × {reason}")
+    if len(reasons) > SHOWN:
+        console.print(f"  and {len(reasons) - SHOWN} more reasons")
+    if reasons:
+        console.print(f"  each file and its reason: {folder / 'failures.jsonl'}")
