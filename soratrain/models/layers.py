@@ -1,0 +1,249 @@
+"""Causal video layers with explicit state: `y, state = layer(x, state)`.
+
+A layer given `state=None` stands at the start of a clip; given the state it returned for one chunk, it continues with
+the next, and the outputs joined in time equal those for the whole clip. All of them are local in space and look only
+backwards in time.
+
+Legend: B samples, C channels, T frames, H height, W width; tensors are `[B, C, T, H, W]`. A first chunk has 1 + s·n
+frames and every later one s·n, where s is the time stride of what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from soratrain.errors import ConfigError
+
+State = Any  # None at the start of a clip; then tensors, True where nothing need be kept, or lists of these
+
+
+class CausalConv3d(nn.Module):
+    """Convolution that sees `kernel - 1` earlier frames; before the clip they repeat its first frame.
+
+    Args:
+        in_channels, out_channels: C before and after.
+        kernel: (time, height, width), the last two odd.
+        stride: (time, height, width); 1 + s·n frames become 1 + n.
+    """
+
+    def __init__(
+        self,
+        *,
+        in_channels: int,
+        out_channels: int,
+        kernel: Sequence[int] = (3, 3, 3),
+        stride: Sequence[int] = (1, 1, 1),
+    ) -> None:
+        super().__init__()
+        time, height, width = kernel
+        self.past = time - stride[0]
+        assert self.past >= 0, "a stride longer than its kernel would skip frames"
+        self.lead = time - 1
+        self.conv = nn.Conv3d(
+            in_channels, out_channels, (time, height, width), tuple(stride), (0, height // 2, width // 2)
+        )
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """Return the output and the last input frames, which the next chunk needs."""
+        if self.lead == 0:
+            return self.conv(x), True
+        before = x[:, :, :1].expand(-1, -1, self.lead, -1, -1) if state is None else state
+        x = torch.cat([before, x], dim=2)
+        rest = x[:, :, x.shape[2] - self.past :]
+        return self.conv(x), rest if torch.is_grad_enabled() else rest.clone()
+
+
+class RMSNorm(nn.Module):
+    """Divide each position's channels by their root mean square, in fp32 (Zhang & Sennrich, 2019), and scale them."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        inverse = torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + self.eps)
+        return (wide * inverse * self.scale.float()[:, None, None, None]).to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """Two rounds of norm, SiLU and causal convolution, added to the input; starts as the identity.
+
+    Args:
+        channels: C.
+        kernel: of both convolutions, (time, height, width).
+    """
+
+    def __init__(self, *, channels: int, kernel: Sequence[int] = (3, 3, 3)) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(RMSNorm(channels) for _ in range(2))
+        self.convs = nn.ModuleList(
+            CausalConv3d(in_channels=channels, out_channels=channels, kernel=kernel) for _ in range(2)
+        )
+        last = self.convs[-1].conv
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        y, states = x, []
+        for norm, conv, before in zip(self.norms, self.convs, state or (None, None), strict=True):
+            y, after = conv(F.silu(norm(y)), before)
+            states.append(after)
+        return x + y, states
+
+
+class Down(nn.Module):
+    """Strided causal convolution beside a shortcut that averages (Chen et al., "Deep Compression Autoencoder", 2025).
+
+    The shortcut stacks the pixels (and frames) that fall together as channels and averages groups of them.
+
+    Args:
+        in_channels, out_channels: `in_channels · time · space²` must be a multiple of `out_channels`.
+        time, space: strides, 1 or 2; 1 + 2n frames become 1 + n.
+
+    Raises:
+        ConfigError: the channels do not divide.
+    """
+
+    def __init__(self, *, in_channels: int, out_channels: int, time: int, space: int) -> None:
+        super().__init__()
+        if in_channels * time * space**2 % out_channels:
+            raise ConfigError(
+                f"{in_channels} channels downsampled by {time}·{space}·{space} do not split into {out_channels} equal"
+                f" groups; make the latter a divisor of {in_channels * time * space**2}"
+            )
+        self.time, self.space, self.out_channels = time, space, out_channels
+        self.conv = CausalConv3d(in_channels=in_channels, out_channels=out_channels, stride=(time, space, space))
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        y, after = self.conv(x, state)
+        if self.time > 1 and state is None:
+            x = torch.cat([x[:, :, :1].expand(-1, -1, self.time - 1, -1, -1), x], dim=2)
+        s = self.space
+        x = rearrange(x, "b c (t k) (h p) (w q) -> b (c k p q) t h w", k=self.time, p=s, q=s)
+        return y + x.unflatten(1, (self.out_channels, -1)).mean(dim=2), after
+
+
+class Up(nn.Module):
+    """Causal convolution to more channels, dealt out to space and time, beside a shortcut that repeats the input.
+
+    Latent frame 0 stands for one frame, every later one for `time`: 1 + n frames become 1 + n·time.
+
+    Args:
+        in_channels, out_channels: `out_channels · time · space²` must be a multiple of `in_channels`.
+        time, space: factors, 1 or 2.
+        kernel: of the convolution, (time, height, width).
+
+    Raises:
+        ConfigError: the channels do not divide.
+    """
+
+    def __init__(
+        self, *, in_channels: int, out_channels: int, time: int, space: int, kernel: Sequence[int] = (3, 3, 3)
+    ) -> None:
+        super().__init__()
+        dealt = out_channels * time * space**2
+        if dealt % in_channels:
+            raise ConfigError(
+                f"{in_channels} channels cannot be repeated to fill {out_channels} upsampled by {time}·{space}·{space};"
+                f" make them a divisor of {dealt}"
+            )
+        self.time, self.space, self.repeats = time, space, dealt // in_channels
+        self.conv = CausalConv3d(in_channels=in_channels, out_channels=dealt, kernel=kernel)
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        y, after = self.conv(x, state)
+        y = y + x.repeat_interleave(self.repeats, dim=1)
+        s = self.space
+        y = rearrange(y, "b (c k p q) t h w -> b c (t k) (h p) (w q)", k=self.time, p=s, q=s)
+        return y if state is not None else y[:, :, self.time - 1 :], after
+
+
+class Chain(nn.ModuleList):
+    """Stateful layers one after another; its state is the list of theirs."""
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        states = []
+        for layer, before in zip(self, state or [None] * len(self), strict=True):
+            x, after = layer(x, before)
+            states.append(after)
+        return x, states
+
+
+class Head(nn.Module):
+    """Norm, SiLU and a causal convolution."""
+
+    def __init__(self, *, in_channels: int, out_channels: int, kernel: Sequence[int] = (3, 3, 3)) -> None:
+        super().__init__()
+        self.norm = RMSNorm(in_channels)
+        self.conv = CausalConv3d(in_channels=in_channels, out_channels=out_channels, kernel=kernel)
+
+    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        return self.conv(F.silu(self.norm(x)), state)
+
+
+class Front(nn.Module):
+    """Exact, orthogonal exchange of space and time for channels, and back.
+
+    Args:
+        kind: `none`, `space_to_depth`, or `haar` (the Haar wavelet; a factor of 4 takes two levels of its packet).
+        time, space: factors k and f, powers of two up to 8; pixels `[B, C, 1 + k·n, H, W]` become
+            `[B, C·k·f², 1 + n, H/f, W/f]`, the first frame counting as k equal ones.
+
+    Raises:
+        ConfigError: an unknown kind, or factors that do not go with it.
+    """
+
+    def __init__(self, *, kind: str, time: int, space: int) -> None:
+        super().__init__()
+        if kind not in ("none", "space_to_depth", "haar"):
+            raise ConfigError(f"vae.front={kind!r} is unknown; use none, space_to_depth or haar")
+        if (kind == "none") != (time == space == 1) or not {time, space} <= {1, 2, 4, 8}:
+            raise ConfigError(
+                f"vae.front={kind} does not go with vae.front_strides={[time, space]}; none has [1, 1], the others"
+                " [time, space] of 1, 2, 4 or 8"
+            )
+        self.time, self.space = time, space
+        self.steps = [(time, space)]
+        if kind == "haar":
+            levels = max(time, space).bit_length() - 1
+            self.steps = [(1 + (time >> i > 1), 1 + (space >> i > 1)) for i in range(levels)]
+        for i, (k, f) in enumerate(self.steps):
+            mix = wavelet(k, f) if kind == "haar" else torch.empty(0)
+            self.register_buffer(f"mix{i}", mix, persistent=False)
+
+    def forward(self, x: Tensor, first: bool = True) -> Tensor:
+        """Return `x` with its blocks as channels; `first` says that it begins at the clip's start."""
+        if first and self.time > 1:
+            x = torch.cat([x[:, :, :1].expand(-1, -1, self.time - 1, -1, -1), x], dim=2)
+        for i, (k, f) in enumerate(self.steps):
+            mix = getattr(self, f"mix{i}")
+            x = rearrange(x, "b c (t k) (h p) (w q) -> b c (k p q) t h w", k=k, p=f, q=f)
+            x = torch.einsum("n k, b c k t h w -> b c n t h w", mix.to(x.dtype), x) if mix.numel() else x
+            x = x.flatten(1, 2)
+        return x
+
+    def inverse(self, x: Tensor, first: bool = True) -> Tensor:
+        """Undo `forward`."""
+        for i, (k, f) in reversed(list(enumerate(self.steps))):
+            mix = getattr(self, f"mix{i}")
+            x = x.unflatten(1, (-1, k * f * f))
+            x = torch.einsum("k n, b c k t h w -> b c n t h w", mix.to(x.dtype), x) if mix.numel() else x
+            x = rearrange(x, "b c (k p q) t h w -> b c (t k) (h p) (w q)", k=k, p=f, q=f)
+        return x[:, :, self.time - 1 :] if first else x
+
+
+def wavelet(time: int, space: int) -> Tensor:
+    """Return the orthogonal Haar matrix over blocks of `time` × `space` × `space`, each 1 or 2."""
+    pair = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) / 2**0.5
+    matrix = torch.ones(1, 1)
+    for factor in (time, space, space):
+        matrix = torch.kron(matrix, pair if factor == 2 else torch.ones(1, 1))
+    return matrix

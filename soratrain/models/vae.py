@@ -1,0 +1,203 @@
+"""The causal video autoencoder: 1 + 4k frames become 1 + k latent frames, 8 × 8 pixels one latent position.
+
+Every operation is local and causal and carries its state explicitly (layers.py), so a clip of any length is encoded
+or decoded chunk by chunk with the same numbers as in one piece, and memory does not grow with duration. There is no
+attention and no GroupNorm, whose statistics would depend on where the cuts fall. An image is a video of one frame.
+
+Legend: B samples, C channels, T H W frames, height, width in pixels, t h w the same of the latent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from soratrain.errors import ConfigError
+from soratrain.models.layers import CausalConv3d, Chain, Down, Front, Head, ResidualBlock, State, Up
+
+
+class VAE(nn.Module):
+    """Causal 3D convolutional variational autoencoder.
+
+    Level i works with `channels[i]` channels; between levels i and i+1 time and space shrink by `time_strides[i]` and
+    `space_strides[i]`, after the front has shrunk them by `front_strides`; the products are the VAE's stride.
+
+    Args:
+        latent_channels: C of the latent.
+        channels: width of each level, from pixels to latent.
+        time_strides, space_strides: 1 or 2, one fewer than levels.
+        encoder_blocks, decoder_blocks: residual blocks at each level.
+        time_kernels: kernel length in time of each level's blocks and of the upsampling into it: 1 (each frame alone)
+            or 3.
+        front: `none`, `space_to_depth` or `haar`; `front_strides`: its factors in time and space.
+
+    Attributes:
+        stride: (time, height, width), pixels per latent position.
+        latent_mean, latent_std: `[C]` buffers by which `encode` and `decode` normalise.
+
+    Raises:
+        ConfigError: lists of unequal length, or values that do not go together.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(
+        self,
+        *,
+        latent_channels: int = 16,
+        channels: Sequence[int],
+        time_strides: Sequence[int],
+        space_strides: Sequence[int],
+        encoder_blocks: Sequence[int],
+        decoder_blocks: Sequence[int],
+        time_kernels: Sequence[int],
+        front: str = "space_to_depth",
+        front_strides: Sequence[int] = (1, 2),
+    ) -> None:
+        super().__init__()
+        levels = len(channels)
+        for name, values, length, allowed in (
+            ("time_strides", time_strides, levels - 1, (1, 2)),
+            ("space_strides", space_strides, levels - 1, (1, 2)),
+            ("encoder_blocks", encoder_blocks, levels, range(100)),
+            ("decoder_blocks", decoder_blocks, levels, range(100)),
+            ("time_kernels", time_kernels, levels, (1, 3)),
+        ):
+            if len(values) != length or any(value not in allowed for value in values):
+                raise ConfigError(
+                    f"vae.{name}={list(values)} needs {length} numbers of {list(allowed)[:3]} for {levels} channels"
+                )
+        self.latent_channels = latent_channels
+        time, space = front_strides
+        self.front = Front(kind=front, time=time, space=space)
+        pixel_channels = 3 * time * space**2
+        for time_stride, space_stride in zip(time_strides, space_strides, strict=True):
+            time, space = time * time_stride, space * space_stride
+        self.stride = (time, space, space)
+
+        kernels = [(kernel, 3, 3) for kernel in time_kernels]
+        down: list[nn.Module] = [CausalConv3d(in_channels=pixel_channels, out_channels=channels[0], kernel=kernels[0])]
+        up: list[nn.Module] = [CausalConv3d(in_channels=latent_channels, out_channels=channels[-1])]
+        for i in range(levels):
+            down += [ResidualBlock(channels=channels[i], kernel=kernels[i]) for _ in range(encoder_blocks[i])]
+            if i < levels - 1:
+                factors = {"time": time_strides[i], "space": space_strides[i]}
+                down.append(Down(in_channels=channels[i], out_channels=channels[i + 1], **factors))
+        for i in reversed(range(levels)):
+            up += [ResidualBlock(channels=channels[i], kernel=kernels[i]) for _ in range(decoder_blocks[i])]
+            if i > 0:
+                factors = {"time": time_strides[i - 1], "space": space_strides[i - 1]}
+                up.append(Up(in_channels=channels[i], out_channels=channels[i - 1], kernel=kernels[i - 1], **factors))
+        down.append(Head(in_channels=channels[-1], out_channels=2 * latent_channels))
+        up.append(Head(in_channels=channels[0], out_channels=pixel_channels, kernel=kernels[0]))
+        self.encoder, self.decoder = Chain(down), Chain(up)
+        self.register_buffer("latent_mean", torch.zeros(latent_channels))
+        self.register_buffer("latent_std", torch.ones(latent_channels))
+
+    def check_size(self, frames: int, height: int, width: int) -> None:
+        """Raise ConfigError, naming the nearest sizes, unless a whole clip of this size can be encoded."""
+        time, space, _ = self.stride
+        if frames < 1 or (frames - 1) % time:
+            below = max(frames - 1, 0) // time * time + 1
+            raise ConfigError(f"{frames} frames are not 1 + {time}k; trim to {below} or extend to {below + time}")
+        for name, size in (("height", height), ("width", width)):
+            if size < space or size % space:
+                below = size // space * space
+                near = f"{below} or {below + space}" if below else f"{space}"
+                raise ConfigError(f"{name} {size} is not a multiple of {space}; use {near}")
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log variance `[B, C, t, h, w]`, not normalised, of pixels `[B, 3, T, H, W]` in [-1, 1].
+
+        Raises:
+            ConfigError: a size that does not fit the stride.
+        """
+        self.check_size(*x.shape[2:])
+        mean, logvar = self.encode_chunk(x)[0].chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def encode_chunk(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """Return `[B, 2C, t, h, w]` (mean, then log variance) of a chunk, and the state that the next one needs.
+
+        The first chunk (`state=None`) has 1 + 4n frames, later ones 4n.
+        """
+        return self.encoder(self.front(x, state is None), state)
+
+    def decode_chunk(self, latent: Tensor, state: State = None) -> tuple[Tensor, State]:
+        """Return pixels of a chunk of latents that are not normalised, and the state that the next one needs."""
+        y, after = self.decoder(latent, state)
+        return self.front.inverse(y, state is None), after
+
+    def normalise(self, latent: Tensor) -> Tensor:
+        """Return the latent with each channel's mean taken off and divided by its standard deviation."""
+        shape = (-1, 1, 1, 1)
+        return (latent.float() - self.latent_mean.view(shape)) / self.latent_std.view(shape)
+
+    def denormalise(self, latent: Tensor) -> Tensor:
+        """Undo `normalise`."""
+        shape = (-1, 1, 1, 1)
+        return latent.float() * self.latent_std.view(shape) + self.latent_mean.view(shape)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return the normalised latent `[B, C, t, h, w]`, fp32, of pixels `[B, 3, T, H, W]` in [-1, 1].
+
+        Raises:
+            ConfigError: a size that does not fit the stride.
+        """
+        return self.normalise(self.posterior(x)[0])
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Return pixels `[B, 3, T, H, W]`, about [-1, 1], of a normalised latent `[B, C, t, h, w]`."""
+        return self.decode_chunk(self.denormalise(latent))[0]
+
+    @torch.no_grad()
+    def encode_stream(self, chunks: Iterable[Tensor], frames_per_step: int = 16) -> Iterator[Tensor]:
+        """Yield the normalised latent of one long clip piece by piece, the same numbers as `encode` of the whole.
+
+        Args:
+            chunks: pixels `[B, 3, any, H, W]`, in order, any number of frames each.
+            frames_per_step: frames worked on at once, which bounds memory; rounded up to the time stride.
+
+        Raises:
+            ConfigError: the size does not fit the stride, or the frames in all are not 1 + 4k.
+        """
+        time, seen, state = self.stride[0], 0, None
+        for x in regroup(chunks, first=1, step=-(-frames_per_step // time) * time):
+            self.check_size(1 if seen else x.shape[2], *x.shape[3:])
+            seen += x.shape[2]
+            self.check_size(seen, *x.shape[3:])
+            y, state = self.encode_chunk(x, state)
+            yield self.normalise(y[:, : self.latent_channels])
+
+    @torch.no_grad()
+    def decode_stream(self, chunks: Iterable[Tensor], latents_per_step: int = 4) -> Iterator[Tensor]:
+        """Yield the pixels of one long clip piece by piece, the same numbers as `decode` of the whole.
+
+        Args:
+            chunks: normalised latents `[B, C, any, h, w]`, in order.
+            latents_per_step: latent frames worked on at once, which bounds memory.
+        """
+        state = None
+        for latent in regroup(chunks, first=1, step=latents_per_step):
+            y, state = self.decode_chunk(self.denormalise(latent), state)
+            yield y
+
+
+def regroup(chunks: Iterable[Tensor], *, first: int, step: int) -> Iterator[Tensor]:
+    """Yield the same frames (dim 2) again, `first` of them, then `step` at a time, then what is left."""
+    waiting: list[Tensor] = []
+    count, wanted = 0, first
+    for chunk in chunks:
+        waiting.append(chunk)
+        count += chunk.shape[2]
+        while count >= wanted:
+            joined = torch.cat(waiting, dim=2) if len(waiting) > 1 else waiting[0]
+            yield joined[:, :, :wanted]
+            count -= wanted
+            waiting = [joined[:, :, wanted:]] if count else []
+            wanted = step
+    if count:
+        yield torch.cat(waiting, dim=2)
