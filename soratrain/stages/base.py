@@ -44,8 +44,7 @@ class TrainStage(L.LightningModule):
         self.factories = dict(nets)
         self.optimizer_factory, self.schedule, self.max_steps = optimizer, schedule, max_steps
         self.origins: dict[str, tuple[Path, str]] = {}
-        self.reported: dict[str, Tensor] = {}
-        self.reports = 0
+        self.reported: dict[str, tuple[Tensor, int]] = {}
 
     def start_from(self, name: str, folder: str | Path, stored_as: str = "") -> None:
         """Let net `name` begin with the weights in `folder` (stored there as `stored_as`) when it is built.
@@ -80,20 +79,34 @@ class TrainStage(L.LightningModule):
         """Return what belongs into `weights/`: name → (net, its factory, plain values kept beside it)."""
         return {name: (getattr(self, name), factory, {}) for name, factory in self.factories.items()}
 
+    def finalize(self) -> None:
+        """Do what is left when training is over, with the nets' final (averaged) weights in place, before export."""
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the norm of the whole gradient and report it as it was before."""
+        params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        if gradient_clip_val and params:
+            self.report(grad_norm=torch.nn.utils.clip_grad_norm_(params, gradient_clip_val))
+
     def report(self, **values: Tensor | float) -> None:
         """Hand numbers of this micro-batch to the progress bar, `metrics.csv` and the logger.
 
         `tokens`, `samples` and `frames` are counts, summed over micro-batches and ranks; all else is averaged.
         """
-        self.reports += 1
         for key, value in values.items():
             number = value.detach().double() if isinstance(value, Tensor) else torch.tensor(float(value)).double()
-            self.reported[key] = self.reported[key] + number if key in self.reported else number
+            before, count = self.reported.get(key, (torch.zeros_like(number), 0))
+            self.reported[key] = (before + number, count + 1)
 
     def take_reported(self) -> dict[str, Tensor]:
         """Return this rank's numbers since the last call: counts summed, the rest averaged; then start anew."""
-        taken = {key: value if key in COUNTS else value / max(self.reports, 1) for key, value in self.reported.items()}
-        self.reported, self.reports = {}, 0
+        taken = {key: total if key in COUNTS else total / count for key, (total, count) in self.reported.items()}
+        self.reported = {}
         return taken
 
 

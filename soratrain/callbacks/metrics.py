@@ -1,0 +1,161 @@
+"""What a stage reports, gathered over steps and ranks: the loss, other figures, and how fast it goes.
+
+A row stands for all steps since the last one. Rows go to `metrics.csv`, to the logger and to the progress bar; the
+sums of an unfinished row travel in checkpoints, so that a continued run writes the rows of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from soratrain.callbacks.step import StepCallback
+from soratrain.errors import UserError
+from soratrain.stages.base import COUNTS, TrainStage
+
+NOT_REPEATABLE = ("seconds", "tokens_per_s", "samples_per_s")
+
+
+class DivergedError(UserError):
+    """The loss is no longer a number."""
+
+
+class Metrics(StepCallback):
+    """Writes a row every `every` steps and at the end, and stops a run whose loss is not finite.
+
+    Args:
+        file: the CSV; its columns may grow. On a resumed run, rows of steps that will be done again are dropped.
+        every: steps a row.
+    """
+
+    def __init__(self, file: Path, *, every: int) -> None:
+        super().__init__()
+        self.file, self.every = Path(file), every
+        self.sums: dict[str, Tensor] = {}
+        self.steps = 0
+        self.row: dict[str, float] = {}
+        self.rows: list[dict[str, str]] = []
+        self.began = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.began = time.monotonic()
+        if trainer.is_global_zero:
+            self.rows = [row for row in read_rows(self.file) if float(row["step"]) <= self.step]
+            write_rows(self.file, self.rows)
+
+    def on_step(self, trainer: L.Trainer, stage: TrainStage) -> None:
+        values = stage.take_reported()
+        norm = getattr(trainer.model, "get_global_grad_norm", lambda: None)()  # DeepSpeed clips by itself
+        if norm is not None:
+            values["grad_norm"] = torch.as_tensor(norm, dtype=torch.float64)
+        for key, value in values.items():
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+        self.steps += 1
+        if self.step % self.every == 0:
+            self.finish_row(trainer, stage)
+        elif stage.device.type == "cpu" and trainer.world_size == 1:
+            self.check(float(values.get("loss", torch.zeros(()))))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, TrainStage)
+        if self.steps and self.step >= pl_module.max_steps:
+            self.finish_row(trainer, pl_module)
+
+    def finish_row(self, trainer: L.Trainer, stage: TrainStage) -> None:
+        """Reduce the sums over ranks and write them as a row.
+
+        Raises:
+            DivergedError: on every rank, when the loss of any is not finite.
+        """
+        means, seconds = self.reduced(stage.device), time.monotonic() - self.began
+        self.check(means.get("loss", 0.0))
+        row: dict[str, float] = {"step": self.step}
+        row |= {key: value for key, value in means.items() if key not in COUNTS}
+        row["lr"] = stage.optimizer_factory.lr * stage.schedule(self.step - 1, stage.max_steps)
+        for key in COUNTS:
+            if key in means:
+                row[key] = means[key] * self.steps
+        row["seconds"] = seconds / self.steps
+        row |= {f"{key}_per_s": row[key] / max(seconds, 1e-9) for key in ("tokens", "samples") if key in row}
+        self.row, self.sums, self.steps, self.began = row, {}, 0, time.monotonic()
+        for logger in trainer.loggers:
+            logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=self.step)
+        if trainer.is_global_zero:
+            self.rows.append({key: shown(value) for key, value in row.items()})
+            append_row(self.file, self.rows)
+
+    def reduced(self, device: torch.device) -> dict[str, float]:
+        """Return the means over steps of this row so far: counts summed over ranks, the rest averaged."""
+        keys = sorted(self.sums)
+        if not keys:
+            return {}
+        values = torch.stack([self.sums[key].to(device="cpu" if device.type == "cpu" else device) for key in keys])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.all_reduce(values)
+            ranks = dist.get_world_size()
+            values = values / torch.tensor([1 if key in COUNTS else ranks for key in keys], device=values.device)
+        return dict(zip(keys, (values / max(self.steps, 1)).tolist(), strict=True))
+
+    def check(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise DivergedError(
+                f"the loss is {loss} at step {self.step}; the last checkpoint stands: lower optimizer.lr, or set"
+                " trainer.precision=32-true"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        means = self.reduced(next(iter(self.sums.values())).device) if self.sums else {}
+        return {"means": means, "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.steps = state_dict["steps"]
+        self.sums = {
+            key: torch.tensor(mean * self.steps / (ranks if key in COUNTS else 1), dtype=torch.float64)
+            for key, mean in state_dict["means"].items()
+        }
+
+
+def shown(value: float) -> str:
+    """Return a number for the CSV: whole ones as such, others with nine digits, enough to tell any two fp32 apart."""
+    return str(int(value)) if float(value).is_integer() and abs(value) < 1e15 else f"{value:.9g}"
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV, none if there is no file."""
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as stream:
+        return [row for row in csv.DictReader(stream) if row.get("step")]
+
+
+def columns(rows: list[dict[str, str]]) -> list[str]:
+    """Return the columns of `rows` in order of appearance."""
+    return list(dict.fromkeys(key for row in rows for key in row)) or ["step"]
+
+
+def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
+    """Write `rows` as a CSV."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, columns(rows))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def append_row(file: Path, rows: list[dict[str, str]]) -> None:
+    """Add the last of `rows` to the CSV; where it brings a new column, the file is written again."""
+    if len(rows) < 2 or columns(rows[:-1]) != columns(rows):
+        write_rows(file, rows)
+        return
+    with file.open("a", newline="", encoding="utf-8") as stream:
+        csv.DictWriter(stream, columns(rows)).writerow(rows[-1])

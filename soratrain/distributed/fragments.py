@@ -1,0 +1,116 @@
+"""Which numbers of which parameter this process holds for its optimizer: the border between ZeRO and everything else.
+
+A single process and DDP hold every parameter whole, ZeRO holds slices of their flattened forms. Checkpoints, weight
+averages and exports are written in terms of fragments alone, so they work alike under every strategy and a checkpoint
+of one fits any other and any number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from soratrain.optim import shape_of
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """Numbers `start` to `start + numel` of the flattened parameter `name`.
+
+    Attributes:
+        name: the parameter's name in the stage.
+        shape: of the whole parameter.
+        start, numel: which of its numbers these are.
+        holder: the tensor that the optimizer updates, in which they lie.
+        offset: where they lie in the flattened holder.
+        trained: whether the optimizer updates them.
+        replicated: whether every rank holds the same fragment.
+    """
+
+    name: str
+    shape: torch.Size
+    start: int
+    numel: int
+    holder: Tensor
+    offset: int = 0
+    trained: bool = True
+    replicated: bool = True
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is the entire parameter."""
+        return self.numel == self.shape.numel()
+
+    def read(self, tensor: Tensor | None = None) -> Tensor:
+        """Return these numbers, flat, of the holder or of a `tensor` shaped like it (an optimizer's state)."""
+        source = (self.holder if tensor is None else tensor).detach()
+        return source.flatten()[self.offset : self.offset + self.numel]
+
+    def write(self, values: Tensor, tensor: Tensor | None = None) -> None:
+        """Set these numbers, in the holder or in a `tensor` shaped like it, from flat `values`."""
+        target = (self.holder if tensor is None else tensor).detach()
+        if target.numel() == self.numel:
+            target.copy_(values.view(target.shape))
+        else:
+            target.view(-1)[self.offset : self.offset + self.numel].copy_(values)
+
+
+def whole_fragments(named: Iterable[tuple[str, Tensor]]) -> list[Fragment]:
+    """Return the fragments of parameters that every rank holds whole."""
+    return [
+        Fragment(name, param.shape, 0, param.numel(), param, trained=param.requires_grad)
+        for name, param in named
+        if not hasattr(param, "ds_id")
+    ]
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers that belong to the module's state."""
+    kept = module.state_dict().keys()
+    return {name: buffer for name, buffer in module.named_buffers() if name in kept}
+
+
+def optimizer_states(optimizer: Optimizer, fragments: Iterable[Fragment]) -> Iterator[tuple[str, Fragment, Tensor]]:
+    """Yield `(key, fragment, state)` for every state of the optimizer; scalars of a parameter come as they are."""
+    for fragment in fragments:
+        for key, value in optimizer.state.get(fragment.holder, {}).items():
+            if isinstance(value, Tensor):
+                yield key, fragment, value
+
+
+def assemble(fragments: Sequence[Fragment], values: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield `(name, whole tensor on the CPU)` of every parameter, one at a time; collective where ranks hold slices.
+
+    Args:
+        fragments: this rank's.
+        values: flat values of each.
+    """
+    mine: dict[str, list[tuple[Fragment, Tensor]]] = {}
+    for fragment, value in zip(fragments, values, strict=True):
+        mine.setdefault(fragment.name, []).append((fragment, value))
+    sliced: dict[str, torch.Size] = {}
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        everywhere: list[dict[str, torch.Size] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, {part.name: part.shape for part in fragments if not part.replicated})
+        sliced = {name: shape for known in everywhere for name, shape in (known or {}).items()}
+    device = values[0].device if values else torch.device("cpu")
+    for name, parts in mine.items():
+        if name not in sliced:
+            yield name, parts[0][1].reshape(parts[0][0].shape).to("cpu", copy=True)
+    for name, shape in sorted(sliced.items()):
+        flat = torch.zeros(shape.numel(), device=device)
+        for fragment, value in mine.get(name, []):
+            flat[fragment.start : fragment.start + fragment.numel] = value
+        dist.all_reduce(flat)
+        yield name, flat.view(shape).cpu()
+
+
+def shapes_of(module: nn.Module) -> dict[str, list[int]]:
+    """Return the whole shape of every parameter and persistent buffer."""
+    named: Mapping[str, Tensor] = {**dict(module.named_parameters()), **persistent_buffers(module)}
+    return {name: list(shape_of(tensor)) for name, tensor in named.items()}

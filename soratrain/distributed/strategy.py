@@ -1,0 +1,217 @@
+"""How one training run spreads over processes, and how each strategy saves and restores what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+
+from soratrain.distributed.checkpoint import CheckpointReader, gather, save_checkpoint
+from soratrain.distributed.fragments import (
+    Fragment,
+    optimizer_states,
+    persistent_buffers,
+    shapes_of,
+    whole_fragments,
+)
+from soratrain.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import Strategy as LightningStrategy
+
+NAMES = ("single", "ddp", "zero1", "zero2", "zero3")
+NOT_SAVED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "epoch")  # fragments and `step` replace them
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyOptions:
+    """Which strategy, and its few settings.
+
+    Attributes:
+        name: `single`; `ddp`; or `zero1`, `zero2`, `zero3`: optimizer states, also gradients, also parameters sharded.
+        bucket: numbers reduced or gathered in one message (ZeRO).
+        timeout_minutes: how long a rank waits for another before the run ends.
+
+    Raises:
+        ConfigError: an unknown name, or a value out of range.
+    """
+
+    name: str = "single"
+    bucket: int = 50_000_000
+    timeout_minutes: float = 30
+
+    def __post_init__(self) -> None:
+        if self.name not in NAMES:
+            raise ConfigError(f"strategy.name={self.name!r} is unknown; use one of {', '.join(NAMES)}")
+        if self.bucket < 1 or self.timeout_minutes <= 0:
+            raise ConfigError(
+                f"strategy.bucket={self.bucket}, timeout_minutes={self.timeout_minutes}: must be positive"
+            )
+
+    @property
+    def zero(self) -> int:
+        """The ZeRO stage, 0 for none."""
+        return int(self.name[4:]) if self.name.startswith("zero") else 0
+
+
+class Restorable:
+    """A Lightning strategy that saves to and restores from our own checkpoints (`checkpoint.py`).
+
+    What is restored: every parameter and persistent buffer, the optimizer's states, the weight averages, the step, the
+    learning rate that the schedule gives at that step, and the states of callbacks and of the datamodule. What is left
+    of the run is a fresh epoch to Lightning, whose own counters of batches are of no use when ranks change.
+    """
+
+    lightning_module: Any
+    optimizers: list[Any]
+    averages: list[Tensor] | None = None  # flat averages of the trained fragments, in their order
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True  # fragments exist once the strategy has set up its optimizer
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return {}
+
+    def fragments(self) -> list[Fragment]:
+        """Return what this rank holds of every parameter."""
+        return whole_fragments(self.lightning_module.named_parameters())
+
+    def base_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimizer whose state is keyed by the fragments' holders."""
+        return self.optimizers[0]
+
+    def publish(self) -> None:
+        """Let the modules compute with what has been written to the fragments."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint folder; every rank calls it."""
+        first = self.lightning_module.global_rank == 0
+        tensors: dict[str, Tensor] = {}
+        starts: dict[str, int] = {}
+        scalars: dict[str, dict[str, float]] = {}
+
+        def keep(key: str, fragment: Fragment, value: Tensor) -> None:
+            if first or not fragment.replicated:
+                tensors[key], starts[key] = value, fragment.start
+
+        fragments = self.fragments()
+        for fragment in fragments:
+            keep(f"weight/{fragment.name}", fragment, fragment.read())
+        for key, fragment, value in optimizer_states(self.base_optimizer(), fragments):
+            if value.numel() == fragment.holder.numel() and value.dim():
+                keep(f"{key}/{fragment.name}", fragment, fragment.read(value))
+            else:
+                scalars.setdefault(key, {})[fragment.name] = float(value)
+        trained = [fragment for fragment in fragments if fragment.trained]
+        for fragment, average in zip(trained, self.averages or [], strict=False):
+            keep(f"average/{fragment.name}", fragment, average)
+        if first:
+            for name, buffer in persistent_buffers(self.lightning_module).items():
+                tensors[f"buffer/{name}"], starts[f"buffer/{name}"] = buffer.flatten(), 0
+        for known in gather(scalars):
+            for key, values in known.items():
+                scalars.setdefault(key, {}).update(values)
+        state = {key: value for key, value in checkpoint.items() if key not in NOT_SAVED}
+        state |= {"shapes": shapes_of(self.lightning_module), "scalars": scalars}
+        save_checkpoint(Path(filepath), tensors, starts, state)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Open a checkpoint folder; `load_model_state_dict` reads it."""
+        reader = CheckpointReader(Path(checkpoint_path))
+        return {**reader.state, "pytorch-lightning_version": L.__version__, "lr_schedulers": [], "reader": reader}
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Restore parameters, buffers, optimizer, averages, step and learning rate.
+
+        Raises:
+            DataError: the checkpoint is of another model.
+        """
+        reader: CheckpointReader = checkpoint["reader"]
+        ours, theirs = shapes_of(self.lightning_module), checkpoint["shapes"]
+        wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        if wrong:
+            name = wrong[0]
+            raise DataError(
+                f"checkpoint {reader.folder} is of another model: {name} is {theirs.get(name)} there and"
+                f" {ours.get(name)} here ({len(wrong)} such); use its config, or fresh=true"
+            )
+        fragments = self.fragments()
+        trained = [fragment for fragment in fragments if fragment.trained]
+        for fragment in fragments:
+            fragment.write(reader.read(f"weight/{fragment.name}", fragment.start, fragment.numel))
+        for fragment, average in zip(trained, self.averages or [], strict=False):
+            average.copy_(reader.read(f"average/{fragment.name}", fragment.start, fragment.numel))
+        for name, buffer in persistent_buffers(self.lightning_module).items():
+            buffer.copy_(reader.read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
+        self.restore_optimizer(reader, trained)
+        self.publish()
+        self.restore_step(int(checkpoint["global_step"]))
+
+    def restore_optimizer(self, reader: CheckpointReader, trained: list[Fragment]) -> None:
+        """Fill the optimizer's states from the checkpoint."""
+        states = self.base_optimizer().state
+        keys = {key.split("/", 1)[0] for key in reader.pieces} - {"weight", "average", "buffer"}
+        for fragment in trained:
+            for key in sorted(keys):
+                if f"{key}/{fragment.name}" in reader:
+                    state = states[fragment.holder].setdefault(key, torch.zeros_like(fragment.holder))
+                    fragment.write(reader.read(f"{key}/{fragment.name}", fragment.start, fragment.numel), state)
+            for key, values in reader.state["scalars"].items():
+                if fragment.name in values:
+                    states[fragment.holder][key] = torch.tensor(values[fragment.name], device=fragment.holder.device)
+
+    def restore_step(self, step: int) -> None:
+        """Set Lightning's step counters and the learning rate that belongs to `step`."""
+        trainer = self.lightning_module.trainer
+        loop = trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = step
+        for progress in (
+            loop.automatic_optimization.optim_progress.optimizer.step,
+            loop.manual_optimization.optim_step_progress,
+        ):
+            progress.total.ready = progress.total.completed = step
+        for config in trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            scheduler.last_epoch, scheduler._step_count = step, step + 1
+            rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+            for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+            scheduler._last_lr = rates
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Nothing is left to do after `load_model_state_dict`."""
+
+
+class Single(Restorable, SingleDeviceStrategy):
+    """One process on one device."""
+
+
+class Replicated(Restorable, DDPStrategy):
+    """Every rank holds everything; gradients are averaged."""
+
+
+def build_strategy(options: StrategyOptions, *, device_type: str, precision: str) -> LightningStrategy:
+    """Return the Lightning strategy for `options` on `device_type` (`cpu` or `cuda`)."""
+    timeout = timedelta(minutes=options.timeout_minutes)
+    if options.zero:
+        from soratrain.distributed.zero import build_zero
+
+        return build_zero(options, device_type=device_type, precision=precision, timeout=timeout)
+    if options.name == "ddp":
+        return Replicated(timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return Single(device=torch.device("cuda", 0) if device_type == "cuda" else torch.device("cpu"))

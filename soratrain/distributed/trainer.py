@@ -1,0 +1,190 @@
+"""From plain values to a Lightning trainer with everything that a run needs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+
+from soratrain.callbacks.checkpoint import Checkpoint, GracefulStop
+from soratrain.callbacks.ema import EMA
+from soratrain.callbacks.export import Export
+from soratrain.callbacks.metrics import Metrics
+from soratrain.callbacks.progress import Progress
+from soratrain.distributed.checkpoint import latest_checkpoint
+from soratrain.distributed.strategy import StrategyOptions, build_strategy
+from soratrain.errors import ConfigError
+from soratrain.stages.base import TrainStage
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+# Warnings of Lightning and DeepSpeed that a user of this package can do nothing about.
+NOISE = (
+    ".*does not have many workers.*",
+    ".*is smaller than the logging interval.*",
+    ".*resuming from a checkpoint that ended.*",
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    ".*lr_scheduler.step\\(\\).*before.*optimizer.step\\(\\).*",
+    ".*Trying to infer the `batch_size`.*",
+    ".*You have overridden the `LightningModule.*",
+    ".*is in eval mode.*",
+    ".*module\\(s\\) in eval mode.*",
+    ".*No device id is provided via.*",
+    ".*`IterableDataset` has `__len__` defined.*",
+)
+
+
+def quieten() -> None:
+    """Keep what libraries say to themselves out of the log."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", "torch.distributed", "DeepSpeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+
+
+def resolve_device(accelerator: str) -> str:
+    """Return `cpu` or `cuda` for `auto`, `cpu`, `cuda` or `gpu`.
+
+    Raises:
+        ConfigError: an unknown one, or no CUDA device is here.
+    """
+    if accelerator not in ("auto", "cpu", "cuda", "gpu"):
+        raise ConfigError(f"trainer.accelerator={accelerator!r} is unknown; use auto, cpu or cuda")
+    if accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator != "cpu" and not torch.cuda.is_available():
+        raise ConfigError(f"trainer.accelerator={accelerator}: there is no CUDA device here; use auto or cpu")
+    return "cpu" if accelerator == "cpu" else "cuda"
+
+
+def resolve_devices(devices: int | str, options: StrategyOptions, device_type: str) -> int:
+    """Return how many processes run on this node: for `auto` every GPU, or one on CPUs.
+
+    Raises:
+        ConfigError: more than there are, or more than one under `single`.
+    """
+    there = torch.cuda.device_count() if device_type == "cuda" else (os.cpu_count() or 1)
+    if devices == "auto":
+        return there if device_type == "cuda" and options.name != "single" else 1
+    if not isinstance(devices, int) or not 1 <= devices <= there:
+        raise ConfigError(f"trainer.devices={devices}: use auto or a number from 1 to {there}, what this node has")
+    if options.name == "single" and devices > 1:
+        raise ConfigError(f"trainer.devices={devices} with strategy=single: use strategy=ddp, zero2 or zero3")
+    return devices
+
+
+def build_trainer(
+    *,
+    out: str | Path,
+    max_steps: int,
+    strategy: StrategyOptions | None = None,
+    accelerator: str = "auto",
+    devices: int | str = "auto",
+    num_nodes: int = 1,
+    precision: str = "32-true",
+    accumulate: int = 1,
+    clip: float = 0.0,
+    ema: float = 0.0,
+    log_every: int = 10,
+    checkpoint_every: int = 500,
+    keep: int = 2,
+    title: str = "training",
+    logger: Callable[..., list[Logger]] | None = None,
+    callbacks: Sequence[L.Callback] = (),
+) -> L.Trainer:
+    """Return a trainer that writes `metrics.csv`, `checkpoints/` and, at the last step, `weights/` into `out`.
+
+    Args:
+        out: the stage's output folder.
+        max_steps: optimizer steps in the whole run.
+        strategy: how it spreads over processes; one process by default.
+        accelerator: `auto`, `cpu` or `cuda`.
+        devices: processes on each node; `auto` is every GPU, or one process on CPUs.
+        num_nodes: nodes.
+        precision: `32-true`, `bf16-mixed` or `16-mixed`.
+        accumulate: micro-batches of a rank in an optimizer step.
+        clip: largest gradient norm, 0 for none.
+        ema: decay of the weight average, 0 for none.
+        log_every: steps a row of metrics.
+        checkpoint_every: steps between checkpoints, 0 for the last step only.
+        keep: checkpoints that stay.
+        title: what the progress bar calls it.
+        logger: called with `out`, returns further loggers.
+        callbacks: further ones, called after the built-in ones but before checkpoints.
+
+    Raises:
+        ConfigError: a value, or a combination of values, that cannot work here.
+    """
+    quieten()
+    options, out = strategy or StrategyOptions(), Path(out)
+    if precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+    if max_steps < 1 or accumulate < 1 or log_every < 1 or num_nodes < 1:
+        raise ConfigError(
+            f"trainer.max_steps={max_steps}, accumulate={accumulate}, log_every={log_every} and num_nodes={num_nodes}"
+            " must be at least 1"
+        )
+    if options.name == "single" and num_nodes > 1:
+        raise ConfigError(f"trainer.num_nodes={num_nodes} with strategy=single: use strategy=ddp, zero2 or zero3")
+    device_type = resolve_device(accelerator)
+    if precision == "16-mixed" and device_type == "cpu":
+        raise ConfigError("trainer.precision=16-mixed needs a GPU; use 32-true or bf16-mixed")
+    metrics = Metrics(out / "metrics.csv", every=log_every)
+    average = EMA(ema) if ema else None
+    checkpoint = Checkpoint(out / "checkpoints", every=checkpoint_every, keep=keep)
+    chosen = build_strategy(options, device_type=device_type, precision=precision)
+    return L.Trainer(
+        accelerator=device_type,
+        devices=resolve_devices(devices, options, device_type),
+        num_nodes=num_nodes,
+        strategy=chosen,
+        precision=None if options.zero else precision,  # type: ignore[arg-type]
+        max_steps=max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip or None,
+        logger=(logger(out=out) if logger else []) or False,
+        callbacks=[
+            *([average] if average else []),
+            metrics,
+            Progress(metrics, title=title),
+            *callbacks,
+            Export(out / "weights", average),
+            checkpoint,
+            GracefulStop(checkpoint),
+        ],
+        default_root_dir=str(out),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        log_every_n_steps=log_every,
+    )
+
+
+class StoppedError(KeyboardInterrupt):
+    """The run was told to stop, has saved a checkpoint, and goes on with the same command."""
+
+
+def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> dict[str, float]:
+    """Train from the newest whole checkpoint, if any, to the last step; return the last row of metrics.
+
+    Raises:
+        StoppedError: a signal came; a checkpoint is saved.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    checkpoint = next(item for item in callbacks if isinstance(item, Checkpoint))
+    stop = next(item for item in callbacks if isinstance(item, GracefulStop))
+    metrics = next(item for item in callbacks if isinstance(item, Metrics))
+    start = latest_checkpoint(checkpoint.folder)
+    trainer.fit(stage, datamodule=data, ckpt_path=None if start is None else str(start), weights_only=True)
+    if stop.received and trainer.global_step < stage.max_steps:
+        raise StoppedError(f"stopped at step {trainer.global_step} of {stage.max_steps}; the same command goes on")
+    return dict(metrics.row)

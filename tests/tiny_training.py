@@ -1,0 +1,171 @@
+"""A stage and data small enough to train in a blink, for tests of the training engine.
+
+Run as a script it trains in as many processes as it is told: `python tiny_training.py '{"out": …, "strategy": …}'`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from soratrain.callbacks.export import whole_state
+from soratrain.distributed.strategy import StrategyOptions
+from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.optim import OptimizerFactory, Schedule
+from soratrain.stages.base import TrainStage
+
+SIZE, BATCH = 6, 4
+
+
+class Net(nn.Module):
+    """Matrices, a convolution, vectors and a buffer."""
+
+    def __init__(self, *, width: int = 10) -> None:
+        super().__init__()
+        self.enter = nn.Linear(SIZE, width)
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv1d(1, 2, 3, padding=1)
+        self.leave = nn.Linear(2 * width, SIZE)
+        self.register_buffer("scale", torch.ones(SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv(self.norm(self.enter(x)).unsqueeze(1)).flatten(1)
+        return self.leave(torch.tanh(hidden)) * self.scale
+
+
+class SGDFactory(OptimizerFactory):
+    """Plain gradient descent, which shows any factor that AdamW would hide."""
+
+    def _build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=self.lr)
+
+
+class Stage(TrainStage):
+    """Learns to reverse its input; `poison` is a step whose loss is NaN, `interrupt` one that signals this process."""
+
+    def __init__(self, *, poison: int = -1, interrupt: int = -1, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.poison, self.interrupt = poison, interrupt
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.global_step == self.interrupt and self.global_rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        loss = (self.net(batch) - batch.flip(1)).square().mean()
+        if self.global_step == self.poison:
+            loss = loss * float("nan")
+        self.report(loss=loss, tokens=batch.numel(), samples=len(batch))
+        return loss
+
+
+class Micro(IterableDataset):
+    """Micro-batches `first` to `last` of an endless sequence; rank r of R gets every R-th."""
+
+    def __init__(self, first: int, last: int, rank: int, ranks: int) -> None:
+        self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in range(self.first + self.rank, self.last, self.ranks):
+            yield torch.randn(BATCH, SIZE, generator=torch.Generator().manual_seed(index))
+
+    def __len__(self) -> int:
+        return (self.last - self.first) // self.ranks
+
+
+class Data(L.LightningDataModule):
+    """Counts the micro-batches that the optimizer has used, over all ranks."""
+
+    def __init__(self, *, per_step: int, max_steps: int) -> None:
+        super().__init__()
+        self.per_step, self.max_steps, self.consumed = per_step, max_steps, 0
+
+    def train_dataloader(self) -> DataLoader:
+        ranks = self.trainer.world_size
+        return DataLoader(
+            Micro(self.consumed, self.per_step * self.max_steps, self.trainer.global_rank, ranks), batch_size=None
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"consumed": self.trainer.global_step * self.per_step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.consumed = state["consumed"]
+
+
+def train(
+    out: str | Path,
+    *,
+    strategy: str = "single",
+    ranks: int = 1,
+    per_step: int = 4,
+    max_steps: int = 5,
+    optimizer: str = "adamw",
+    lr: float = 0.01,
+    clip: float = 0.0,
+    ema: float = 0.0,
+    log_every: int = 1,
+    checkpoint_every: int = 2,
+    keep: int = 2,
+    precision: str = "32-true",
+    stop_at: int = 0,
+    weight_decay: float = 0.01,
+    **stage: Any,
+) -> tuple[L.Trainer, Stage, dict[str, float]]:
+    """Train the tiny stage; return trainer, stage and last metrics. `stop_at` ends early, as a kill would."""
+    L.seed_everything(1, verbose=False)
+    factory = (
+        SGDFactory(lr=lr, weight_decay=0.0, clip=clip)
+        if optimizer == "sgd"
+        else OptimizerFactory(name=optimizer, lr=lr, clip=clip, weight_decay=weight_decay)
+    )
+    module = Stage(
+        nets={"net": partial(Net, width=10)},
+        optimizer=factory,
+        schedule=Schedule(name="cosine", warmup_steps=2),
+        max_steps=max_steps,
+        **stage,
+    )
+    trainer = build_trainer(
+        out=out,
+        max_steps=stop_at or max_steps,
+        strategy=StrategyOptions(name=strategy),
+        accelerator="cpu",
+        devices=ranks,
+        accumulate=per_step // ranks,
+        clip=clip,
+        ema=ema,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+        keep=keep,
+        precision=precision,
+        callbacks=[Spy(Path(out) / "whole.pt")],
+    )
+    data = Data(per_step=per_step, max_steps=max_steps)
+    return trainer, module, fit(trainer, module, data)
+
+
+class Spy(L.Callback):
+    """Keeps the whole weights at the end of training."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        state = whole_state(trainer)
+        if trainer.is_global_zero:
+            torch.save(state, self.file)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(**json.loads(sys.argv[1]))
