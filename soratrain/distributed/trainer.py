@@ -35,6 +35,8 @@ NOISE = (
     ".*is in eval mode.*",
     ".*module\\(s\\) in eval mode.*",
     ".*No device id is provided via.*",
+    ".*`broadcast_buffers` is deprecated.*",
+    ".*`torch.distributed.\\w+` is deprecated.*",
     ".*`IterableDataset` has `__len__` defined.*",
 )
 

@@ -11,6 +11,7 @@ What differs from Lightning's own strategy:
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 from contextlib import nullcontext
@@ -68,6 +69,8 @@ class Sharded(Restorable, DeepSpeedStrategy):
         if not self.on_cpu:
             super().setup_distributed()
             return
+        backend = importlib.import_module("deepspeed.comm.torch")
+        backend.build_shm_op = lambda: None  # type: ignore[attr-defined]  # its messages through shared memory want minutes of a C++ compiler
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()

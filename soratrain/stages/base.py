@@ -90,8 +90,10 @@ class TrainStage(L.LightningModule):
     ) -> None:
         """Clip the norm of the whole gradient and report it as it was before."""
         params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
-        if gradient_clip_val and params:
-            self.report(grad_norm=torch.nn.utils.clip_grad_norm_(params, gradient_clip_val))
+        norm = torch.nn.utils.get_total_norm([param.grad for param in params])
+        if gradient_clip_val:
+            torch.nn.utils.clip_grads_with_norm_(params, gradient_clip_val, norm)
+        self.report(grad_norm=norm)
 
     def report(self, **values: Tensor | float) -> None:
         """Hand numbers of this micro-batch to the progress bar, `metrics.csv` and the logger.

@@ -1,0 +1,75 @@
+"""Runs a function in several processes that talk over gloo, as a launcher would start them.
+
+The processes are forked from a server that has the heavy libraries loaded, so that each run takes about a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing import forkserver
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def start_server() -> None:
+    """Start the server that the processes are forked from; it finds modules where this process does."""
+    before = {key: os.environ.get(key) for key in ("PYTHONPATH", "DS_ACCELERATOR")}
+    os.environ.update(PYTHONPATH=os.pathsep.join(sys.path), DS_ACCELERATOR="cpu")
+    CONTEXT.set_forkserver_preload(["tiny_training", "soratrain.distributed.zero", "deepspeed"])
+    forkserver.ensure_running()
+    for key, value in before.items():
+        os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def one_rank(rank: int, count: int, port: int, pipe: Any, function: Callable[..., Any], kwargs: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    if count > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    try:
+        pipe.send((True, function(**kwargs)))
+    except BaseException as error:  # whatever it is, the test must hear of it
+        pipe.send((False, f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"))
+
+
+def run_ranks(function: Callable[..., Any], count: int, timeout: float = 120, **kwargs: Any) -> list[Any]:
+    """Return what `function(**kwargs)` returns on each of `count` ranks; raise what one of them raised."""
+    start_server()
+    port, processes, pipes = free_port(), [], []
+    for rank in range(count):
+        here, there = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=one_rank, args=(rank, count, port, there, function, kwargs))
+        process.start()
+        there.close()
+        processes.append(process)
+        pipes.append(here)
+    try:
+        answers = []
+        for rank, pipe in enumerate(pipes):
+            if not pipe.poll(timeout):
+                raise TimeoutError(f"rank {rank} said nothing for {timeout} s")
+            try:
+                answers.append(pipe.recv())
+            except EOFError:
+                answers.append((False, f"rank {rank} died with exit code {processes[rank].exitcode}"))
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    failures = [value for ok, value in answers if not ok]
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    return [value for _, value in answers]

@@ -1,0 +1,59 @@
+"""Every strategy trains the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+from tiny_training import train
+
+PARALLEL = ("ddp", "zero1", "zero2", "zero3")
+
+
+def outcome(out: str, **settings: Any) -> dict[str, float]:
+    """Train and return what must not depend on the strategy: the figures of every step."""
+    train(out, **settings)
+    return {}
+
+
+def steps(out: Path) -> list[dict[str, float]]:
+    """Return the figures of every step, less those that time decides."""
+    from soratrain.callbacks.metrics import NOT_REPEATABLE, read_rows
+
+    rows = read_rows(out / "metrics.csv")
+    return [{key: float(value) for key, value in row.items() if key not in NOT_REPEATABLE} for row in rows]
+
+
+def same_training(left: Path, right: Path) -> None:
+    """Compare losses, gradient norms and final weights to fp32 rounding."""
+    first, second = steps(left), steps(right)
+    assert len(first) == len(second) > 0
+    for one, other in zip(first, second, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    ours, theirs = torch.load(left / "whole.pt", weights_only=True), torch.load(right / "whole.pt", weights_only=True)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", PARALLEL)
+def test_one_accumulated_sgd_step_equals_the_single_process_one(strategy: str, tmp_path: Path) -> None:
+    settings = {"per_step": 8, "max_steps": 1, "optimizer": "sgd", "lr": 0.5}
+    run_ranks(outcome, 1, out=str(tmp_path / "one"), **settings)
+    run_ranks(outcome, 2, out=str(tmp_path / "two"), strategy=strategy, ranks=2, **settings)
+    same_training(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("strategy", PARALLEL)
+def test_clipped_training_and_its_average_equal_the_single_process_ones(strategy: str, tmp_path: Path) -> None:
+    settings = {"per_step": 4, "max_steps": 5, "clip": 0.3, "ema": 0.9}
+    run_ranks(outcome, 1, out=str(tmp_path / "one"), **settings)
+    run_ranks(outcome, 2, out=str(tmp_path / "two"), strategy=strategy, ranks=2, **settings)
+    same_training(tmp_path / "one", tmp_path / "two")
+    exported = [load_file(tmp_path / run / "weights" / "net.safetensors") for run in ("one", "two")]
+    for name, value in exported[0].items():
+        torch.testing.assert_close(value, exported[1][name], rtol=1e-4, atol=1e-5)
