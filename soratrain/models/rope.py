@@ -1,4 +1,4 @@
-"""Rotary position embedding on float coordinates, in any number of axes (Su et al., 2021; 3D split as Wan).
+"""Rotary position embedding on float coordinates, in any number of axes (Su et al., 2021; 3D split as Wan, 2025).
 
 Legend: N tokens, A axes, H heads, K head dim. Angles are fp32 whatever the tokens' dtype.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-THETA = 10_000.0  # longest wavelength's base, Su et al., 2021
+THETA = 10_000.0  # sets the longest wavelength (Su et al., 2021)
 
 
 def split_axes(head_dim: int) -> tuple[int, int, int]:
@@ -25,8 +25,8 @@ def split_axes(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * side, side, side
 
 
-def rotations(coords_NA: Tensor, channels: Sequence[int], theta: float = THETA) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines `[N, 1, K/2]`, fp32, of the angles that each coordinate turns its channels by.
+def rotations(coords_NA: Tensor, channels: Sequence[int], theta: float = THETA) -> Tensor:
+    """Return the unit complex numbers `[N, 1, K/2]` that each pair of channels is multiplied by.
 
     The fastest pair of an axis turns by 1 rad per unit of its coordinate.
 
@@ -39,11 +39,10 @@ def rotations(coords_NA: Tensor, channels: Sequence[int], theta: float = THETA) 
         steps = torch.arange(0, count, 2, device=coords_NA.device, dtype=torch.float32) / count
         angles.append(coords_NA[:, axis, None].float() * theta**-steps)
     angle = torch.cat(angles, dim=1)[:, None]
-    return angle.cos(), angle.sin()
+    return torch.complex(angle.cos(), angle.sin())
 
 
-def rotate(x_NHK: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn channel i with channel i + K/2, in fp32, and return the result in `x_NHK`'s dtype."""
-    cos, sin = rotation
-    first, second = x_NHK.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1).to(x_NHK.dtype)
+def rotate(x_NHK: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair of adjacent channels in fp32 and return the result in `x_NHK`'s dtype."""
+    pairs = torch.view_as_complex(x_NHK.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation).flatten(-2).to(x_NHK.dtype)

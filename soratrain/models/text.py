@@ -129,7 +129,7 @@ class TextBlock(nn.Module):
         hidden = int(mlp_ratio * dim)
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
 
-    def forward(self, x_LD: Tensor, packing: Packing, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_LD: Tensor, packing: Packing, rotation: Tensor) -> Tensor:
         qkv = self.qkv(self.norm_attention(x_LD)).unflatten(-1, (3, self.num_heads, -1))
         q_LHK, k_LHK, v_LHK = qkv.unbind(1)
         mixed = attend(rotate(q_LHK, rotation), rotate(k_LHK, rotation), v_LHK, packing, packing)

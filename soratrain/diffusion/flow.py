@@ -1,0 +1,127 @@
+"""Objectives: what noise is added, what the net predicts, and how one turns into the other. Pure maths.
+
+`sigma` is the noise level, 0 clean to 1 noise; it broadcasts against the latents. Noise and uniform numbers come in as
+arguments. Rectified flow: Liu et al., 2022; logit-normal levels and their shift: Esser et al., 2024 (SD3).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from soratrain.errors import ConfigError
+
+EDGE = 1e-4  # levels stay this far from 0 and 1, where a conversion would divide by 0
+
+
+class Objective(Protocol):
+    """What a stage and a sampler need to know of an objective."""
+
+    name: str
+
+    def levels(self, uniform: Tensor, tokens: Tensor) -> Tensor:
+        """Return the noise level of each sample, from numbers in [0, 1) and the samples' token counts."""
+
+    def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Return the net's input."""
+
+    def target(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Return what a perfect net would answer."""
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """Return the factor of each sample's mean squared error."""
+
+    def to_clean(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
+        """Return the clean latent that the prediction implies."""
+
+    def to_noise(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
+        """Return the noise that the prediction implies."""
+
+    def to_velocity(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
+        """Return d noised / d sigma along the straight path, that is noise - clean."""
+
+    def grid(self, steps: int, tokens: int) -> Tensor:
+        """Return the `steps + 1` noise levels of a sampling run, falling from 1 to 0."""
+
+
+def shifted(sigma: Tensor, shift: float | Tensor) -> Tensor:
+    """Move noise levels towards noise (`shift` above 1) or clean; 1 is the identity (Esser et al., 2024, eq. 23)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flow:
+    """Rectified flow: a straight path from clean to noise, whose velocity the net predicts.
+
+    Attributes:
+        logit_mean, logit_std: of the normal whose logistic gives the level.
+        shift: at `shift_tokens` tokens; it grows with the square root of their number. 0 `shift_tokens` fixes it.
+        clean_weight: 0 weighs the velocity's error alike at all levels, 1 the clean latent's, which is sigma times it.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    shift: float = 1.0
+    shift_tokens: int = 0
+    clean_weight: float = 0.0
+    name: str = "flow"
+
+    def __post_init__(self) -> None:
+        if self.logit_std <= 0 or self.shift <= 0 or self.shift_tokens < 0:
+            raise ConfigError(
+                f"objective.logit_std={self.logit_std} and objective.shift={self.shift} must be above 0,"
+                f" objective.shift_tokens={self.shift_tokens} at least 0"
+            )
+
+    def shift_at(self, tokens: Tensor | int) -> Tensor:
+        """Return the shift of clips of so many tokens: longer ones need more noise to hide as much (Esser et al.)."""
+        count = torch.as_tensor(tokens, dtype=torch.float32)
+        scale = torch.sqrt(count / self.shift_tokens) if self.shift_tokens else torch.ones_like(count)
+        return self.shift * scale
+
+    def levels(self, uniform: Tensor, tokens: Tensor) -> Tensor:
+        """Return logit-normal levels `[B]`, shifted by token count; see `Objective`."""
+        normal = torch.special.ndtri(uniform.double().clamp(1e-7, 1 - 1e-7)).float()
+        sigma = torch.sigmoid(self.logit_mean + self.logit_std * normal)
+        return shifted(sigma, self.shift_at(tokens)).clamp(EDGE, 1 - EDGE)
+
+    def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Return `(1 - sigma) clean + sigma noise` (Liu et al., 2022, eq. 1)."""
+        return torch.lerp(clean, noise, sigma)
+
+    def target(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Return the velocity, noise - clean, whatever the level."""
+        return noise - clean
+
+    def weight(self, sigma: Tensor) -> Tensor:
+        """Return 1 where `clean_weight` is 0."""
+        return sigma ** (2 * self.clean_weight)
+
+    def to_clean(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
+        """Return the clean latent that the velocity implies."""
+        return noised - sigma * prediction
+
+    def to_noise(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
+        """Return the noise that the velocity implies."""
+        return noised + (1 - sigma) * prediction
+
+    def to_velocity(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
+        """Return the prediction itself."""
+        return prediction
+
+    def grid(self, steps: int, tokens: int) -> Tensor:
+        """Return evenly spaced levels, shifted like those of training; see `Objective`."""
+        return shifted(torch.linspace(1, 0, steps + 1), self.shift_at(tokens))
+
+
+def logit_normal_density(sigma: Tensor, mean: float, std: float) -> Tensor:
+    """Return the density of logit-normal levels (Esser et al., 2024, eq. 19)."""
+    scale = std * math.sqrt(2 * math.pi) * sigma * (1 - sigma)
+    return torch.exp(-((torch.logit(sigma) - mean) ** 2) / (2 * std**2)) / scale

@@ -1,0 +1,284 @@
+"""Diffusion transformer over flat tokens: clips of any size and duration in one pack, each seeing only itself.
+
+A batch of equal clips is a pack of equal lengths. Modulation is computed once per distinct noise level of a clip, then
+spread over its tokens (adaLN-single: Chen et al., "PixArt-alpha", 2023). Gates, head and cross-attention's output start
+at zero, so an untrained net returns exactly 0.
+
+Legend: N tokens of the pack, P channels of a patch, D width, H heads, K head dim, B clips, M text tokens, E text width,
+R rows: pairs of a clip and a noise level in it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from soratrain.models.attention import Packing, attend
+from soratrain.models.patchify import Patch
+from soratrain.models.rope import rotate, rotations, split_axes
+
+FREQUENCIES = 256  # channels of the noise level's sinusoid, as DiT (Peebles and Xie, 2022)
+FLAGS = 4  # bit 0: the token is known, bit 1: its segment was encoded standalone
+ACTIVATIONS = {"gelu_tanh": nn.GELU(approximate="tanh"), "gelu": nn.GELU(), "silu": nn.SiLU()}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A pack of clips as the DiT reads it.
+
+    Attributes:
+        values: patches `[N, P]`.
+        coords: place of each token `[N, 3]`, fp32: time, row, column.
+        flags: what is known of each token `[N]`, int64, of `FLAGS`.
+        packing: clips within the pack.
+        sigma: noise level of each row `[R]`, fp32, 0 clean to 1 noise.
+        row_clips: clip of each row `[R]`, int64.
+        rows: row of each token `[N]`, int64; None where every clip is one row.
+    """
+
+    values: Tensor
+    coords: Tensor
+    flags: Tensor
+    packing: Packing
+    sigma: Tensor
+    row_clips: Tensor
+    rows: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Spreads values of rows `[R, ...]` over tokens `[N, ...]`."""
+
+    packing: Packing
+    rows: Tensor | None
+
+    def modulate(self, x_ND: Tensor, shift_RD: Tensor, scale_RD: Tensor) -> Tensor:
+        """Return `x * (1 + scale) + shift`, each token with its row's values."""
+        x, shift, scale = self._align(x_ND, shift_RD, 1 + scale_RD)
+        return torch.addcmul(shift, x, scale).reshape(x_ND.shape)
+
+    def gate(self, x_ND: Tensor, update_ND: Tensor, gate_RD: Tensor) -> Tensor:
+        """Return `x + gate * update`, each token with its row's gate."""
+        update, gate = self._align(update_ND, gate_RD)
+        return torch.addcmul(x_ND.reshape(update.shape), update, gate).reshape(x_ND.shape)
+
+    def _align(self, x_ND: Tensor, *values_RD: Tensor) -> tuple[Tensor, ...]:
+        """Return x and the values in shapes that broadcast: a view for equal clips, else a gather in x's dtype."""
+        values = tuple(value.to(x_ND.dtype) for value in values_RD)
+        if self.rows is None and self.packing.equal:
+            return self.packing.pad(x_ND), *(value[:, None] for value in values)
+        rows = self.packing.owner(x_ND.device) if self.rows is None else self.rows
+        return x_ND, *(value.index_select(0, rows) for value in values)
+
+
+class QKNorm(nn.Module):
+    """RMSNorm of queries or keys, over each head, or over the full width (as Wan) where `full` is true."""
+
+    def __init__(self, *, dim: int, num_heads: int, full: bool) -> None:
+        super().__init__()
+        self.norm, self.num_heads, self.full = nn.RMSNorm(dim if full else dim // num_heads, eps=1e-6), num_heads, full
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        """Return `[N, D]` normalised, as heads `[N, H, K]`."""
+        if self.full:
+            return self.norm(x_ND).unflatten(-1, (self.num_heads, -1))
+        return self.norm(x_ND.unflatten(-1, (self.num_heads, -1)))
+
+
+class SelfAttention(nn.Module):
+    """Attention among the tokens of one clip, their places rotated into queries and keys."""
+
+    def __init__(self, *, dim: int, num_heads: int, qk_norm_full: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.norm_q = QKNorm(dim=dim, num_heads=num_heads, full=qk_norm_full)
+        self.norm_k = QKNorm(dim=dim, num_heads=num_heads, full=qk_norm_full)
+
+    def forward(self, x_ND: Tensor, packing: Packing, rotation: Tensor) -> Tensor:
+        q_ND, k_ND, v_ND = self.qkv(x_ND).chunk(3, dim=-1)
+        q_NHK, k_NHK = rotate(self.norm_q(q_ND), rotation), rotate(self.norm_k(k_ND), rotation)
+        v_NHK = v_ND.unflatten(-1, (self.num_heads, -1))
+        return self.out(attend(q_NHK, k_NHK, v_NHK, packing, packing).flatten(1))
+
+
+class CrossAttention(nn.Module):
+    """Visual tokens ask, text tokens answer."""
+
+    def __init__(self, *, dim: int, num_heads: int, qk_norm_full: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.norm_q = QKNorm(dim=dim, num_heads=num_heads, full=qk_norm_full)
+        self.norm_k = QKNorm(dim=dim, num_heads=num_heads, full=qk_norm_full)
+
+    def forward(self, x_ND: Tensor, text_MD: Tensor, packing: Packing, text_packing: Packing) -> Tensor:
+        k_MD, v_MD = self.kv(text_MD).chunk(2, dim=-1)
+        v_MHK = v_MD.unflatten(-1, (self.num_heads, -1))
+        return self.out(attend(self.norm_q(self.q(x_ND)), self.norm_k(k_MD), v_MHK, packing, text_packing).flatten(1))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and MLP; the first and last modulated by the noise level."""
+
+    def __init__(
+        self, *, dim: int, num_heads: int, mlp_ratio: float, qk_norm_full: bool, cross_norm: bool, activation: str
+    ) -> None:
+        super().__init__()
+        self.modulation = nn.Parameter(torch.zeros(6, dim))
+        self.norm_self = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attention = SelfAttention(dim=dim, num_heads=num_heads, qk_norm_full=qk_norm_full)
+        self.norm_cross = nn.LayerNorm(dim, eps=1e-6) if cross_norm else nn.Identity()
+        self.cross = CrossAttention(dim=dim, num_heads=num_heads, qk_norm_full=qk_norm_full)
+        self.norm_mlp = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        hidden = int(mlp_ratio * dim)
+        self.up, self.down, self.activation = nn.Linear(dim, hidden), nn.Linear(hidden, dim), ACTIVATIONS[activation]
+        self.modulation.no_muon = True  # type: ignore[attr-defined]
+
+    def forward(
+        self,
+        x_ND: Tensor,
+        condition_R6D: Tensor,
+        text_MD: Tensor,
+        spread: Spread,
+        packing: Packing,
+        text_packing: Packing,
+        rotation: Tensor,
+    ) -> Tensor:
+        shift_self, scale_self, gate_self, shift_mlp, scale_mlp, gate_mlp = (condition_R6D + self.modulation).unbind(1)
+        update_ND = self.attention(spread.modulate(self.norm_self(x_ND), shift_self, scale_self), packing, rotation)
+        x_ND = spread.gate(x_ND, update_ND, gate_self)
+        x_ND = x_ND + self.cross(self.norm_cross(x_ND), text_MD, packing, text_packing)
+        hidden = self.up(spread.modulate(self.norm_mlp(x_ND), shift_mlp, scale_mlp))
+        return spread.gate(x_ND, self.down(self.activation(hidden)), gate_mlp)
+
+
+class DiT(nn.Module):
+    """Noised patches, their places, noise levels and text in; one prediction per patch out.
+
+    Args:
+        channels: latent channels C.
+        dim: width D.
+        depth: blocks.
+        num_heads: heads; `dim / num_heads` is even and at least 6.
+        text_dim: width E of the text features.
+        patch: latent positions of one token along t, y and x.
+        mlp_ratio: hidden width of the MLP over `dim`.
+        rope_time: `seconds` (frame rates mix) or `index` (one unit a latent step, as Wan).
+        qk_norm_full: normalise queries and keys over the full width, as Wan, and not over each head.
+        cross_norm: an affine norm before cross-attention, as Wan.
+        pooled_text: add the mean text feature to the modulation.
+        activation: of the MLP: `gelu_tanh`, `gelu` or `silu`.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        dim: int,
+        depth: int,
+        num_heads: int,
+        text_dim: int,
+        patch: Patch = (1, 2, 2),
+        mlp_ratio: float = 4.0,
+        rope_time: str = "seconds",
+        qk_norm_full: bool = False,
+        cross_norm: bool = True,
+        pooled_text: bool = False,
+        activation: str = "gelu_tanh",
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide a width of {dim}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation {activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
+        if rope_time not in ("seconds", "index"):
+            raise ValueError(f"rope_time {rope_time!r} is unknown; use seconds or index")
+        self.channels, self.dim, self.depth, self.num_heads = channels, dim, depth, num_heads
+        self.patch: Patch = (patch[0], patch[1], patch[2])
+        self.patch_size = math.prod(self.patch)
+        self.rope_time, self.axes = rope_time, split_axes(dim // num_heads)
+        width = channels * self.patch_size
+        self.embed = nn.Linear(width, dim)
+        self.embed_flags = nn.Embedding(FLAGS, dim)
+        self.embed_text = nn.Sequential(nn.Linear(text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.embed_sigma = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.embed_pooled = nn.Linear(text_dim, dim) if pooled_text else None
+        self.condition = nn.Linear(dim, 6 * dim)
+        self.blocks = nn.ModuleList(
+            Block(
+                dim=dim,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                qk_norm_full=qk_norm_full,
+                cross_norm=cross_norm,
+                activation=activation,
+            )
+            for _ in range(depth)
+        )
+        self.norm_head = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Parameter(torch.zeros(2, dim))
+        self.head = nn.Linear(dim, width)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            nn.init.zeros_(block.cross.out.weight)
+        for layer in (self.condition, self.head, self.embed_flags):
+            nn.init.zeros_(layer.weight)
+        for layer in (self.embed_sigma[0], self.embed_sigma[2]):
+            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+        if self.embed_pooled is not None:
+            nn.init.normal_(self.embed_pooled.weight, std=0.02)
+        for parameter in (self.modulation, self.embed_flags.weight, self.head.weight):
+            parameter.no_muon = True  # type: ignore[attr-defined]
+
+    def forward(self, tokens: Tokens, text_ME: Tensor, text_packing: Packing) -> Tensor:
+        """Return the prediction for each token `[N, (pt ph pw C)]`.
+
+        Args:
+            tokens: the pack.
+            text_ME: text features of all clips, in the clips' order.
+            text_packing: text tokens of each clip.
+        """
+        packing = tokens.packing
+        assert len(text_packing) == len(packing), f"{len(text_packing)} texts for {len(packing)} clips"
+        rotation = rotations(tokens.coords, self.axes)
+        spread = Spread(packing, tokens.rows)
+        sigma_RD = self._embed_condition(tokens, text_ME, text_packing)
+        with torch.autocast(sigma_RD.device.type, enabled=False):
+            condition_R6D = self.condition(F.silu(sigma_RD)).float().unflatten(-1, (6, -1))
+        text_MD = self.embed_text(text_ME)
+        x_ND = self.embed(tokens.values.to(self.embed.weight.dtype))
+        x_ND = x_ND + self.embed_flags(tokens.flags).to(x_ND.dtype)
+        for block in self.blocks:
+            x_ND = block(x_ND, condition_R6D, text_MD, spread, packing, text_packing, rotation)
+        shift_RD, scale_RD = (sigma_RD.float()[:, None] + self.modulation).unbind(1)
+        return self.head(spread.modulate(self.norm_head(x_ND), shift_RD, scale_RD))
+
+    def _embed_condition(self, tokens: Tokens, text_ME: Tensor, text_packing: Packing) -> Tensor:
+        """Return each row's condition `[R, D]`: its noise level and perhaps its clip's mean text; never autocast."""
+        with torch.autocast(text_ME.device.type, enabled=False):
+            weight = self.embed_sigma[0].weight
+            sigma_RD = self.embed_sigma(sinusoid(tokens.sigma).to(weight.dtype))
+            if self.embed_pooled is not None:
+                pooled_BD = self.embed_pooled(text_packing.mean(text_ME).to(weight.dtype))
+                sigma_RD = sigma_RD + pooled_BD.index_select(0, tokens.row_clips)
+            return sigma_RD
+
+
+def sinusoid(sigma_R: Tensor) -> Tensor:
+    """Return sines and cosines of 1000 sigma at geometric wavelengths `[R, FREQUENCIES]` (Vaswani et al., 2017)."""
+    half = FREQUENCIES // 2
+    frequencies = torch.exp(-math.log(10_000.0) * torch.arange(half, device=sigma_R.device, dtype=torch.float32) / half)
+    angles = 1000 * sigma_R.float()[:, None] * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=-1)
