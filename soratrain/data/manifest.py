@@ -189,8 +189,8 @@ def read_manifest(folder: str | Path) -> Manifest:
     table = read_table(folder).combine_chunks()
 
     def coded(name: str) -> tuple[tuple[str, ...], np.ndarray]:
-        names, codes = np.unique(table[name].to_numpy(), return_inverse=True) if len(table) else ([], np.zeros(0))
-        return tuple(map(str, names)), codes.astype(np.int32)
+        names, codes = np.unique(table[name].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
+        return tuple(names.tolist()), codes.astype(np.int32)
 
     shards, shard = coded("shard")
     exts, ext = coded("ext")

@@ -1,0 +1,235 @@
+"""Which samples can share a batch: buckets of one height, width and number of frames, chosen from metadata alone.
+
+A clip goes to a bucket that is not larger and not longer than it is, so nothing is ever upsampled or slowed down.
+Legend: a bucket's T is 1 + 4k frames and its H and W are multiples of 16 (VAE stride 8 × patch 2).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from soratrain.data.fitting import GRID, TIME, merge_rare, nearest
+from soratrain.data.manifest import Manifest
+from soratrain.errors import ConfigError, DataError
+
+
+class Bucket(NamedTuple):
+    """A size that samples share: pixels, pixels, frames."""
+
+    height: int
+    width: int
+    frames: int
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of one sample: one a latent frame and 16 × 16 pixels."""
+        return (1 + (self.frames - 1) // TIME) * (self.height // GRID) * (self.width // GRID)
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.frames}"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which samples a bucket holds.
+
+    Attributes:
+        buckets: in a fixed order.
+        members: sample numbers of each bucket, ascending, int64.
+        rates: how many samples of each bucket make up one epoch; its number of members unless mixed otherwise.
+        stride: every how many source frames one is taken, [N], int64.
+        merged: (from, to, samples) for buckets that were too rare to fill a block.
+        repeating: buckets that are too rare but have no neighbour that fits; a block shows some samples twice.
+        dropped: samples in no bucket, by reason.
+    """
+
+    buckets: tuple[Bucket, ...]
+    members: tuple[np.ndarray, ...]
+    rates: tuple[float, ...]
+    stride: np.ndarray
+    merged: tuple[tuple[Bucket, Bucket, int], ...] = ()
+    repeating: tuple[Bucket, ...] = ()
+    dropped: dict[str, int] = field(default_factory=dict)
+
+
+BlockSize = Callable[[Bucket], int]  # samples that one block of a bucket holds, over all ranks
+
+
+class Buckets(Protocol):
+    """A way to put samples into buckets."""
+
+    def assign(self, manifest: Manifest, block: BlockSize) -> Assignment: ...
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (height, width) of `WIDTHxHEIGHT`. Raises ConfigError for anything else."""
+    match = re.fullmatch(r"(\d+)x(\d+)", str(text))
+    if not match:
+        raise ConfigError(f"size {text!r} is not WIDTHxHEIGHT; write 832x480, say")
+    return int(match[2]), int(match[1])
+
+
+class Native:
+    """Buckets derived from the samples themselves, rounded down to the grid; rare ones merge into a neighbour.
+
+    Args:
+        max_size: `WIDTHxHEIGHT`; frames of a larger area are scaled down to it at their own aspect ratio.
+        max_frames: longer clips are cut to this many frames.
+        max_fps: clips of a higher rate are taken at an integer fraction of it, the largest not above this.
+    """
+
+    def __init__(
+        self, *, max_size: str | None = None, max_frames: int | None = None, max_fps: float | None = None
+    ) -> None:
+        height, width = parse_size(max_size) if max_size is not None else (0, 0)
+        if max_size is not None and min(height, width) < GRID:
+            raise ConfigError(f"buckets.max_size={max_size}: each side must be at least {GRID} pixels")
+        if max_frames is not None and max_frames < 1:
+            raise ConfigError(f"buckets.max_frames={max_frames}: must be 1, or more")
+        self.area = height * width or None
+        self.max_frames, self.max_fps = max_frames, max_fps
+
+    def assign(self, manifest: Manifest, block: BlockSize) -> Assignment:
+        """Return the buckets of `manifest`, each holding at least `block(bucket)` samples where that is possible."""
+        stride, frames = _frames(manifest, self.max_fps)
+        height, width = manifest.h.astype(np.int64), manifest.w.astype(np.int64)
+        small = (np.minimum(height, width) < GRID) | (frames < 1)
+        if self.area is not None:
+            scale = np.minimum(1.0, np.sqrt(self.area / np.maximum(height * width, 1)))
+            height, width = _floor(np.floor(height * scale + 1e-6)), _floor(np.floor(width * scale + 1e-6))
+            height, width = (  # a very flat frame keeps one row of the grid, and is cropped along its length
+                np.where(height < GRID, GRID, np.minimum(height, _floor(self.area / np.maximum(width, GRID)))),
+                np.where(width < GRID, GRID, np.minimum(width, _floor(self.area / np.maximum(height, GRID)))),
+            )
+        if self.max_frames is not None:
+            frames = np.minimum(frames, self.max_frames)
+        cells = np.stack([_floor(height), _floor(width), 1 + (frames - 1) // TIME * TIME], 1)
+        used = np.flatnonzero(~small)
+        names, which, counts = np.unique(cells[used], axis=0, return_inverse=True, return_counts=True)
+        buckets = [Bucket(*map(int, name)) for name in names]
+        parent, merged, repeating = merge_rare(names, counts, np.array([block(bucket) for bucket in buckets]))
+        dropped = {f"smaller than {GRID} pixels": int(small.sum())} if small.any() else {}
+        return _assignment(
+            buckets,
+            used,
+            parent[which.reshape(-1)],
+            stride,
+            merged=tuple((buckets[cell], buckets[target], count) for cell, target, count in merged),
+            repeating=tuple(buckets[cell] for cell in repeating),
+            dropped=dropped,
+        )
+
+
+class Table:
+    """Buckets from a list written by hand. A clip goes to the nearest aspect ratio, then the largest that fits.
+
+    Args:
+        table: `WIDTHxHEIGHTxFRAMES`, one a bucket.
+        max_fps: as for Native.
+    """
+
+    def __init__(self, *, table: Sequence[str], max_fps: float | None = None) -> None:
+        if not table:
+            raise ConfigError("buckets.table is empty; list sizes as WIDTHxHEIGHTxFRAMES")
+        self.buckets = sorted({parse_bucket(entry) for entry in table})
+        self.max_fps = max_fps
+
+    def assign(self, manifest: Manifest, block: BlockSize) -> Assignment:
+        """Put the samples of `manifest` into the listed buckets.
+
+        Raises ConfigError for a bucket that has samples, but too few for a block.
+        """
+        stride, frames = _frames(manifest, self.max_fps)
+        sizes = np.stack([manifest.h.astype(np.int64), manifest.w.astype(np.int64), frames], 1)
+        groups, which = np.unique(sizes, axis=0, return_inverse=True)
+        best = nearest(groups, np.array(self.buckets, dtype=np.int64))[which.reshape(-1)]
+        used = np.flatnonzero(best >= 0)
+        for number, count in zip(*np.unique(best[used], return_counts=True), strict=True):
+            if count < block(self.buckets[number]):
+                raise ConfigError(
+                    f"bucket {self.buckets[number]} has {count} samples, too few for a block of"
+                    f" {block(self.buckets[number])}; take it out of buckets.table, or make batches smaller"
+                )
+        still = frames < 1 + TIME
+        reasons = {"still smaller than every image bucket": still, "clip smaller or shorter than every bucket": ~still}
+        dropped = {reason: int(((best < 0) & mask).sum()) for reason, mask in reasons.items()}
+        kept = {reason: count for reason, count in dropped.items() if count}
+        return _assignment(self.buckets, used, best[used], stride, dropped=kept)
+
+
+class Stored:
+    """The buckets of latents: each latent's own shape, which can no longer change."""
+
+    def assign(self, manifest: Manifest, block: BlockSize) -> Assignment:
+        """Group `manifest` by size. Raises DataError for a size that no latent can have."""
+        cells = np.stack([manifest.h, manifest.w, manifest.frames], 1).astype(np.int64)
+        wrong = (cells[:, :2] % GRID).any(1) | (cells[:, 2] % TIME != 1) | (cells <= 0).any(1)
+        if wrong.any():
+            row = manifest.row(int(np.flatnonzero(wrong)[0]))
+            raise DataError(
+                f"{manifest.folder}: latent {row.key} of {row.w}x{row.h}x{row.frames} is off the grid of {GRID} pixels"
+                f" and 1+{TIME}k frames; encode again"
+            )
+        names, which, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
+        buckets = [Bucket(*map(int, name)) for name in names]
+        repeating = tuple(name for name, count in zip(buckets, counts, strict=True) if count < block(name))
+        stride = np.ones(len(manifest), dtype=np.int64)
+        return _assignment(buckets, np.arange(len(manifest)), which.reshape(-1), stride, repeating=repeating)
+
+
+def parse_bucket(text: str) -> Bucket:
+    """Return the bucket that `WIDTHxHEIGHTxFRAMES` names. Raises ConfigError where it is off the grid."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", str(text))
+    if not match:
+        raise ConfigError(f"buckets.table: {text!r} is not WIDTHxHEIGHTxFRAMES; write 832x480x49, say")
+    width, height, frames = map(int, match.groups())
+    if not (height and width and frames) or height % GRID or width % GRID or frames % TIME != 1:
+        raise ConfigError(
+            f"buckets.table: {text} is off the grid; width and height are multiples of {GRID}, frames are 1+{TIME}k"
+        )
+    return Bucket(height, width, frames)
+
+
+def _floor(pixels: np.ndarray) -> np.ndarray:
+    return (pixels // GRID * GRID).astype(np.int64)
+
+
+def _frames(manifest: Manifest, max_fps: float | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the frame stride and the frames that are left at it; a clip under 1 + TIME frames counts as a still."""
+    fps = manifest.fps_num / np.maximum(manifest.fps_den, 1)
+    stride = np.maximum(1, np.ceil(fps / max_fps - 1e-6)) if max_fps else np.ones(len(manifest))
+    stride = np.where(manifest.image, 1, stride).astype(np.int64)
+    return stride, 1 + (manifest.frames.astype(np.int64) - 1) // stride
+
+
+def _assignment(
+    buckets: Sequence[Bucket],
+    used: np.ndarray,
+    which: np.ndarray,
+    stride: np.ndarray,
+    *,
+    merged: tuple[tuple[Bucket, Bucket, int], ...] = (),
+    repeating: tuple[Bucket, ...] = (),
+    dropped: dict[str, int] | None = None,
+) -> Assignment:
+    if not len(used):
+        raise DataError(
+            f"no sample fits a bucket: {dropped or 'the manifest is empty'}; look at buckets and the shards"
+        )
+    order = np.argsort(which, kind="stable")
+    numbers, starts = np.unique(which[order], return_index=True)
+    members = tuple(np.sort(part) for part in np.split(used[order], starts[1:]))
+    return Assignment(
+        buckets=tuple(buckets[number] for number in numbers),
+        members=members,
+        rates=tuple(float(len(part)) for part in members),
+        stride=stride,
+        merged=merged,
+        repeating=repeating,
+        dropped=dropped or {},
+    )

@@ -1,0 +1,68 @@
+"""Choosing one of a sample's captions, by weights and by its draw."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from soratrain.batch import draw_of
+from soratrain.errors import ConfigError
+
+SOURCES = ("synthetic", "original")
+
+
+class CaptionMix:
+    """Chooses a caption from those in the shard (`original`) and those made later (`synthetic`).
+
+    First the source is chosen, then the type, then one of the type's texts. Weights are relative among what a sample
+    has: with no synthetic caption it shows an original one. A sample without any gives an empty text.
+
+    Args:
+        sources: weight of `synthetic` and `original`; 0.95 and 0.05 by default (Betker et al., 2023).
+        types: weight by caption type; types that are not listed are never shown.
+        made: synthetic captions by key, each a mapping with `type` and `text`.
+
+    Raises:
+        ConfigError: an unknown source, or a negative weight.
+    """
+
+    def __init__(
+        self,
+        *,
+        sources: Mapping[str, float] | None = None,
+        types: Mapping[str, float] | None = None,
+        made: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    ) -> None:
+        self.sources = dict(sources or {"synthetic": 0.95, "original": 0.05})
+        self.types = dict(types or {"long": 1.0, "short": 1.0, "gt": 1.0})
+        self.made = made or {}
+        if unknown := sorted(set(self.sources) - set(SOURCES)):
+            raise ConfigError(f"data.caption_mix.{unknown[0]}: no such source of captions; use {' and '.join(SOURCES)}")
+        for name, weights in (("caption_mix", self.sources), ("caption_types", self.types)):
+            if wrong := sorted(key for key, weight in weights.items() if weight < 0):
+                raise ConfigError(f"data.{name}.{wrong[0]}={weights[wrong[0]]}: must not be negative")
+
+    def choose(self, key: str, original: Sequence[Mapping[str, Any]], draw: int) -> tuple[str, str]:
+        """Return (text, type) for sample `key`; `original` are the captions in its K.json."""
+        found: dict[str, dict[str, list[str]]] = {}
+        for source, captions in (("synthetic", self.made.get(key, ())), ("original", original)):
+            for caption in captions:
+                if self.sources.get(source, 0) > 0 and self.types.get(caption["type"], 0) > 0:
+                    found.setdefault(source, {}).setdefault(caption["type"], []).append(caption["text"])
+        if not found:
+            return "", ""
+        source = _weighted({name: self.sources[name] for name in found}, draw_of(draw, "caption source"))
+        kind = _weighted({name: self.types[name] for name in found[source]}, draw_of(draw, "caption type"))
+        texts = found[source][kind]
+        return texts[draw_of(draw, "caption text") % len(texts)], kind
+
+
+def _weighted(weights: Mapping[str, float], draw: int) -> str:
+    """Return one of the names, as likely as its weight; `draw` is a 63-bit hash."""
+    names = sorted(weights)
+    place = draw / 2**63 * sum(weights.values())
+    for name in names:
+        place -= weights[name]
+        if place < 0:
+            return name
+    return names[-1]

@@ -1,0 +1,85 @@
+"""The data of a training run: clips (`VideoData`) or cached latents (`LatentData`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from soratrain.data.buckets import Stored
+from soratrain.data.dataset import ClipSource, LatentSource, Source
+from soratrain.data.manifest import Manifest
+from soratrain.data.plan import Plan
+from soratrain.data.planned import PlannedData
+from soratrain.errors import DataError
+
+
+class VideoData(PlannedData):
+    """Clips and images as `VideoBatch`; see PlannedData for the arguments."""
+
+    def source(self, manifest: Manifest, plan: Plan, cache: int) -> Source:
+        """Return a reader of media members."""
+        latents = [ext for ext in manifest.exts if ext == "safetensors"]
+        if latents:
+            raise DataError(f"{manifest.folder} holds latents, not clips; point inputs.shards at a folder of data_prep")
+        return ClipSource(manifest, plan.assignment.stride, cache)
+
+
+class LatentData(PlannedData):
+    """Cached latents as `LatentBatch`. Each latent's own shape is its bucket; the other arguments are PlannedData's.
+
+    Args:
+        latents: folder or URL of the latents' shards.
+    """
+
+    def __init__(
+        self,
+        *,
+        latents: str,
+        seed: int,
+        max_steps: int,
+        captions: str | None = None,
+        batching: str = "bucket",
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        quadratic: float = 0.0,
+        max_batch_size: int | None = None,
+        accumulate_blocks: int = 1,
+        canonical_ranks: int | None = None,
+        gamma: float = 0.0,
+        image_fraction: float | None = None,
+        caption_mix: Mapping[str, float] | None = None,
+        caption_types: Mapping[str, float] | None = None,
+        workers: int = 0,
+        prefetch: int = 2,
+        cache: int = 0,
+        quarantine: str | None = None,
+        max_bad: float = 0.01,
+    ) -> None:
+        super().__init__(
+            shards=latents,
+            buckets=Stored(),
+            seed=seed,
+            max_steps=max_steps,
+            captions=captions,
+            batching=batching,
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
+            quadratic=quadratic,
+            max_batch_size=max_batch_size,
+            accumulate_blocks=accumulate_blocks,
+            canonical_ranks=canonical_ranks,
+            gamma=gamma,
+            image_fraction=image_fraction,
+            caption_mix=caption_mix,
+            caption_types=caption_types,
+            workers=workers,
+            prefetch=prefetch,
+            cache=cache,
+            quarantine=quarantine,
+            max_bad=max_bad,
+        )
+
+    def source(self, manifest: Manifest, plan: Plan, cache: int) -> Source:
+        """Return a reader of safetensors members."""
+        if manifest.exts != ("safetensors",):
+            raise DataError(f"{manifest.folder} holds {', '.join(manifest.exts)}, not latents; run stage=encode")
+        return LatentSource(manifest, cache)

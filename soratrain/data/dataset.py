@@ -1,0 +1,245 @@
+"""Map-style datasets: item i is the i-th micro-batch of one rank, read, decoded and stacked.
+
+All that is random about a sample is keyed on (seed, step, sample key), so neither rank nor worker changes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import zlib
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from soratrain.batch import Batch, LatentBatch, VideoBatch, draw_of
+from soratrain.data.buckets import Bucket
+from soratrain.data.captions import CaptionMix
+from soratrain.data.decode import ByteBudget, Window, crop, load_clip, load_whole, scaled_size
+from soratrain.data.fitting import TIME
+from soratrain.data.manifest import Manifest, Row
+from soratrain.data.plan import Plan
+from soratrain.data.shards import ShardReader
+from soratrain.errors import DataError
+
+log = logging.getLogger(__name__)
+ATTEMPTS = 16  # substitutes tried for one unreadable sample
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample, ready to be stacked; `payload` is its frames or tensors, `style` its caption's type."""
+
+    payload: Any
+    fps: float
+    key: str
+    caption: str
+    style: str
+    draw: int
+
+
+class Source(Protocol):
+    """A kind of sample: how it is read, and how samples become a batch."""
+
+    manifest: Manifest
+
+    def load(self, index: int, bucket: Bucket, draw: int) -> tuple[Any, float, list[dict[str, Any]]]:
+        """Return payload, frames a second and the captions in K.json. Raises DataError where it is damaged."""
+        ...
+
+    def stack(self, samples: list[Sample], common: dict[str, Any]) -> Batch: ...
+
+
+def read_members(reader: ShardReader, row: Row) -> tuple[dict[str, Any], bytes]:
+    """Return a sample's K.json and the bytes of its media member, in one read; checks the media's CRC-32.
+
+    Raises:
+        DataError: bytes are missing or changed.
+    """
+    start = min(row.json_offset, row.media_offset)
+    end = max(row.json_offset + row.json_length, row.media_offset + row.media_length)
+    data = reader.read(row.shard, start, end - start)
+    media = data[row.media_offset - start : row.media_offset - start + row.media_length]
+    if zlib.crc32(media) != row.crc32:
+        raise DataError("its bytes are not those that the manifest knows (CRC-32)")
+    try:
+        header = json.loads(data[row.json_offset - start : row.json_offset - start + row.json_length])
+    except ValueError as error:
+        raise DataError(f"its K.json cannot be read: {error}") from error
+    return header, media
+
+
+class ClipSource:
+    """Clips and images from shards of media.
+
+    Args:
+        manifest: of the shards.
+        stride: every how many source frames one is taken, [N].
+        cache: bytes of decoded clips to keep in memory; small clips are then decoded once.
+    """
+
+    def __init__(self, manifest: Manifest, stride: np.ndarray, cache: int = 0) -> None:
+        self.manifest, self.stride, self.cache = manifest, stride, ByteBudget(cache)
+        self.reader = ShardReader(manifest.folder)
+
+    def load(self, index: int, bucket: Bucket, draw: int) -> tuple[np.ndarray, float, list[dict[str, Any]]]:
+        """Return uint8 `[T, H, W, 3]` of the bucket's size."""
+        stride = int(self.stride[index])
+        name = index, bucket.height, bucket.width
+        kept = self.cache.get(name)
+        if kept is None:
+            row = self.manifest.row(index)
+            header, media = read_members(self.reader, row)
+            captions, fps = header.get("captions", []), Fraction(row.fps_num, max(row.fps_den, 1))
+            height, width = scaled_size(row.h, row.w, bucket)
+            if self.cache.room(size := row.frames * height * width * 3):
+                with contextlib.suppress(DataError):  # damaged, but perhaps not where this draw looks
+                    kept = load_whole(media, fps=fps, frames=row.frames, bucket=bucket), float(fps), captions
+                    self.cache.put(name, kept, size)
+            if kept is None:
+                clip = load_clip(media, fps=fps, frames=row.frames, bucket=bucket, stride=stride, draw=draw)
+                return clip, float(fps) / stride, captions
+        whole, fps, captions = kept
+        window = Window.of(len(whole), bucket, stride, draw)
+        return crop(window.of_frames(whole), bucket, draw), fps / stride, captions
+
+    def stack(self, samples: list[Sample], common: dict[str, Any]) -> VideoBatch:
+        """Return the samples as one array."""
+        return VideoBatch(video=torch.from_numpy(np.stack([sample.payload for sample in samples])), **common)
+
+
+class LatentSource:
+    """Cached latents.
+
+    Args:
+        manifest: of the latents' shards.
+        cache: bytes of latents to keep in memory.
+    """
+
+    def __init__(self, manifest: Manifest, cache: int = 0) -> None:
+        self.manifest, self.cache = manifest, ByteBudget(cache)
+        self.reader = ShardReader(manifest.folder)
+
+    def load(self, index: int, bucket: Bucket, draw: int) -> tuple[dict[str, Tensor], float, list[dict[str, Any]]]:
+        """Return the sample's tensors, in fp32; `latent` is `[C, t, h, w]`, `text` (if there) `[L, D]`."""
+        kept = self.cache.get(index)
+        if kept is None:
+            row = self.manifest.row(index)
+            header, media = read_members(self.reader, row)
+            try:
+                tensors = {name: value.float() for name, value in safetensors.torch.load(media).items()}
+            except (SafetensorError, ValueError) as error:
+                raise DataError(f"is not a safetensors file: {error}") from error
+            shape = tuple(tensors["latent"].shape[1:]) if "latent" in tensors else None
+            expected = (1 + (bucket.frames - 1) // TIME, bucket.height // 8, bucket.width // 8)
+            if shape != expected:
+                raise DataError(f"holds a latent of (t, h, w) = {shape}, where {expected} belongs to {bucket}")
+            kept = tensors, row.fps, header.get("captions", [])
+            self.cache.put(index, kept, sum(value.nbytes for value in tensors.values()))
+        return kept
+
+    def stack(self, samples: list[Sample], common: dict[str, Any]) -> LatentBatch:
+        """Return the samples' latents, and their text features where all have some."""
+        text = tuple(sample.payload["text"] for sample in samples if "text" in sample.payload)
+        latents = tuple(sample.payload["latent"] for sample in samples)
+        return LatentBatch(latents=latents, text=text if len(text) == len(samples) else (), **common)
+
+
+class MicroBatches(Dataset):
+    """One rank's micro-batches, numbered from the beginning of the run.
+
+    Args:
+        plan: the order.
+        source: how samples are read.
+        captions: how a caption is chosen.
+        rank, world_size: this process among those that share the data.
+        quarantine: JSON-lines file to which unreadable samples are added; None keeps them in the log only.
+        max_bad: share of the dataset that may be unreadable before the run stops; a few always may.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        source: Source,
+        captions: CaptionMix,
+        rank: int = 0,
+        world_size: int = 1,
+        quarantine: str | Path | None = None,
+        max_bad: float = 0.01,
+    ) -> None:
+        self.plan, self.source, self.captions = plan, source, captions
+        self.rank, self.world_size = rank, world_size
+        self.quarantine = Path(quarantine) if quarantine else None
+        self.max_bad = max_bad
+        self.bad: set[int] = set()
+
+    def __getitem__(self, number: int) -> Batch:
+        micro = self.plan.local(number, self.rank, self.world_size)
+        samples = [self._sample(int(index), micro.step, micro.bucket) for index in micro.samples]
+        common = {
+            "keys": tuple(sample.key for sample in samples),
+            "captions": tuple(sample.caption for sample in samples),
+            "styles": tuple(sample.style for sample in samples),
+            "fps": torch.tensor([sample.fps for sample in samples], dtype=torch.float32),
+            "weights": torch.full((len(samples),), micro.weight, dtype=torch.float32),
+            "draws": torch.tensor([sample.draw for sample in samples], dtype=torch.int64),
+            "scale": float(self.plan.micros_per_step),
+        }
+        return self.source.stack(samples, common)
+
+    def _sample(self, index: int, step: int, bucket: int) -> Sample:
+        """Load a sample, or the first of its substitutes that can be read."""
+        wanted = self._draw(index, step)
+        for attempt in range(ATTEMPTS):
+            draw = self._draw(index, step)
+            try:
+                payload, fps, original = self.source.load(index, self.plan.assignment.buckets[bucket], draw)
+            except DataError as error:
+                self._put_aside(index, step, str(error))
+            else:
+                key = self.source.manifest.key[index].decode()
+                return Sample(payload, fps, key, *self.captions.choose(key, original, draw), draw)
+            index = self.plan.substitute(bucket, wanted, attempt)
+        name = self.plan.assignment.buckets[bucket]
+        raise DataError(
+            f"no sample of bucket {name} can be read ({ATTEMPTS} tried); see {self.quarantine or 'the log'}"
+        )
+
+    def _draw(self, index: int, step: int) -> int:
+        return draw_of(self.plan.seed, step, self.source.manifest.key[index].decode())
+
+    def _put_aside(self, index: int, step: int, reason: str) -> None:
+        """Note an unreadable sample, once. Raises DataError where there are too many.
+
+        It is tried again when it comes again: a clip may be damaged in a part that another draw does not need, and
+        what a step sees must not depend on what came before.
+        """
+        if index in self.bad:
+            return
+        row = self.source.manifest.row(index)
+        self.bad.add(index)
+        log.warning("sample %s of %s is replaced by another: %s", row.key, row.shard, reason)
+        if self.quarantine is not None:
+            line = json.dumps({"key": row.key, "shard": row.shard, "step": step, "reason": reason}) + "\n"
+            self.quarantine.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.quarantine, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(handle, line.encode())  # one write a line, so that lines of several processes do not mix
+            finally:
+                os.close(handle)
+        if len(self.bad) > max(3, self.max_bad * len(self.source.manifest)):
+            raise DataError(
+                f"{len(self.bad)} samples of {self.source.manifest.folder} cannot be read, more than"
+                f" data.max_bad={self.max_bad} allows; the last: {row.key}: {reason}"
+            )

@@ -1,0 +1,264 @@
+"""A plan's micro-batches for Lightning, with exact resume.
+
+State. A run is one endless epoch; its state is `Plan.state`: a few scalars, the same on every rank, whose count of
+micro-batches is that of the finished optimizer steps, not of what workers have read ahead. A run that goes on with
+another number of ranks, or from the middle of an accumulation, begins with the step after the last finished one.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from soratrain.batch import Batch
+from soratrain.data.buckets import Buckets
+from soratrain.data.captions import CaptionMix
+from soratrain.data.dataset import MicroBatches, Source
+from soratrain.data.manifest import Manifest, read_captions, read_manifest
+from soratrain.data.mixing import spread
+from soratrain.data.plan import Budget, Plan
+from soratrain.data.summary import lines, summarise
+from soratrain.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+class Span(Sampler[int]):
+    """Micro-batch numbers from `start` up to `end`; its length is `end`, since Lightning counts from the beginning."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end = start, end
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.end))
+
+    def __len__(self) -> int:
+        return self.end
+
+
+class PlannedData(L.LightningDataModule, ABC):
+    """What both kinds of data share.
+
+    Args:
+        shards: folder or URL of shards with a manifest.
+        captions: folder of captions made later, joined by key; None uses those in the shards.
+        buckets: how samples are put into buckets.
+        seed: of the order and of every draw.
+        max_steps: optimizer steps in the whole run.
+        batching: `bucket`: each micro-batch holds samples of one bucket.
+        batch_size: samples of a micro-batch; or None, with:
+        tokens_per_batch: cost of a micro-batch in tokens (16 × 16 pixels of a latent frame); a sample of L tokens costs
+            L + quadratic · L².
+        quadratic: see above.
+        max_batch_size: bound on the samples of a micro-batch.
+        accumulate_blocks: blocks of an optimizer step.
+        canonical_ranks: data-parallel ranks of a block; None takes those of the run's first start.
+        gamma: exponent of tokens in a sample's loss weight.
+        durations: numbers of frames 1 + 4k at which clips are shown, equally often; None shows each at its own.
+        image_fraction: share of samples that are single frames; None takes them as they come.
+        caption_mix: weights of `synthetic` and `original` captions.
+        caption_types: weights of caption types.
+        workers: loader processes; 0 loads in the training process.
+        prefetch: micro-batches that each worker reads ahead.
+        cache: bytes of decoded samples that a rank keeps in memory, shared out among its workers.
+        quarantine: JSON-lines file for samples that cannot be read.
+        max_bad: share of the samples that may be unreadable before the run stops.
+
+    Raises:
+        ConfigError: a value, or a combination of values, that cannot work.
+    """
+
+    def __init__(
+        self,
+        *,
+        shards: str,
+        buckets: Buckets,
+        seed: int,
+        max_steps: int,
+        captions: str | None = None,
+        batching: str = "bucket",
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        quadratic: float = 0.0,
+        max_batch_size: int | None = None,
+        accumulate_blocks: int = 1,
+        canonical_ranks: int | None = None,
+        gamma: float = 0.0,
+        durations: Sequence[int] | None = None,
+        image_fraction: float | None = None,
+        caption_mix: Mapping[str, float] | None = None,
+        caption_types: Mapping[str, float] | None = None,
+        workers: int = 0,
+        prefetch: int = 2,
+        cache: int = 0,
+        quarantine: str | None = None,
+        max_bad: float = 0.01,
+    ) -> None:
+        super().__init__()
+        if batching != "bucket":
+            raise ConfigError(f"data.batching={batching!r}: samples can only be batched by bucket; use bucket")
+        for name, value in (("workers", workers), ("cache", cache), ("max_steps", max_steps)):
+            if value < 0:
+                raise ConfigError(f"data.{name}={value}: must not be negative")
+        self.folder, self.buckets, self.seed, self.max_steps = shards, buckets, seed, max_steps
+        self.budget = Budget(batch_size, tokens_per_batch, quadratic, max_batch_size)
+        self.accumulate_blocks, self.canonical_ranks, self.gamma = accumulate_blocks, canonical_ranks, gamma
+        self.durations, self.image_fraction = durations, image_fraction
+        self.captions, self.caption_mix, self.caption_types = captions, caption_mix, caption_types
+        self.workers, self.prefetch, self.cache = workers, prefetch, cache
+        self.quarantine, self.max_bad = quarantine, max_bad
+        self.place: tuple[int, int] | None = None  # (rank, ranks) that share the data, where Lightning's are not those
+        self._manifest: Manifest | None = None
+        self._plan: Plan | None = None
+        self._items: MicroBatches | None = None
+        self._state: dict[str, Any] | None = None
+        self._origin = (0, 0)  # micro-batches of a rank: done when fitting began, and Lightning's counter then
+
+    @abstractmethod
+    def source(self, manifest: Manifest, plan: Plan, cache: int) -> Source:
+        """Return what reads this data's samples, keeping up to `cache` bytes of them."""
+
+    def _world(self) -> tuple[int, int]:
+        if self.place is not None:
+            return self.place
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The table of samples, read once."""
+        if self._manifest is None:
+            self._manifest = read_manifest(self.folder)
+        return self._manifest
+
+    def plan(self, world_size: int | None = None) -> Plan:
+        """Return the plan, made once; `world_size` settles the canonical ranks where the config leaves them open.
+
+        Raises:
+            ConfigError: the ranks do not divide the canonical ranks, or the checkpoint is of another plan.
+        """
+        world_size = world_size or self._world()[1]
+        if self._plan is None:
+            stored = self._state["canonical_ranks"] if self._state and not self.canonical_ranks else None
+            ranks = self.canonical_ranks or stored or world_size
+
+            def block(bucket: Any) -> int:
+                return self.budget.samples(bucket) * ranks
+
+            assignment = spread(self.buckets.assign(self.manifest, block), self.durations, self.image_fraction)
+            self._plan = Plan(
+                assignment=assignment,
+                manifest_hash=self.manifest.hash,
+                seed=self.seed,
+                budget=self.budget,
+                accumulate_blocks=self.accumulate_blocks,
+                canonical_ranks=ranks,
+                gamma=self.gamma,
+            )
+        self._plan.per_rank(world_size)
+        return self._plan
+
+    def accumulation(self, world_size: int) -> int:
+        """Return the micro-batches of a rank in an optimizer step, for `Trainer(accumulate_grad_batches=…)`."""
+        return self.plan(world_size).per_rank(world_size)
+
+    def summary(self) -> dict[str, Any]:
+        """Return what the plan makes of the data (see `summarise`)."""
+        return summarise(self.plan(), self.manifest)
+
+    def items(self) -> MicroBatches:
+        """Return this rank's micro-batches, by number; the same object each time, so that its cache is warm."""
+        if self._items is None:
+            plan, (rank, world_size) = self.plan(), self._world()
+            if rank == 0:
+                for line in lines(summarise(plan, self.manifest)):
+                    log.info("%s", line)
+            made = read_captions(self.captions) if self.captions else None
+            self._items = MicroBatches(
+                plan=plan,
+                source=self.source(self.manifest, plan, self.cache // max(1, self.workers)),
+                captions=CaptionMix(sources=self.caption_mix, types=self.caption_types, made=made),
+                rank=rank,
+                world_size=world_size,
+                quarantine=self.quarantine,
+                max_bad=self.max_bad,
+            )
+        return self._items
+
+    def loader(self, start: int, end: int) -> DataLoader[Batch]:
+        """Return a loader of this rank's micro-batches from number `start` up to `end`."""
+        return DataLoader(
+            self.items(),
+            batch_size=None,
+            sampler=Span(start, end),
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            prefetch_factor=self.prefetch if self.workers else None,
+            multiprocessing_context="forkserver" if self.workers else None,
+            generator=torch.Generator(),  # its own, or the loader would move on the global one
+        )
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return the rest of the run; asked after its last step, as much again of what would come next."""
+        per_rank = self.plan().per_rank(self._world()[1])
+        trainer, end = self.trainer, self.max_steps * per_rank
+        if trainer is None:
+            start = self.plan().check(self._state) // self._world()[1] if self._state else 0
+            return self.loader(start, end)
+        if self._done() >= end > 0:
+            return self.loader(end, 2 * end)
+        if trainer.world_size > 1 and getattr(trainer._accelerator_connector, "use_distributed_sampler", False):
+            raise ConfigError("Trainer(use_distributed_sampler=True) would deal out the data twice; set it to False")
+        automatic = trainer.lightning_module.automatic_optimization
+        if automatic and trainer.accumulate_grad_batches != per_rank:
+            raise ConfigError(
+                f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) is not the {per_rank}"
+                " micro-batches that a step has on each rank; use data.accumulation(world_size)"
+            )
+        self._origin = self._begin()
+        return self.loader(self._origin[0], end)
+
+    def _begin(self) -> tuple[int, int]:
+        """Return where a rank begins, and what Lightning's counter of batches will say then.
+
+        Where Lightning restores that counter from a checkpoint, it is moved to where this rank begins: it counts one
+        rank's micro-batches, which are more or fewer if the number of ranks has changed.
+        """
+        assert self.trainer is not None
+        start = self.plan().check(self._state) // self._world()[1] if self._state else 0
+        loop = self.trainer.fit_loop.epoch_loop
+        if not loop.restarting:
+            return start, 0
+        current: Any = loop.batch_progress.current
+        moved = start - current.processed
+        for progress in (current, loop.batch_progress.total):
+            for name in ("ready", "started", "processed", "completed"):
+                setattr(progress, name, getattr(progress, name) + moved)
+        return start, start
+
+    def _done(self) -> int:
+        """Return the micro-batches of a rank that are behind the last finished optimizer step."""
+        assert self.trainer is not None
+        start, counter = self._origin
+        current: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        done = start + current.processed - counter
+        per_rank = self.plan().per_rank(self._world()[1])
+        return done // per_rank * per_rank
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the plan's scalars."""
+        return self.plan().state(self._done() * self._world()[1] if self.trainer is not None else 0)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was written. Raises ConfigError where it is of another plan."""
+        self._state = dict(state_dict)
+        self.plan().check(self._state)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move a batch; its draws stay on the CPU."""
+        return batch.to(device, non_blocking=True)

@@ -1,0 +1,71 @@
+"""What a plan will do, in numbers, before anything is read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from soratrain.data.decode import scaled_size
+from soratrain.data.manifest import Manifest
+from soratrain.data.plan import Plan
+
+
+def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
+    """Return what the plan makes of the data, as plain values.
+
+    `buckets`: per bucket its samples, batch size, tokens a micro-batch, and shares of blocks and of samples shown;
+    `merged`, `repeating`, `dropped`: with counts and reasons; `frames_discarded`: share of the source's frames that an
+    epoch does not show (cut off in time, or passed over by a lower rate); `pixels_discarded`: share of a shown frame's
+    area that cropping takes away, on average over samples.
+    """
+    assignment = plan.assignment
+    blocks = [rate / size for rate, size in zip(assignment.rates, plan.sizes, strict=True)]
+    buckets, shown, cropped = [], 0.0, 0.0
+    for index, bucket in enumerate(assignment.buckets):
+        members, rate = assignment.members[index], assignment.rates[index]
+        buckets.append(
+            {
+                "bucket": str(bucket),
+                "samples": len(members),
+                "batch_size": plan.sizes[index],
+                "tokens": plan.sizes[index] * bucket.tokens,
+                "blocks": blocks[index] / sum(blocks),
+                "shown": rate / sum(assignment.rates),
+            }
+        )
+        shown += rate * bucket.frames
+        sizes, counts = np.unique(np.stack([manifest.h[members], manifest.w[members]], 1), axis=0, return_counts=True)
+        for (height, width), count in zip(sizes.tolist(), counts.tolist(), strict=True):
+            scaled_height, scaled_width = scaled_size(height, width, bucket)
+            lost = 1 - bucket.height * bucket.width / (scaled_height * scaled_width)
+            cropped += lost * count / len(members) * rate
+    used = np.unique(np.concatenate(assignment.members))
+    return {
+        "samples": len(manifest),
+        "buckets": buckets,
+        "merged": [{"from": str(a), "to": str(b), "samples": count} for a, b, count in assignment.merged],
+        "repeating": [str(bucket) for bucket in assignment.repeating],
+        "dropped": dict(assignment.dropped),
+        "frames_discarded": max(0.0, 1 - shown / float(manifest.frames[used].sum())),
+        "pixels_discarded": cropped / sum(assignment.rates),
+    }
+
+
+def lines(summary: dict[str, Any]) -> list[str]:
+    """Return a summary as lines for a log."""
+    text = [
+        f"{summary['samples']} samples in {len(summary['buckets'])} buckets; {summary['frames_discarded']:.1%} of"
+        f" frames and {summary['pixels_discarded']:.1%} of pixels are not shown"
+    ]
+    text += [
+        f"  {entry['bucket']:>14}  {entry['samples']:>8} samples  {entry['batch_size']:>4} a micro-batch"
+        f"  {entry['tokens']:>7} tokens  {entry['blocks']:>6.1%} of blocks"
+        for entry in summary["buckets"]
+    ]
+    text += [
+        f"  {entry['samples']} samples of {entry['from']} merged into {entry['to']}" for entry in summary["merged"]
+    ]
+    text += [f"  {bucket} has fewer samples than a block: some show twice in it" for bucket in summary["repeating"]]
+    text += [f"  {count} samples dropped: {reason}" for reason, count in summary["dropped"].items()]
+    return text
