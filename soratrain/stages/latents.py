@@ -1,0 +1,112 @@
+"""Clips on their way into the VAE, and the stored form of the latents that come out.
+
+A sample of a latents folder is `K.json` (size, rate and captions of the clip, and where it came from) and
+`K.safetensors` with
+
+    latent   [C, t, h, w], normalised per channel
+    tail     [C, t', h, w], the last frames encoded standalone: latents cut out of `latent` would leak their past
+
+and a manifest row whose sizes are those of the pixels that were encoded.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from soratrain.data.buckets import Bucket
+from soratrain.data.dataset import read_members
+from soratrain.data.decode import load_clip
+from soratrain.data.manifest import Manifest, Row
+from soratrain.data.shards import ShardReader, ShardWriter
+from soratrain.errors import DataError
+
+SCHEMA = 1  # of K.json and dataset.json
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A decoded clip, uint8 `[T, H, W, 3]`, with its row's number and its captions; or why it cannot be decoded."""
+
+    index: int
+    captions: list[Any]
+    video: np.ndarray | None
+    failure: str = ""
+
+
+class Groups(Dataset):
+    """Groups of clips of one bucket, each decoded as one item."""
+
+    def __init__(self, manifest: Manifest, groups: Sequence[tuple[Bucket, np.ndarray]], stride: np.ndarray) -> None:
+        self.manifest, self.groups, self.stride = manifest, groups, stride
+        self.reader = ShardReader(manifest.folder)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, number: int) -> tuple[Bucket, list[Clip]]:
+        bucket, members = self.groups[number]
+        return bucket, [self._load(int(index), bucket) for index in members]
+
+    def _load(self, index: int, bucket: Bucket) -> Clip:
+        row = self.manifest.row(index)
+        try:
+            header, media = read_members(self.reader, row)
+            fps = Fraction(row.fps_num, max(row.fps_den, 1))
+            stride = int(self.stride[index])
+            return Clip(
+                index,
+                header.get("captions", []),
+                load_clip(media, fps=fps, frames=row.frames, bucket=bucket, stride=stride),
+            )
+        except DataError as error:
+            return Clip(index, [], None, str(error))
+
+
+def store(
+    writer: ShardWriter, row: Row, tensors: Mapping[str, Tensor], *, bucket: Bucket, stride: int, captions: list
+) -> dict[str, Any]:
+    """Write one sample and return its manifest row.
+
+    Args:
+        row: of the clip.
+        tensors: `latent` and `tail`, of the type in which they are kept.
+        bucket: pixels that were encoded.
+        stride: every how many source frames one was taken.
+        captions: from the clip's K.json.
+    """
+    size = {"w": bucket.width, "h": bucket.height, "frames": bucket.frames}
+    header = {
+        "schema": SCHEMA,
+        "key": row.key,
+        "video": {**size, "fps": [row.fps_num, row.fps_den * stride]},
+        "source": {"shard": row.shard, "w": row.w, "h": row.h, "frames": row.frames, "stride": stride},
+        "captions": captions,
+    }
+    media = safetensors.torch.save(dict(tensors))
+    placed = writer.write(row.key, {"json": json.dumps(header, ensure_ascii=False).encode(), "safetensors": media})
+    (json_offset, json_length), (media_offset, media_length) = placed.members["json"], placed.members["safetensors"]
+    return {
+        **size,
+        "key": row.key,
+        "shard": placed.shard,
+        "kind": row.kind,
+        "ext": "safetensors",
+        "fps_num": row.fps_num,
+        "fps_den": row.fps_den * stride,
+        "json_offset": json_offset,
+        "json_length": json_length,
+        "media_offset": media_offset,
+        "media_length": media_length,
+        "crc32": zlib.crc32(media),
+        "scores": "{}",
+    }

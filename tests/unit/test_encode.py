@@ -1,0 +1,209 @@
+"""Promises of the stage that encodes clips into latents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zlib
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from data_prep.encode import Encoding, encode_png, encode_rgb
+from soratrain.batch import to_pixels
+from soratrain.data.buckets import Native
+from soratrain.data.dataset import read_members
+from soratrain.data.decode import load_clip
+from soratrain.data.manifest import read_manifest, write_manifest
+from soratrain.data.shards import ShardReader, ShardWriter
+from soratrain.errors import ConfigError, DataError
+from soratrain.models import weights
+from soratrain.models.vae import VAE
+from soratrain.stages.encode import Encode
+
+FACTORY = partial(
+    VAE,
+    latent_channels=4,
+    channels=[8, 16],
+    time_strides=[2],
+    space_strides=[2],
+    encoder_blocks=[0, 1],
+    decoder_blocks=[1, 1],
+    time_kernels=[1, 3],
+    front_strides=[2, 4],
+)
+SIZES = [(9, 32, 48), (7, 32, 48), (1, 32, 32), (17, 16, 32), (9, 32, 48), (1, 32, 32)]  # frames, height, width
+
+
+def write_shards(folder: Path, damaged: int | None = None) -> None:
+    """Write six clips into two shards; clip 1 has 7 frames, which are trimmed to 5."""
+    rows = []
+    for part in range(2):
+        with ShardWriter(folder, prefix=f"part{part}") as writer:
+            for index in range(3 * part, 3 * part + 3):
+                frames, height, width = SIZES[index]
+                generator = np.random.default_rng(index)
+                low = generator.integers(0, 256, (frames, height // 8, width // 8, 3), dtype=np.uint8)
+                video = low.repeat(8, 1).repeat(8, 2)
+                ext = "mp4" if frames > 1 else "png"
+                media = encode_rgb(video, Fraction(8), Encoding())[0] if frames > 1 else encode_png(video[0])
+                key = hashlib.sha256(bytes([index])).hexdigest()[:32]
+                header = {"key": key, "captions": [{"type": "gt", "text": f"clip {index}"}]}
+                stored = media[:-40] + bytes(40) if index == damaged else media
+                placed = writer.write(key, {"json": json.dumps(header).encode(), ext: stored})
+                rows.append(
+                    {
+                        "key": key,
+                        "shard": placed.shard,
+                        "kind": "video" if frames > 1 else "image",
+                        "ext": ext,
+                        "w": width,
+                        "h": height,
+                        "frames": frames,
+                        "fps_num": 8,
+                        "fps_den": 1,
+                        "json_offset": placed.members["json"][0],
+                        "json_length": placed.members["json"][1],
+                        "media_offset": placed.members[ext][0],
+                        "media_length": placed.members[ext][1],
+                        "crc32": zlib.crc32(media),
+                        "scores": "{}",
+                    }
+                )
+    write_manifest(folder, rows)
+
+
+def write_vae(folder: Path, seed: int = 0) -> VAE:
+    torch.manual_seed(seed)
+    vae = FACTORY().eval()
+    vae.latent_mean.uniform_(-1, 1)
+    vae.latent_std.uniform_(0.5, 2)
+    weights.save(folder, "vae", vae, FACTORY, {})
+    return vae
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write_shards(tmp_path / "shards")
+    write_vae(tmp_path / "vae")
+    return tmp_path
+
+
+def job(place: Path, **options: Any) -> Encode:
+    folders = {name: str(place / name) for name in ("out", "shards", "vae")}
+    return Encode(**{**folders, "buckets": Native(), **options})
+
+
+def stored(folder: Path) -> dict[str, tuple[dict[str, Any], dict[str, Tensor], Any]]:
+    """Return header, tensors and manifest row of each latent by key."""
+    manifest, reader = read_manifest(folder), ShardReader(folder)
+    found = {}
+    for row in manifest.rows():
+        header, media = read_members(reader, row)
+        found[row.key] = header, safetensors.torch.load(media), row
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+@torch.no_grad()
+def test_each_clip_s_latent_is_what_the_vae_gives_for_it_alone(place: Path) -> None:
+    result = job(place)()
+    vae, manifest, reader = write_vae(place / "vae"), read_manifest(place / "shards"), ShardReader(place / "shards")
+    latents = stored(place / "out")
+    assert result["clips"] == len(latents) == 6 and result["not_encoded"] == 0
+    for source in manifest.rows():
+        header, tensors, row = latents[source.key]
+        bucket = (source.h, source.w, 1 + (source.frames - 1) // 4 * 4)
+        assert (row.h, row.w, row.frames) == bucket and row.fps == 8 and row.ext == "safetensors"
+        bucketed = Native().assign(manifest, lambda _: 1).buckets
+        chosen = next(item for item in bucketed if tuple(item) == bucket)
+        media = read_members(reader, source)[1]
+        clip = load_clip(media, fps=Fraction(8), frames=source.frames, bucket=chosen)
+        pixels = to_pixels(torch.from_numpy(clip)[None])
+        torch.testing.assert_close(tensors["latent"].float(), vae.encode(pixels)[0], rtol=1e-2, atol=1e-2)
+        tail = vae.encode(pixels[:, :, -min(5, bucket[2]) :])[0]
+        torch.testing.assert_close(tensors["tail"].float(), tail, rtol=1e-2, atol=1e-2)
+        assert tensors["latent"].dtype == torch.bfloat16
+        assert header["captions"] == read_members(reader, source)[0]["captions"]
+
+
+def test_frames_beyond_one_plus_4k_are_counted(place: Path) -> None:
+    assert job(place)()["frames_trimmed"] == 2
+    assert json.loads((place / "out" / "dataset.json").read_text())["totals"]["frames_trimmed"] == 2
+
+
+def test_a_clip_that_is_too_large_is_encoded_in_pieces_with_the_same_latent(place: Path) -> None:
+    job(place, dtype="fp16")()
+    job(place, dtype="fp16", out=str(place / "pieces"), pixels_per_batch=1)()
+    whole, pieces = stored(place / "out"), stored(place / "pieces")
+    for key in whole:
+        for name in ("latent", "tail"):
+            torch.testing.assert_close(whole[key][1][name].float(), pieces[key][1][name].float(), rtol=0, atol=4e-3)
+
+
+def test_a_run_that_was_stopped_goes_on_at_the_next_shard(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job(place, out=str(place / "straight"))()
+    original, calls = Encode._encode_shard, []
+
+    def stop_at_second(self: Encode, vae: VAE, manifest: Any, assignment: Any, number: int) -> Any:
+        calls.append(number)
+        if number == 1 and len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(self, vae, manifest, assignment, number)
+
+    monkeypatch.setattr(Encode, "_encode_shard", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        job(place)()
+    assert not json.loads((place / "out" / "dataset.json").read_text())["complete"]
+    job(place)()
+    assert calls == [0, 1, 1]
+    assert contents(place / "out") == contents(place / "straight")
+    job(place)()
+    assert calls == [0, 1, 1]
+    assert json.loads((place / "out" / "dataset.json").read_text())["complete"]
+
+
+@pytest.mark.parametrize("what", ["vae", "shards", "transform"])
+def test_latents_of_something_else_are_refused(place: Path, what: str) -> None:
+    job(place)()
+    options: dict[str, Any] = {}
+    if what == "vae":
+        write_vae(place / "vae", seed=1)
+    elif what == "shards":
+        path = place / "shards" / "manifest" / "part-00000.parquet"
+        pq.write_table(pq.read_table(path).slice(0, 5), path)
+    else:
+        options["tail_frames"] = 1
+    with pytest.raises(DataError, match=f"another .*{what}.*fresh=true"):
+        job(place, **options)()
+
+
+def test_an_unreadable_clip_is_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_shards(tmp_path / "shards", damaged=3)
+    write_vae(tmp_path / "vae")
+    result = job(tmp_path)()
+    assert (result["clips"], result["not_encoded"]) == (5, 1)
+    assert "CRC-32" in caplog.text
+
+
+def test_workers_change_nothing(place: Path) -> None:
+    job(place)()
+    job(place, out=str(place / "two"), workers=2)()
+    assert contents(place / "out") == contents(place / "two")
+
+
+@pytest.mark.parametrize(("option", "value"), [("dtype", "int8"), ("tail_frames", 4), ("pixels_per_batch", 0)])
+def test_settings_that_cannot_work_are_refused(place: Path, option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=option):
+        job(place, **{option: value})
