@@ -80,10 +80,18 @@ def plan(config: PrepConfig) -> tuple[Sequence[Unit], Report, str]:
     """Return the units of work, a report that ingest has begun, and a hash of what the input holds."""
     encoding = Encoding(crf=config.video.crf, preset=config.video.preset, gop=config.video.gop)
     prep = {"config_hash": config.hash(), "versions": {"soratrain": soratrain.__version__, "av": av.__version__}}
-    from data_prep.scenes import scene_units
+    if config.input == "world":
+        from data_prep.scenes import scene_units
 
-    world = asdict(config.world)
-    return scene_units(**world, encoding=encoding, prep=prep), Report(), ""
+        return scene_units(**asdict(config.world), encoding=encoding, prep=prep), Report(), ""
+    from data_prep.files import file_units
+    from data_prep.ingest import find
+    from data_prep.shots import Cutting
+
+    report = Report()
+    sources, listing = find(config.input, report)
+    cutting = Cutting(**asdict(config.shots))
+    return file_units(sources, cutting=cutting, encoding=encoding, license=config.license, prep=prep), report, listing
 
 
 def work(folder: Path, units: Sequence[Unit], pending: Sequence[int], processes: int) -> None:

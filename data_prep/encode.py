@@ -37,6 +37,8 @@ class Encoder:
     def __init__(self, *, width: int, height: int, rate: Fraction, encoding: Encoding) -> None:
         assert width % 2 == 0 and height % 2 == 0, (width, height)
         self.frames = 0
+        self._keys: list[int] = []
+        self._written = 0
         self._buffer = io.BytesIO()
         self._container = av.open(self._buffer, "w", format="mp4", options={"fflags": "+bitexact"})
         options = {"preset": encoding.preset, "crf": str(encoding.crf), "g": str(encoding.gop), "bf": "0"}
@@ -52,18 +54,30 @@ class Encoder:
         """Append one frame; its own timestamp is overwritten."""
         frame.pts, frame.time_base = self.frames, self._time_base
         frame.pict_type = 0  # the encoder chooses key frames, not the source
-        self._container.mux(self._stream.encode(frame))
+        self._write(self._stream.encode(frame))
         self.frames += 1
 
     def finish(self) -> bytes:
         """Return the MP4; nothing can be added after it."""
-        self._container.mux(self._stream.encode(None))
+        self._write(self._stream.encode(None))
         self._container.close()
         return self._buffer.getvalue()
 
+    @property
+    def gop(self) -> int:
+        """The most frames from one key frame to the next; known after `finish`."""
+        return max(b - a for a, b in zip(self._keys, [*self._keys[1:], self.frames], strict=True))
 
-def encode_rgb(frames: Iterable[np.ndarray], rate: Fraction, encoding: Encoding) -> bytes:
-    """Return uint8 RGB frames `[T, H, W, 3]` of even size as an MP4."""
+    def _write(self, packets: list[av.Packet]) -> None:
+        for packet in packets:
+            if packet.is_keyframe:
+                self._keys.append(self._written)
+            self._written += 1
+            self._container.mux(packet)
+
+
+def encode_rgb(frames: Iterable[np.ndarray], rate: Fraction, encoding: Encoding) -> tuple[bytes, int]:
+    """Return uint8 RGB frames `[T, H, W, 3]` of even size as an MP4, and its most frames between key frames."""
     encoder: Encoder | None = None
     reformatter = VideoReformatter()
     for pixels in frames:
@@ -83,7 +97,7 @@ def encode_rgb(frames: Iterable[np.ndarray], rate: Fraction, encoding: Encoding)
             )
         )
     assert encoder is not None, "a clip has at least one frame"
-    return encoder.finish()
+    return encoder.finish(), encoder.gop
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -71,6 +71,14 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A new shot begins at `frame`, which differs by `content` (of 255) from the one before."""
+
+    frame: int
+    content: float
+
+
+@dataclass(frozen=True)
 class Probe:
     """What decoding every frame of a source showed.
 
@@ -83,7 +91,7 @@ class Probe:
         gop: the most frames from one key frame to the next.
         streams: how many streams the file has, of any type.
         damage: why only a leading part could be decoded, in plain words; empty where all could.
-        cuts: frames at which a new shot begins.
+        cuts: where new shots seem to begin, in order.
     """
 
     id: str
@@ -98,7 +106,7 @@ class Probe:
     constant: bool
     gop: int
     damage: str = ""
-    cuts: tuple[int, ...] = ()
+    cuts: tuple[Cut, ...] = ()
 
 
 @dataclass(frozen=True)

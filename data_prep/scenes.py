@@ -54,7 +54,7 @@ def scene_sample(world: Any, index: int, unit: SceneUnit) -> Sample:
     frames, height, width = pixels.shape[:3]
     rate = Fraction(scene.fps).limit_denominator(1001)
     still = frames == 1
-    media = encode_png(pixels[0]) if still else encode_rgb(pixels, rate, unit.encoding)
+    media, gop = (encode_png(pixels[0]), 1) if still else encode_rgb(pixels, rate, unit.encoding)
     video = {
         "w": width,
         "h": height,
@@ -62,7 +62,7 @@ def scene_sample(world: Any, index: int, unit: SceneUnit) -> Sample:
         "frames": frames,
         "codec": "png" if still else "h264",
         "pix_fmt": "rgb24" if still else "yuv420p",
-        "gop": 1 if still else min(unit.encoding.gop, frames),
+        "gop": gop,
         "orig": {"codec": "rendered", "w": width, "h": height, "frames": frames},
     }
     name = f"{unit.preset}/{unit.seed}/{index}"

@@ -36,7 +36,7 @@ class ShotsConfig:
     detect: bool = True
     threshold: float = 3.0
     min_content: float = 15.0
-    min_seconds: float = 0.5
+    min_seconds: float = 0.4
     max_seconds: float = 20.0
 
 

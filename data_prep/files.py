@@ -1,0 +1,133 @@
+"""Files as a source of samples: probe, shots and transcode for each, one file's trouble never touching another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import av
+
+from data_prep.encode import Encoding
+from data_prep.media import Unusable
+from data_prep.pack import Report
+from data_prep.probe import probe
+from data_prep.records import Caption, Failure, Sample, Source
+from data_prep.shots import CutFinder, Cutting, spans
+from data_prep.stills import still
+from data_prep.transcode import transcode
+
+TROUBLE = (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError)
+
+
+@dataclass(frozen=True)
+class FileUnit:
+    """Some of the input's files."""
+
+    sources: tuple[Source, ...]
+    cutting: Cutting
+    encoding: Encoding
+    license: str
+    prep: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """How many files it has."""
+        return len(self.sources)
+
+    def samples(self, report: Report) -> Iterator[Sample]:
+        """Yield the samples of each file; what cannot be used is recorded with its reason."""
+        for source in self.sources:
+            work = FileWork(self, source, report)
+            try:
+                yield from work.image() if source.kind == "image" else work.video()
+            except Unusable as error:
+                work.failed(str(error))
+            except TROUBLE as error:
+                work.failed(f"cannot be converted: {type(error).__name__}: {' '.join(str(error).split())}")
+
+
+class FileWork:
+    """One file on its way through the steps."""
+
+    def __init__(self, unit: FileUnit, source: Source, report: Report) -> None:
+        self.unit, self.source, self.report = unit, source, report
+        self.step = "probe"
+        self.made = 0
+
+    def failed(self, reason: str) -> None:
+        """Record why this file, or the rest of it, is not used."""
+        used = f"its first {self.made} clips" if self.made else ""
+        self.report.failures.append(Failure(self.source.uri, self.step, reason, used))
+        self.report.tallies[self.step].dropped[reason] += 1
+
+    def image(self) -> Iterator[Sample]:
+        """Yield an image as a sample."""
+        probed = self.report.tally("probe", "files")
+        probed.entered += 1
+        sample = still(self.source, license=self.unit.license, prep=self.unit.prep)
+        probed.left += 1
+        written = self.report.tally("transcode", "clips")
+        written.entered += 1
+        yield self.counted(sample)
+
+    def video(self) -> Iterator[Sample]:
+        """Yield a video's clips."""
+        unit, source, report = self.unit, self.source, self.report
+        probed = report.tally("probe", "files")
+        probed.entered += 1
+        if unit.cutting.detect:
+            finder = CutFinder(unit.cutting)
+            found = probe(source, finder.watch, finder.cuts)
+        else:
+            found = probe(source, lambda _: None, tuple)
+        probed.left += 1
+        report.seconds += found.end
+        self.step = "shots"
+        clips, dropped = spans(found, unit.cutting)
+        shots = report.tally("shots", "clips")
+        shots.entered += len(clips) + dropped.total()
+        shots.left += len(clips)
+        shots.dropped.update(dropped)
+        if found.damage:
+            used = f"the {found.end:.3g} s before it" if clips else ""
+            report.failures.append(Failure(source.uri, "probe", found.damage, used))
+            probed.how["damaged"] += 1
+        if not clips:
+            if not found.damage:
+                reason = f"every part is shorter than shots.min_seconds={unit.cutting.min_seconds:g}"
+                report.failures.append(Failure(source.uri, self.step, reason))
+            return
+        captions = self.captions(len(clips))
+        self.step = "transcode"
+        report.tally("transcode", "clips").entered += len(clips)
+        made = transcode(source, found, clips, captions, encoding=unit.encoding, license=unit.license, prep=unit.prep)
+        for sample in made:
+            yield self.counted(sample)
+
+    def captions(self, clips: int) -> tuple[Caption, ...]:
+        """Return the captions for each clip: those of the file, if the clip is the file."""
+        if clips > 1 and self.source.captions:
+            reason = f"its caption describes the whole file, which became {clips} clips"
+            self.report.failures.append(Failure(self.source.uri, "shots", reason, "the clips without that caption"))
+            return ()
+        return self.source.captions
+
+    def counted(self, sample: Sample) -> Sample:
+        """Count a finished sample and return it."""
+        written = self.report.tally("transcode", "clips")
+        written.left += 1
+        written.how["copied" if sample.copied else "encoded"] += 1
+        self.made += 1
+        return sample
+
+
+def file_units(
+    sources: list[Source], *, cutting: Cutting, encoding: Encoding, license: str, prep: dict[str, Any]
+) -> list[FileUnit]:
+    """Return the units of work of some files; their number does not depend on how many processes there are."""
+    size = min(max(len(sources) // 1000, 1), 64)
+    return [
+        FileUnit(tuple(sources[first : first + size]), cutting, encoding, license, prep)
+        for first in range(0, len(sources), size)
+    ]

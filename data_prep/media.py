@@ -1,0 +1,150 @@
+"""Opening and decoding files of any kind, with every failure turned into one reason in plain words.
+
+Files are opened as Python file objects, so that no name means anything to FFmpeg (`%d`, `{1..2}`, a leading dash).
+Decoders get one thread: the processes already use every core, and errors come at the same frame each time.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import av
+from av.stream import Disposition
+
+UPRIGHT = (1, 0, 0, 1)
+BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"}
+
+
+class Unusable(Exception):
+    """A file, or a part of one, that cannot be used; the message says why in plain words."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Yield the PyAV container of a file. Raises Unusable where it is not a readable video or image."""
+    try:
+        size = path.stat().st_size
+        file = open(path, "rb")  # noqa: SIM115 - closed below; only opening it may fail here
+    except FileNotFoundError as error:
+        raise Unusable("there is no such file") from error
+    except OSError as error:
+        raise Unusable(f"cannot be read: {error.strerror}") from error
+    with file:
+        if size == 0:
+            raise Unusable("the file is empty (zero bytes)")
+        try:
+            container = av.open(file, "r", metadata_errors="replace")
+        except (av.FFmpegError, ValueError, OSError) as error:
+            raise Unusable(why_not_opened(path)) from error
+        with container:
+            yield container
+
+
+def why_not_opened(path: Path) -> str:
+    """Return the likely reason why FFmpeg could not open a file."""
+    kinds = [kind for kind, _, _ in boxes(path)]
+    if kinds[:1] and kinds[0] in (b"ftyp", b"mdat", b"wide") and b"moov" not in kinds:
+        return "its index (moov) is missing: the recording was not finished, or the end of the file is cut off"
+    return "not a video or image that FFmpeg can read"
+
+
+def boxes(path: Path) -> list[tuple[bytes, int, int]]:
+    """Return (type, offset, length) of an MP4's top-level boxes (ISO/IEC 14496-12, 4.2); empty for other files."""
+    found: list[tuple[bytes, int, int]] = []
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        offset = 0
+        while offset + 8 <= size:
+            file.seek(offset)
+            length, kind = struct.unpack(">I4s", file.read(8))
+            if not found and kind not in BOXES:
+                break
+            if length == 1:
+                (length,) = struct.unpack(">Q", file.read(8).rjust(8, b"\0"))
+            elif length == 0:
+                length = size - offset
+            found.append((kind, offset, length))
+            if length < 8:
+                break
+            offset += length
+    return found
+
+
+def cut_off(path: Path) -> bool:
+    """Return whether an MP4's boxes go on after its last byte."""
+    return any(offset + length > path.stat().st_size for _, offset, length in boxes(path))
+
+
+def video_stream(container: Any) -> Any:
+    """Return the video stream that FFmpeg thinks best, never cover art. Raises Unusable where there is none."""
+    streams = [item for item in container.streams.video if not item.disposition & Disposition.attached_pic]
+    if not streams:
+        kinds = sorted({item.type for item in container.streams})
+        raise Unusable(f"has no video stream, only {' and '.join(kinds)}" if kinds else "has no streams")
+    best = container.streams.best("video")
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
+        raise Unusable("its video codec is one that FFmpeg cannot decode")
+    stream.codec_context.thread_count = 1
+    stream.codec_context.options = {"err_detect": "explode"}  # or damage would be painted over in silence
+    return stream
+
+
+def decoded(container: Any, stream: Any, damage: Callable[[str], None]) -> Iterator[av.VideoFrame]:
+    """Yield the frames of `stream` as they are shown, up to the first that is damaged; `damage` is told why it is."""
+    count, size, broken = 0, None, ""
+    try:
+        packets = iter(container.demux(stream))
+        while not broken:
+            try:
+                packet = next(packets, None)
+                if packet is None:
+                    return
+                frames = packet.decode()
+            except av.EOFError:
+                return
+            except (av.FFmpegError, OSError) as error:
+                broken = f"the stream is damaged after frame {{}} ({getattr(error, 'strerror', None) or error})"
+                frames = flush(stream)
+            for frame in frames:
+                size = size or (frame.width, frame.height, frame.format.name)
+                if frame.is_corrupt:
+                    broken = "the stream is damaged after frame {}"
+                elif (frame.width, frame.height, frame.format.name) != size:
+                    now = f"{frame.width}x{frame.height} {frame.format.name}"
+                    broken = f"the picture changes from {size[0]}x{size[1]} {size[2]} to {now} after frame {{}}"
+                else:
+                    count += 1
+                    yield frame
+                    continue
+                break
+    finally:
+        if broken:
+            damage(broken.format(count))
+
+
+def flush(stream: Any) -> list[av.VideoFrame]:
+    """Return the frames that a decoder still holds."""
+    try:
+        return stream.codec_context.decode(None)
+    except (av.FFmpegError, OSError):
+        return []
+
+
+def turn_of(frame: av.VideoFrame) -> tuple[int, int, int, int]:
+    """Return the display matrix of a frame as (a, b, c, d), each -1, 0 or 1; one that is not a quarter turn is ignored.
+
+    FFmpeg holds nine int32, the first two rows being a, b, u, c, d, v in 16.16 fixed point.
+    """
+    side_data: Any = frame.side_data  # typed as a mapping, iterates over its values
+    for item in side_data:
+        if item.type.name == "DISPLAYMATRIX":
+            a, b, _, c, d = struct.unpack_from("=5i", bytes(item))
+            turn = tuple(round(value / 65536) for value in (a, b, c, d))
+            if sorted(map(abs, turn)) == [0, 0, 1, 1] and turn[0] * turn[3] - turn[1] * turn[2] != 0:
+                return turn  # type: ignore[return-value]
+    return UPRIGHT

@@ -1,0 +1,119 @@
+"""Where clips begin and end: cuts found in the picture, long shots divided, short ones left out."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from dataclasses import dataclass
+
+import av
+from av.video.reformatter import Interpolation, VideoReformatter
+
+from data_prep.records import Cut, Probe, Span
+
+SIDE = 256  # pixels of the longer side that the detector looks at
+EDGE = 1e-6  # seconds
+STRONG = 2.0  # times min_content
+CONTENT = "content_val"  # PySceneDetect's name of how much a frame differs from the one before, of 255
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How videos are cut: see conf/data_prep.yaml, `shots`."""
+
+    detect: bool = True
+    threshold: float = 3.0
+    min_content: float = 15.0
+    min_seconds: float = 0.4
+    max_seconds: float = 20.0
+
+
+class CutFinder:
+    """PySceneDetect's adaptive detector on small copies of the frames, one after the other."""
+
+    def __init__(self, cutting: Cutting) -> None:
+        import cv2
+        from scenedetect import AdaptiveDetector, FrameTimecode, StatsManager
+
+        cv2.setNumThreads(1)
+        self._timecode = FrameTimecode
+        self._detector = AdaptiveDetector(
+            adaptive_threshold=cutting.threshold, min_content_val=cutting.min_content, min_scene_len=1
+        )
+        self._stats = self._detector.stats_manager = StatsManager()
+        self._reformatter = VideoReformatter()
+        self._seen = 0
+        self._cuts: list[int] = []
+
+    def watch(self, frame: av.VideoFrame) -> None:
+        """Look at the next frame."""
+        scale = min(1.0, SIDE / max(frame.width, frame.height))
+        size = {"width": max(round(frame.width * scale), 8), "height": max(round(frame.height * scale), 8)}
+        small = self._reformatter.reformat(frame, **size, format="bgr24", interpolation=Interpolation.AREA, threads=1)
+        found = self._detector.process_frame(self._timecode(self._seen, fps=25.0), small.to_ndarray())
+        self._cuts += [cut.frame_num for cut in found]
+        self._seen += 1
+
+    def cuts(self) -> tuple[Cut, ...]:
+        """Return where new shots begin."""
+        frames = sorted(set(self._cuts))
+        strengths = (self._stats.get_metrics(self._timecode(frame, fps=25.0), [CONTENT])[0] for frame in frames)
+        return tuple(Cut(frame, float(strength)) for frame, strength in zip(frames, strengths, strict=True))
+
+
+def spans(probe: Probe, cutting: Cutting) -> tuple[list[Span], Counter[str]]:
+    """Return the clips of a video, and how many parts were left out for which reason.
+
+    A file that is one shot and not too long stays whole, however short. A longer shot is divided into clips of
+    `max_seconds`; where the rest would be shorter than `min_seconds`, into equal ones, so that nothing is lost.
+    """
+    count = len(probe.times)
+    bounds = [0, *believed(probe, cutting), count]
+    kept: list[Span] = []
+    dropped: Counter[str] = Counter()
+    for first, stop in zip(bounds, bounds[1:], strict=False):
+        for begin, finish in divided(probe, first, stop, cutting):
+            start, end = shown(probe, begin), shown(probe, finish)
+            whole = (begin, finish) == (0, count) and not probe.damage
+            if whole or end - start >= cutting.min_seconds - EDGE:
+                kept.append(Span(begin, finish, start, end, whole))
+            else:
+                dropped["shorter than shots.min_seconds"] += 1
+    return kept, dropped
+
+
+def believed(probe: Probe, cutting: Cutting) -> list[int]:
+    """Return the cuts to go by.
+
+    One that would leave a part shorter than `min_seconds` must be strong: beside a repeated frame, ordinary motion
+    looks like a cut to a detector that compares neighbours.
+    """
+    kept: list[int] = []
+    for cut in probe.cuts:
+        start = shown(probe, cut.frame)
+        room = min(start - (shown(probe, kept[-1]) if kept else 0.0), shown(probe, len(probe.times)) - start)
+        if room >= cutting.min_seconds - EDGE or cut.content >= STRONG * cutting.min_content:
+            kept.append(cut.frame)
+    return kept
+
+
+def divided(probe: Probe, first: int, stop: int, cutting: Cutting) -> list[tuple[int, int]]:
+    """Return one shot as clips (first, stop) of at most `max_seconds`."""
+    start, end = shown(probe, first), shown(probe, stop)
+    length = end - start
+    if length <= cutting.max_seconds + EDGE:
+        return [(first, stop)]
+    step = cutting.max_seconds
+    parts = -int(-(length - EDGE) // step)
+    if length - (parts - 1) * step < cutting.min_seconds:
+        step = length / parts
+    inner = [bisect_left(probe.times, start + part * step - EDGE, first, stop) for part in range(1, parts)]
+    edges = sorted({first, *inner, stop})
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def shown(probe: Probe, frame: int) -> float:
+    """Return when a frame begins, in seconds; for the number of frames, when the last one ends."""
+    if probe.constant:
+        return float(frame / probe.rate)
+    return probe.times[frame] if frame < len(probe.times) else probe.end

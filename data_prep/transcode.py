@@ -1,0 +1,181 @@
+"""Clips of a video to the one form that shards hold: upright, square pixels, even size, constant rate, 8-bit 4:2:0.
+
+Playback speed never changes: a frame of the result shows what the source showed at that time. A file that is already
+in this form, and used whole, is copied byte for byte.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import av
+
+from data_prep.convert import MATRICES, converted, matrix_of, size_of
+from data_prep.encode import Encoder, Encoding
+from data_prep.media import UPRIGHT, Unusable, decoded, opened, video_stream
+from data_prep.records import Caption, Probe, Sample, Source, Span, make_sample
+
+UNSTATED = "bt601"  # the matrix that decoders assume where none is stated
+HDR = {16: "PQ", 18: "HLG"}  # H.273 codes of the transfer characteristic
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A finished media member: its bytes, frames, most frames between key frames, and whether it is the file itself."""
+
+    media: bytes
+    frames: int
+    gop: int
+    copied: bool
+
+
+def is_right(source: Source, probe: Probe, encoding: Encoding) -> bool:
+    """Return whether a file can go into a shard as it is."""
+    picture = probe.picture
+    return (
+        source.path.suffix.lower() == ".mp4"
+        and "mp4" in probe.container
+        and probe.streams == 1
+        and probe.codec == "h264"
+        and picture.pix_fmt == "yuv420p"
+        and not picture.full_range
+        and picture.turn == UPRIGHT
+        and size_of(picture) == (picture.width, picture.height)
+        and not picture.interlaced
+        and (picture.matrix in MATRICES or matrix_of(picture) == UNSTATED)
+        and picture.transfer not in HDR
+        and probe.constant
+        and probe.gop <= encoding.gop
+        and not probe.damage
+    )
+
+
+def resampled(probe: Probe, span: Span) -> list[int]:
+    """Return which source frame each frame of a clip shows.
+
+    Frame k shows what the source shows in the middle of [k/rate, (k+1)/rate), so jitter moves nothing, and the clip is
+    as long as the span to within half a frame.
+    """
+    if probe.constant:
+        return list(range(span.first, span.stop))
+    count = max(round((span.end - span.start) * probe.rate), 1)
+    chosen = []
+    for k in range(count):
+        time = span.start + float((k + 0.5) / probe.rate)
+        chosen.append(min(max(bisect_right(probe.times, time) - 1, span.first), span.stop - 1))
+    return chosen
+
+
+def transcode(
+    source: Source,
+    probe: Probe,
+    spans: list[Span],
+    captions: tuple[Caption, ...],
+    *,
+    encoding: Encoding,
+    license: str,
+    prep: dict[str, Any],
+) -> Iterator[Sample]:
+    """Yield each span of a video as a sample, in one pass over the file.
+
+    Raises:
+        Unusable: the picture is of a kind that cannot be converted.
+    """
+    if probe.picture.transfer in HDR:
+        raise Unusable(
+            f"its colours are high dynamic range ({HDR[probe.picture.transfer]}), which is not converted yet"
+        )
+    if min(size_of(probe.picture)) < 2:
+        raise Unusable(f"the picture is only {probe.picture.width}x{probe.picture.height} pixels")
+    if len(spans) == 1 and spans[0].whole and is_right(source, probe, encoding):
+        media = source.path.read_bytes()
+        encoded = Encoded(media, len(probe.times), probe.gop, copied=True)
+        yield sample_of(source, probe, spans[0], captions, encoded, license=license, prep=prep)
+        return
+    queue = iter(spans)
+    span = next(queue, None)
+    encoder: Encoder | None = None
+    with opened(source.path) as container:
+        stream = video_stream(container)
+        frames = limited(decoded(container, stream, lambda _: None), len(probe.times))
+        for index, frame in enumerate(converted(frames, probe.picture, stream.time_base)):
+            if span is None:
+                return
+            if index < span.first:
+                continue
+            if encoder is None:
+                encoder = Encoder(width=frame.width, height=frame.height, rate=probe.rate, encoding=encoding)
+                shows = resampled(probe, span)
+            while encoder.frames < len(shows) and shows[encoder.frames] == index:
+                encoder.add(frame)
+            if index == span.stop - 1:
+                encoded = Encoded(encoder.finish(), encoder.frames, encoder.gop, copied=False)
+                yield sample_of(source, probe, span, captions, encoded, license=license, prep=prep)
+                span, encoder = next(queue, None), None
+    if span is not None:
+        raise Unusable("decoding it a second time gave fewer frames; is the file being written?")
+
+
+def limited(frames: Iterable[av.VideoFrame], count: int) -> Iterator[av.VideoFrame]:
+    """Yield the first `count` frames."""
+    for index, frame in enumerate(frames):
+        if index == count:
+            return
+        yield frame
+
+
+def sample_of(
+    source: Source,
+    probe: Probe,
+    span: Span,
+    captions: tuple[Caption, ...],
+    encoded: Encoded,
+    *,
+    license: str,
+    prep: dict[str, Any],
+) -> Sample:
+    """Return a clip as a sample."""
+    picture = probe.picture
+    width, height = size_of(picture)
+    if picture.sideways:
+        width, height = height, width
+    video = {
+        "w": width,
+        "h": height,
+        "fps": [probe.rate.numerator, probe.rate.denominator],
+        "frames": encoded.frames,
+        "codec": "h264",
+        "pix_fmt": "yuv420p",
+        "gop": encoded.gop,
+        "orig": {
+            "container": probe.container,
+            "stream": probe.stream,
+            "codec": probe.codec,
+            "pix_fmt": picture.pix_fmt,
+            "w": picture.width,
+            "h": picture.height,
+            "frames": len(probe.times),
+            "seconds": round(probe.end, 6),
+            "constant_rate": probe.constant,
+            "gop": probe.gop,
+            "turn": list(picture.turn),
+            "aspect": [picture.aspect.numerator, picture.aspect.denominator],
+            "interlaced": picture.interlaced,
+            "full_range": picture.full_range,
+            "damage": probe.damage,
+        },
+    }
+    where = {"id": probe.id, "uri": source.uri, "start_us": round(span.start * 1e6), "end_us": round(span.end * 1e6)}
+    return make_sample(
+        source=where | {"license": license},
+        kind="video",
+        ext="mp4",
+        media=encoded.media,
+        video=video,
+        captions=captions,
+        prep=prep,
+        copied=encoded.copied,
+    )
