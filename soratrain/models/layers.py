@@ -46,7 +46,11 @@ class CausalConv3d(nn.Module):
         assert self.past >= 0, "a stride longer than its kernel would skip frames"
         self.lead = time - 1
         self.conv = nn.Conv3d(
-            in_channels, out_channels, (time, height, width), tuple(stride), (0, height // 2, width // 2)
+            in_channels,
+            out_channels,
+            kernel_size=(time, height, width),
+            stride=(stride[0], stride[1], stride[2]),
+            padding=(0, height // 2, width // 2),
         )
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
@@ -84,12 +88,11 @@ class ResidualBlock(nn.Module):
     def __init__(self, *, channels: int, kernel: Sequence[int] = (3, 3, 3)) -> None:
         super().__init__()
         self.norms = nn.ModuleList(RMSNorm(channels) for _ in range(2))
-        self.convs = nn.ModuleList(
-            CausalConv3d(in_channels=channels, out_channels=channels, kernel=kernel) for _ in range(2)
-        )
-        last = self.convs[-1].conv
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        convs = [CausalConv3d(in_channels=channels, out_channels=channels, kernel=kernel) for _ in range(2)]
+        nn.init.zeros_(convs[-1].conv.weight)
+        assert convs[-1].conv.bias is not None
+        nn.init.zeros_(convs[-1].conv.bias)
+        self.convs = nn.ModuleList(convs)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         y, states = x, []
