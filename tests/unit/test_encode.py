@@ -20,14 +20,18 @@ from torch import Tensor
 from data_prep.encode import Encoding, encode_png, encode_rgb
 from soratrain.batch import to_pixels
 from soratrain.data.buckets import Native
+from soratrain.data.datamodule import VideoData
 from soratrain.data.dataset import read_members
 from soratrain.data.decode import load_clip
 from soratrain.data.manifest import read_manifest, write_manifest
 from soratrain.data.shards import ShardReader, ShardWriter
+from soratrain.distributed.trainer import build_trainer, fit
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
 from soratrain.models.vae import VAE
+from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.encode import Encode
+from soratrain.stages.vae import VAEStage
 
 FACTORY = partial(
     VAE,
@@ -207,3 +211,18 @@ def test_workers_change_nothing(place: Path) -> None:
 def test_settings_that_cannot_work_are_refused(place: Path, option: str, value: object) -> None:
     with pytest.raises(ConfigError, match=option):
         job(place, **{option: value})
+
+
+def test_a_trained_vae_s_weights_hold_the_statistics_of_the_clips_it_trained_on(place: Path) -> None:
+    options: dict[str, Any] = {
+        "optimizer": OptimizerFactory(name="muon", lr=1e-3),
+        "schedule": Schedule(),
+        "max_steps": 3,
+    }
+    stage = VAEStage(net=FACTORY, latent_noise=0.1, statistics_batches=64, **options)
+    data = VideoData(shards=str(place / "shards"), buckets=Native(), seed=0, max_steps=steps, batch_size=1)
+    fit(build_trainer(out=place / "run", max_steps=steps, accelerator="cpu", ema=0.9), stage, data)
+    job(place, vae=str(place / "run"), dtype="fp16")()
+    latents = [tensors["latent"].float().flatten(1) for _, tensors, _ in stored(place / "out").values()]
+    joined = torch.cat(latents, dim=1)
+    assert joined.mean(1).abs().max() < 0.3 and (joined.std(1) - 1).abs().max() < 0.3
