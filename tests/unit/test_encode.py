@@ -214,12 +214,8 @@ def test_settings_that_cannot_work_are_refused(place: Path, option: str, value: 
 
 
 def test_a_trained_vae_s_weights_hold_the_statistics_of_the_clips_it_trained_on(place: Path) -> None:
-    options: dict[str, Any] = {
-        "optimizer": OptimizerFactory(name="muon", lr=1e-3),
-        "schedule": Schedule(),
-        "max_steps": 3,
-    }
-    stage = VAEStage(net=FACTORY, latent_noise=0.1, statistics_batches=64, **options)
+    optimizer, steps = OptimizerFactory(name="muon", lr=1e-3), 3
+    stage = VAEStage(net=FACTORY, optimizer=optimizer, schedule=Schedule(), max_steps=steps, statistics_batches=64)
     data = VideoData(shards=str(place / "shards"), buckets=Native(), seed=0, max_steps=steps, batch_size=1)
     fit(build_trainer(out=place / "run", max_steps=steps, accelerator="cpu", ema=0.9), stage, data)
     job(place, vae=str(place / "run"), dtype="fp16")()
