@@ -1,0 +1,108 @@
+"""The small world of `make demo`: one large object on a plain background, in one of six motions."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+
+from data_prep.world.draw import EXTENTS
+from data_prep.world.scene import Scene, Sprite
+from data_prep.world.seen import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Seen, Thing
+
+FPS = 8.0
+SIZES = ((64, 64), (48, 80), (80, 48))  # height, width
+SIZE_SHARES = (0.6, 0.2, 0.2)
+FRAMES = (17, 9, 1)
+FRAME_SHARES = (0.70, 0.15, 0.15)
+RADII = {"small": (0.20, 0.215), "large": (0.245, 0.26)}  # of the shorter side
+TRAVEL = {17: (0.36, 0.46), 9: (0.30, 0.40)}  # of the side that it moves along
+FALL_FRAMES = 4.0  # a bouncing object takes half a second down and half a second up
+MARGIN = 1.0  # pixels between an object and the frame's edge, at least
+
+Combination = tuple[str, str, str]  # color, shape, motion
+
+# Each color is held out with one shape and each motion with one shape; every pair's parts are seen in other pairs.
+HELD_PAIRS = {(color, SHAPES[index % 3]) for index, color in enumerate(COLORS)}
+HELD_MOTIONS = {(SHAPES[(index + index // 3) % 3], motion) for index, motion in enumerate(MOTIONS)}
+
+
+def is_held(combination: Combination) -> bool:
+    """Whether a combination is kept out of training."""
+    color, shape, motion = combination
+    return (color, shape) in HELD_PAIRS or (shape, motion) in HELD_MOTIONS
+
+
+def combinations(*, held: bool, still: bool = False) -> list[Combination]:
+    """Return all combinations of one kind; for still images, whether one is held out rests on colour and shape alone."""
+    every = product(COLORS, SHAPES, MOTIONS)
+    if still:
+        return [c for c in every if c[2] == "still" and ((c[0], c[1]) in HELD_PAIRS) == held]
+    return [c for c in every if is_held(c) == held]
+
+
+def chance() -> dict[str, float]:
+    """Return how often a guess is right, by attribute."""
+    return {
+        "color": 1 / len(COLORS),
+        "shape": 1 / len(SHAPES),
+        "motion": 1 / len(MOTIONS),
+        "background": 1 / len(BACKGROUNDS),
+    }
+
+
+def sample(rng: np.random.Generator, combination: Combination, height: int, width: int, frames: int) -> Scene:
+    """Return a scene of a combination: its place, size, background and words are drawn from `rng`."""
+    color, shape, motion = combination
+    background = str(rng.choice(list(BACKGROUNDS)))
+    size = str(rng.choice(list(RADII)))
+    radius = float(rng.uniform(*RADII[size])) * min(height, width)
+    left, right, up, down = (extent * radius + MARGIN for extent in EXTENTS[shape])
+    path = travel(rng, motion, (left, width - right), (up, height - down), (width, height), frames)
+    thing = Thing(color, shape, motion if frames > 1 else None, size, place_of(path[0], height, width))
+    return Scene(
+        height=height,
+        width=width,
+        frames=frames,
+        fps=FPS,
+        background=BACKGROUNDS[background],
+        sprites=(Sprite(shape, COLORS[color], radius, path),),
+        truth=Seen(background, (thing,)),
+        wording=int(rng.integers(1 << 16)),
+    )
+
+
+def travel(
+    rng: np.random.Generator,
+    motion: str,
+    free_x: tuple[float, float],
+    free_y: tuple[float, float],
+    size: tuple[int, int],
+    frames: int,
+) -> np.ndarray:
+    """Return the centroid's path `[T, 2]` of a motion that stays within the free ranges."""
+    time = np.arange(frames, dtype=np.float64)
+    path = np.empty((frames, 2))
+    free = (free_x, free_y)
+    for axis in (0, 1):
+        path[:, axis] = rng.uniform(*free[axis])
+    if motion == "bounces":
+        floor, ceiling = free_y[1], free_y[0]
+        height = min(float(rng.uniform(0.36, 0.46)) * size[1], floor - ceiling)
+        phase = (time / FALL_FRAMES + 1) % 2 - 1
+        path[:, 1] = floor - height * (1 - phase**2)
+    elif motion != "still":
+        axis, sign = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}[motion]
+        low, high = free[axis]
+        way = min(float(rng.uniform(*TRAVEL.get(frames, TRAVEL[17]))) * size[axis], high - low)
+        start = float(rng.uniform(low, high - way))
+        along = time / max(frames - 1, 1)
+        path[:, axis] = start + way * (along if sign > 0 else 1 - along)
+    return path
+
+
+def place_of(point: np.ndarray, height: int, width: int) -> tuple[str, str]:
+    """Return the third of the frame, as (row, column), in which a point lies."""
+    row = ("top", "middle", "bottom")[min(int(3 * point[1] / height), 2)]
+    column = ("left", "middle", "right")[min(int(3 * point[0] / width), 2)]
+    return row, column

@@ -1,0 +1,87 @@
+"""The world: an endless, seeded sequence of scenes in each of three splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_prep.world import demo
+from data_prep.world.captions import describe
+from data_prep.world.scene import Scene
+from data_prep.world.seen import Seen
+from soratrain.errors import ConfigError
+
+PRESETS = ("demo",)
+SPLITS = ("train", "seen", "heldout")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt for evaluation: what to generate, at which size, and what should then be seen."""
+
+    text: str
+    truth: Seen
+    height: int
+    width: int
+    frames: int
+    fps: float
+
+
+@dataclass(frozen=True)
+class World:
+    """A seeded world; cheap to make and to send to another process.
+
+    Scene i of a split is a pure function of (preset, seed, split, i). The splits: "train"; "seen", new scenes of
+    combinations that occur in training; "heldout", combinations that never occur in training. Combinations come in
+    shuffled rounds, so that each occurs equally often.
+
+    Raises:
+        ConfigError: the preset is not known.
+    """
+
+    preset: str = "demo"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ConfigError(f"a world preset={self.preset!r} does not exist; use one of {', '.join(PRESETS)}")
+
+    def rng(self, split: str, *numbers: int) -> np.random.Generator:
+        """Return the generator of one split's item.
+
+        Raises:
+            ConfigError: the split is not known.
+        """
+        if split not in SPLITS:
+            raise ConfigError(f"a world split {split!r} does not exist; use one of {', '.join(SPLITS)}")
+        key = (PRESETS.index(self.preset), self.seed, SPLITS.index(split), *numbers)
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+    def scene(self, index: int, split: str = "train") -> Scene:
+        """Return scene `index` of a split."""
+        rng = self.rng(split, 0, index)
+        height, width = demo.SIZES[rng.choice(len(demo.SIZES), p=demo.SIZE_SHARES)]
+        frames = int(rng.choice(demo.FRAMES, p=demo.FRAME_SHARES))
+        choices = demo.combinations(held=split == "heldout", still=frames == 1)
+        return demo.sample(rng, self.pick(choices, index, split), height, width, frames)
+
+    def pick(self, choices: list[demo.Combination], index: int, split: str) -> demo.Combination:
+        """Return the choice whose turn it is: every choice once a round, in a new order each round."""
+        turn, position = divmod(index, len(choices))
+        return choices[self.rng(split, 1, len(choices), turn).permutation(len(choices))[position]]
+
+    def prompts(self, count: int, split: str = "heldout", style: str = "short") -> list[Prompt]:
+        """Return `count` prompts for full-length clips of a split, with the truth that they ask for."""
+        prompts = []
+        for index in range(count):
+            rng = self.rng(split, 2, index)
+            height, width = demo.SIZES[rng.choice(len(demo.SIZES), p=demo.SIZE_SHARES)]
+            combination = self.pick(demo.combinations(held=split == "heldout"), index, split)
+            scene = demo.sample(rng, combination, height, width, demo.FRAMES[0])
+            prompts.append(Prompt(describe(scene, style), scene.truth, height, width, scene.frames, scene.fps))
+        return prompts
+
+    def chance(self) -> dict[str, float]:
+        """Return how often a blind guess is right, by attribute."""
+        return demo.chance()
