@@ -59,7 +59,7 @@ class Checkpoint(StepCallback):
 
 
 class GracefulStop(StepCallback):
-    """On Ctrl-C or SIGTERM, finish the step, save, and stop; a second signal stops at once.
+    """On Ctrl-C or SIGTERM, finish the step, save, and stop; a second Ctrl-C stops at once.
 
     The ranks agree at the end of each step, so that all stop at the same one, whichever of them was told.
 
@@ -85,10 +85,9 @@ class GracefulStop(StepCallback):
                 self.before[number] = signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:
-        """Take note of the signal, and let the next one do what it did before."""
+        """Take note of the signal. Schedulers send SIGTERM several times; only a person means the second one."""
         self.received = number
-        for known, handler in self.before.items():
-            signal.signal(known, signal.default_int_handler if known == signal.SIGINT else handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_step(self, trainer: L.Trainer, stage: TrainStage) -> None:
         if self.agreed() and self.step < stage.max_steps:
@@ -104,7 +103,14 @@ class GracefulStop(StepCallback):
             self.received = int(flag)
         return self.received != 0
 
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Put back the signal handlers that were there before; Lightning then puts back those before its own."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}

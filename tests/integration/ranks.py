@@ -21,7 +21,10 @@ def start_server() -> None:
     """Start the server that the processes are forked from; it finds modules where this process does."""
     before = {key: os.environ.get(key) for key in ("PYTHONPATH", "DS_ACCELERATOR")}
     os.environ.update(PYTHONPATH=os.pathsep.join(sys.path), DS_ACCELERATOR="cpu")
-    CONTEXT.set_forkserver_preload(["tiny_training", "soratrain.distributed.zero", "deepspeed"])
+    slow = (
+        "deepspeed.runtime.zero.muon.muon_optimizer"  # DeepSpeed loads it with any optimizer, and the inductor with it
+    )
+    CONTEXT.set_forkserver_preload(["tiny_training", "soratrain.distributed.zero", slow])
     forkserver.ensure_running()
     for key, value in before.items():
         os.environ.pop(key) if value is None else os.environ.update({key: value})

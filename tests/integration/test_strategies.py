@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny_training import train
 
 PARALLEL = ("ddp", "zero1", "zero2", "zero3")
+SLOW = ("ddp", "zero1", "zero3")
 
 
 def outcome(out: str, **settings: Any) -> dict[str, float]:
@@ -48,7 +49,7 @@ def test_one_accumulated_sgd_step_equals_the_single_process_one(strategy: str, t
     same_training(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("strategy", PARALLEL)
+@pytest.mark.parametrize("strategy", ["zero2", *(pytest.param(name, marks=pytest.mark.full) for name in SLOW)])
 def test_clipped_training_and_its_average_equal_the_single_process_ones(strategy: str, tmp_path: Path) -> None:
     settings = {"per_step": 4, "max_steps": 5, "clip": 0.3, "ema": 0.9}
     run_ranks(outcome, 1, out=str(tmp_path / "one"), **settings)
@@ -57,3 +58,21 @@ def test_clipped_training_and_its_average_equal_the_single_process_ones(strategy
     exported = [load_file(tmp_path / run / "weights" / "net.safetensors") for run in ("one", "two")]
     for name, value in exported[0].items():
         torch.testing.assert_close(value, exported[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", PARALLEL)
+def test_autocast_to_bf16_computes_the_same_under_every_strategy(strategy: str, tmp_path: Path) -> None:
+    settings = {"per_step": 2, "max_steps": 3, "precision": "bf16-mixed"}
+    run_ranks(outcome, 1, out=str(tmp_path / "one"), **settings)
+    run_ranks(outcome, 2, out=str(tmp_path / "two"), strategy=strategy, ranks=2, **settings)
+    run_ranks(outcome, 1, out=str(tmp_path / "fp32"), **{**settings, "precision": "32-true"})
+    same_training(tmp_path / "one", tmp_path / "two")
+    assert steps(tmp_path / "one")[0]["loss"] != steps(tmp_path / "fp32")[0]["loss"]
+
+
+def test_muon_under_zero_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(
+        RuntimeError, match="ConfigError: optimizer.name=muon needs whole matrices and ZeRO slices them"
+    ):
+        run_ranks(outcome, 2, out=str(tmp_path), strategy="zero2", ranks=2, optimizer="muon")

@@ -60,6 +60,7 @@ class Stage(TrainStage):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         if self.global_step == self.interrupt and self.global_rank == 0:
+            self.interrupt = -1
             os.kill(os.getpid(), signal.SIGTERM)
         loss = (self.net(batch) - batch.flip(1)).square().mean()
         if self.global_step == self.poison:
@@ -119,6 +120,7 @@ def train(
     precision: str = "32-true",
     stop_at: int = 0,
     weight_decay: float = 0.01,
+    width: int = 10,
     **stage: Any,
 ) -> tuple[L.Trainer, Stage, dict[str, float]]:
     """Train the tiny stage; return trainer, stage and last metrics. `stop_at` ends early, as a kill would."""
@@ -129,7 +131,7 @@ def train(
         else OptimizerFactory(name=optimizer, lr=lr, clip=clip, weight_decay=weight_decay)
     )
     module = Stage(
-        nets={"net": partial(Net, width=10)},
+        nets={"net": partial(Net, width=width)},
         optimizer=factory,
         schedule=Schedule(name="cosine", warmup_steps=2),
         max_steps=max_steps,
