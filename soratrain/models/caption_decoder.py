@@ -2,7 +2,8 @@
 
 A caption is its UTF-8 bytes, so any script can be written and nothing is out of vocabulary.
 
-Legend: B clips, D width, H heads, K head dim, Q pooled queries, L new places, S places read so far.
+Legend: B clips, D width, H heads, K head dim, Q pooled queries, L new places, S places read so far, N new places of
+all texts without padding, V symbols.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from soratrain.models.rope import rotate, rotations
 
 START, END, SYMBOLS = 256, 256, 257  # a caption's bytes, then END; START stands before the first byte
 NGRAMS = (2, 3, 4)
-IGNORED = -100  # target of places behind a caption's end
 
 
 def norm(dim: int) -> nn.LayerNorm:
@@ -28,23 +28,17 @@ def norm(dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(dim, bias=False)
 
 
-def encode_captions(captions: Sequence[str], max_bytes: int) -> tuple[Tensor, Tensor]:
-    """Return what the decoder reads `[B, L]` (START, then bytes) and what it should answer `[B, L]`.
+def encode_captions(captions: Sequence[str], max_bytes: int) -> tuple[Tensor, Tensor, Packing]:
+    """Return what the decoder reads `[B, L]` (START, then bytes), what it should answer `[N]`, and the real lengths.
 
     A caption longer than `max_bytes` is cut, and its END is then not asked for: the net must not learn to break off.
     """
     coded = [caption.encode("utf-8", "replace") for caption in captions]
-    length = min(max(map(len, coded)), max_bytes) + 1
-    symbols = torch.full((len(coded), length), END)
-    targets = torch.full((len(coded), length), IGNORED)
-    for row, data in enumerate(coded):
-        values = torch.tensor([*data[:max_bytes]], dtype=torch.int64)
-        symbols[row, 0] = START
-        symbols[row, 1 : len(values) + 1] = values
-        targets[row, : len(values)] = values
-        if len(data) <= max_bytes:
-            targets[row, len(values)] = END
-    return symbols, targets
+    read = [[START, *data][: max_bytes + (len(data) <= max_bytes)] for data in coded]
+    answers = [[*data[: len(line)], END][: len(line)] for data, line in zip(coded, read, strict=True)]
+    packing = Packing.of([len(line) for line in read])
+    symbols = packing.pad(torch.tensor([symbol for line in read for symbol in line]))
+    return symbols, torch.tensor([symbol for line in answers for symbol in line]), packing
 
 
 def decode_caption(data: bytes) -> str:
@@ -134,31 +128,37 @@ class DecoderBlock(Block):
 
     def forward(  # type: ignore[override]
         self,
-        x_BLD: Tensor,
-        memory: tuple[Tensor, Tensor],
+        x_ND: Tensor,
+        packing: Packing,
         rotation: tuple[Tensor, Tensor],
+        memory: tuple[Tensor, Tensor],
         cache: Cache | None = None,
         index: int = 0,
     ) -> Tensor:
-        batch, length, _ = x_BLD.shape
-        q, k, v = (
-            part.unflatten(0, (batch, length)).transpose(1, 2) for part in self.turned(x_BLD.flatten(0, 1), rotation)
-        )
+        q, k, v = (packing.pad(part).transpose(1, 2) for part in self.turned(x_ND, rotation))
         if cache is not None:
             k, v = cache.extend(index, k, v)
-        x_BLD = x_BLD + self.out(_look(q, k, v, causal=True).transpose(1, 2).flatten(2))
-        asked = self.cross_q(self.norm_cross(x_BLD)).unflatten(-1, (self.num_heads, -1))
-        asked = self.norm_cross_q(asked).to(memory[0].dtype).transpose(1, 2)
-        return self.mlp(x_BLD + self.cross_out(_look(asked, *memory, causal=False).transpose(1, 2).flatten(2)))
+        x_ND = x_ND + self.out(packing.unpad(_look(q, k, v, causal=True).transpose(1, 2)).flatten(1))
+        asked_NHK = self.norm_cross_q(self.cross_q(self.norm_cross(x_ND)).unflatten(-1, (self.num_heads, -1)))
+        asked = packing.pad(asked_NHK.to(memory[0].dtype)).transpose(1, 2)
+        told = packing.unpad(_look(asked, *memory, causal=False).transpose(1, 2))
+        return self.mlp(x_ND + self.cross_out(told.flatten(1)))
 
 
 def _look(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, causal: bool) -> Tensor:
-    """Attend over a short text; the last query stands at the last key. Plain products, as `attention.py` explains."""
+    """Attend over short texts; a causal query stands at its own key, a single one at the last.
+
+    In bf16 on CPU plain products are faster than SDPA, as `attention.py` explains.
+    """
+    queries = q_BHLK.shape[-2]
+    causal = causal and queries > 1
+    assert not causal or queries == k_BHSK.shape[-2], "a cache grows by one place at a time"
+    if q_BHLK.is_cuda or q_BHLK.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q_BHLK, k_BHSK, v_BHSK, is_causal=causal)
     scores = (q_BHLK * (1 / math.sqrt(q_BHLK.shape[-1]))) @ k_BHSK.transpose(-1, -2)
-    queries, keys = scores.shape[-2:]
-    if causal and queries > 1:
-        hidden = torch.ones(queries, keys, dtype=torch.bool, device=scores.device).triu(keys - queries + 1)
-        scores = scores.masked_fill(hidden, float("-inf"))
+    if causal:
+        later = torch.ones(queries, queries, dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
     return scores.softmax(-1).to(v_BHSK.dtype) @ v_BHSK
 
 
@@ -185,17 +185,17 @@ class Decoder(nn.Module):
         for weight in (self.bytes.weight, self.ngrams.weight, self.style.weight, self.head.weight):
             weight.no_muon = True  # type: ignore[attr-defined]
 
-    def embed(self, symbols_BS: Tensor, styles_B: Tensor, new: int) -> Tensor:
-        """Return the inputs `[B, new, D]` of the last `new` symbols; those before them are context for the n-grams."""
+    def embed(self, symbols_BS: Tensor, styles_B: Tensor, packing: Packing) -> Tensor:
+        """Return the inputs `[N, D]` of the last places; those before them are context for the n-grams."""
         hashes, code = [], symbols_BS
         for n in range(2, max(NGRAMS) + 1):
             earlier = F.pad(symbols_BS, (n - 1, 0), value=START)[:, : symbols_BS.shape[1]]
             code = (code * 1_000_003 + earlier * 8191 + n) % 2_147_483_647
             hashes.append(code % self.table)
-        rows = torch.stack(hashes, dim=-1)[:, -new:]
-        x_BLD = self.bytes(symbols_BS[:, -new:]) + self.ngrams(rows).sum(2)
-        opening = (symbols_BS[:, -new:] == START)[..., None]
-        return self.norm_in(x_BLD + torch.where(opening, self.style(styles_B)[:, None], 0.0))
+        rows_N3 = packing.unpad(torch.stack(hashes, dim=-1)[:, -packing.longest :])
+        symbols_N = packing.unpad(symbols_BS[:, -packing.longest :])
+        opening = self.style(packing.expand(styles_B)) * (symbols_N == START)[:, None]
+        return self.norm_in(self.bytes(symbols_N) + self.ngrams(rows_N3).sum(1) + opening)
 
     def memory(self, pooled_BQD: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return what each block reads of the clips."""
@@ -205,19 +205,23 @@ class Decoder(nn.Module):
         self,
         symbols_BS: Tensor,
         styles_B: Tensor,
-        memory: list[tuple[Tensor, Tensor]],
+        memory: Sequence[tuple[Tensor, Tensor]],
+        packing: Packing,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Return logits `[B, L, 257]` of the symbol after each place that `cache` does not yet hold."""
+        """Return logits `[N, 257]` of the symbol after each place that `cache` does not yet hold.
+
+        Args:
+            symbols_BS: from START; what `cache` holds may be cut off, but for the few symbols that n-grams look back.
+            packing: how many places are new in each text; with a cache, one.
+        """
         done = cache.length if cache is not None else 0
-        batch, total = symbols_BS.shape
-        context = max(0, done - max(NGRAMS) + 1)
-        x_BLD = self.embed(symbols_BS[:, context:], styles_B, total - done)
-        places = torch.arange(done, total, device=symbols_BS.device).repeat(batch)
+        x_ND = self.embed(symbols_BS, styles_B, packing)
+        places = packing.unpad(torch.arange(done, done + packing.longest, device=x_ND.device).expand(len(packing), -1))
         rotation = rotations(places[:, None], self.channels)
         for index, (block, read) in enumerate(zip(self.blocks, memory, strict=True)):
-            x_BLD = block(x_BLD, read, rotation, cache, index)
-        return self.head(self.norm_out(x_BLD)).float()
+            x_ND = block(x_ND, packing, rotation, read, cache, index)
+        return self.head(self.norm_out(x_ND)).float()
 
     @torch.no_grad()
     def write(
@@ -244,8 +248,13 @@ class Decoder(nn.Module):
         memory, cache = self.memory(pooled_BQD), Cache(len(self.blocks), max_bytes + 1) if cached else None
         ended = torch.zeros(batch, dtype=torch.bool, device=device)
         written = 0
+        one = Packing.of([1] * batch)
         for place in range(max_bytes + 1):
-            logits = self(symbols[:, : place + 1], styles_B, memory, cache)[:, -1]
+            if cached:
+                logits = self(symbols[:, max(0, place + 1 - max(NGRAMS)) : place + 1], styles_B, memory, one, cache)
+            else:
+                whole = Packing.of([place + 1] * batch)
+                logits = whole.pad(self(symbols[:, : place + 1], styles_B, memory, whole))[:, -1]
             following = choose(logits, None if chance is None or place == max_bytes else chance[:, place], top_p)
             ended |= following == END
             if place == max_bytes or bool(ended.all()):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from soratrain.errors import ConfigError, DataError
 from soratrain.models.attention import Packing, attend
-from soratrain.models.caption_decoder import IGNORED, Block, Decoder, decode_caption, encode_captions, norm
+from soratrain.models.caption_decoder import Block, Decoder, decode_caption, encode_captions, norm
 from soratrain.models.rope import rotations, split_axes
 
 TIME_SCALE = 6.0  # coordinates turn 6 per second, as in the DiT
@@ -275,12 +275,12 @@ class Captioner(nn.Module):
         """
         device = pixels.device
         pooled_BQD, video_BD = self.look(pixels, fps)
-        symbols, targets = (part.to(device) for part in encode_captions(captions, self.max_bytes))
-        logits = self.decoder(symbols, self.style_ids(styles, device), self.decoder.memory(pooled_BQD))
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
-        asked = (targets != IGNORED).sum(1).clamp(min=1)
-        same = torch.tensor([[one == other for other in captions] for one in captions], device=device)
-        return losses.unflatten(0, targets.shape).sum(1) / asked, self.contrast(video_BD, text_BD, same)
+        symbols_BL, targets_N, packing = encode_captions(captions, self.max_bytes)
+        memory = self.decoder.memory(pooled_BQD)
+        logits_NV = self.decoder(symbols_BL.to(device), self.style_ids(styles, device), memory, packing)
+        losses_N = F.cross_entropy(logits_NV, targets_N.to(device), reduction="none")
+        same_BB = torch.tensor([[one == other for other in captions] for one in captions], device=device)
+        return packing.mean(losses_N), self.contrast(video_BD, text_BD, same_BB)
 
     def embed_video(self, pixels: Tensor, fps: Tensor) -> Tensor:
         """Return unit vectors of clips, `[B, E]`."""

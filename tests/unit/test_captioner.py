@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from soratrain.errors import ConfigError, DataError
+from soratrain.models.attention import Packing
 from soratrain.models.caption_decoder import (
     END,
-    IGNORED,
     START,
+    Cache,
     Decoder,
     choose,
     decode_caption,
@@ -115,48 +116,61 @@ def test_cached_captions_equal_uncached_ones(top_p):
 
 
 def test_logits_from_the_cache_equal_those_of_the_whole_caption():
-    from soratrain.models.caption_decoder import Cache
-
     net = captioner()
-    symbols, _ = encode_captions(["a red disc", "ночь"], 24)
+    symbols, _, packing = encode_captions(["a red disc", "by night 夜"], 24)
     memory, ids = net.decoder.memory(torch.randn(2, 3, 16)), torch.tensor([0, 1])
-    whole = net.decoder(symbols, ids, memory)
-    cache = Cache(2, 24)
-    steps = [net.decoder(symbols[:, : end + 1], ids, memory, cache) for end in range(symbols.shape[1])]
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-4, atol=1e-5)
+    whole = packing.pad(net.decoder(symbols, ids, memory, packing))
+    cache, one = Cache(2, 24), Packing.of([1, 1])
+    for end in range(min(packing.lengths)):
+        step = net.decoder(symbols[:, max(0, end - 3) : end + 1], ids, memory, one, cache)
+        torch.testing.assert_close(step, whole[:, end], rtol=1e-4, atol=1e-5)
+
+
+def test_captions_of_unequal_length_do_not_disturb_each_other():
+    net = captioner()
+    captions, ids = ["a red disc", "b", "a much longer line"], torch.tensor([0, 1, 1])
+    pooled = torch.randn(3, 3, 16)
+    symbols, _, packing = encode_captions(captions, 24)
+    together = net.decoder(symbols, ids, net.decoder.memory(pooled), packing).split(packing.lengths)
+    for row, caption in enumerate(captions):
+        symbols, _, packing = encode_captions([caption], 24)
+        alone = net.decoder(symbols, ids[row : row + 1], net.decoder.memory(pooled[row : row + 1]), packing)
+        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_later_byte_never_changes_an_earlier_answer():
     net = captioner()
-    one, _ = encode_captions(["abcdefgh"], 24)
-    other, _ = encode_captions(["abcdeXYZ"], 24)
+    one, _, packing = encode_captions(["abcdefgh"], 24)
+    other, _, _ = encode_captions(["abcdeXYZ"], 24)
     memory, ids = net.decoder.memory(torch.randn(1, 3, 16)), torch.tensor([0])
-    first, second = net.decoder(one, ids, memory), net.decoder(other, ids, memory)
-    torch.testing.assert_close(first[:, :6], second[:, :6])
-    assert not torch.allclose(first[:, 6], second[:, 6])
+    first, second = net.decoder(one, ids, memory, packing), net.decoder(other, ids, memory, packing)
+    torch.testing.assert_close(first[:6], second[:6])
+    assert not torch.allclose(first[6], second[6])
 
 
 def test_a_style_changes_the_answer_and_an_unknown_one_is_refused():
     net = captioner()
-    symbols, _ = encode_captions(["x"], 24)
+    symbols, _, packing = encode_captions(["x"], 24)
     memory = net.decoder.memory(torch.randn(1, 3, 16))
-    short, long = (net.decoder(symbols, net.style_ids([style]), memory) for style in ("short", "long"))
+    short, long = (net.decoder(symbols, net.style_ids([style]), memory, packing) for style in ("short", "long"))
     assert not torch.allclose(short, long)
     with pytest.raises(ConfigError, match="'poem'.*'short', 'long'"):
         net.generate(clips(1, 3, 1, 8, 8), torch.tensor([1.0]), ["poem"])
 
 
 def test_captions_are_bytes_of_any_script_and_only_whole_ones_end():
-    symbols, targets = encode_captions(["ab", "三", "abcdef"], 4)
-    assert symbols.tolist() == [
-        [START, 97, 98, END, END],
-        [START, *"三".encode(), END],
-        [START, 97, 98, 99, 100],
+    symbols, targets, packing = encode_captions(["ab", "三", "abcdef", ""], 4)
+    assert [line.tolist() for line in packing.unpad(symbols).split(packing.lengths)] == [
+        [START, 97, 98],
+        [START, *"三".encode()],
+        [START, 97, 98, 99],
+        [START],
     ]
-    assert targets.tolist() == [
-        [97, 98, END, IGNORED, IGNORED],
-        [*"三".encode(), END, IGNORED],
-        [97, 98, 99, 100, IGNORED],
+    assert [line.tolist() for line in targets.split(packing.lengths)] == [
+        [97, 98, END],
+        [*"三".encode(), END],
+        [97, 98, 99, 100],
+        [END],
     ]
 
 
@@ -174,11 +188,11 @@ class Dictated(Decoder):
         super().__init__(dim=8, depth=1, num_heads=1, mlp_ratio=1.0, styles=1, table=8)
         self.lines = [[*line, END] for line in lines]
 
-    def forward(self, symbols_BS, styles_B, memory, cache=None):
-        place = symbols_BS.shape[1] - 1
-        logits = torch.zeros(len(symbols_BS), 1, 257)
+    def forward(self, symbols_BS, styles_B, memory, packing, cache=None):
+        place, cache.length = cache.length, cache.length + 1
+        logits = torch.zeros(len(symbols_BS), 257)
         for row, line in enumerate(self.lines):
-            logits[row, 0, line[min(place, len(line) - 1)]] = 9.0
+            logits[row, line[min(place, len(line) - 1)]] = 9.0
         return logits
 
 
