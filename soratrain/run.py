@@ -143,7 +143,7 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         metrics = fit(config, out) if stage["kind"] == "fit" else instantiate(stage["job"])()
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
-    result = {"stage": stage["name"], "seconds": round(time.monotonic() - began, 1), **metrics}
+    result = {**metrics, "stage": stage["name"], "seconds": round(time.monotonic() - began, 1)}
     if first:
         outputs.finish(out, result)
         log.info(
@@ -159,10 +159,10 @@ def shown(value: Any) -> str:
 
 
 def fit(config: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """Train the stage's nets and return the run's last metrics."""
+    """Train the stage's nets, from the newest checkpoint if there is one, and return the last metrics."""
     import lightning as L
 
-    from soratrain.distributed.trainer import build_trainer, latest_checkpoint
+    from soratrain.distributed import trainer as engine
 
     L.seed_everything(config["seed"], verbose=False)
     module = instantiate(config["stage"]["module"])
@@ -170,6 +170,5 @@ def fit(config: Mapping[str, Any], out: Path) -> dict[str, Any]:
     if config["init"]:
         for name in module.factories:
             module.start_from(name, config["init"])
-    trainer = build_trainer(config=config, out=out, data=data)
-    trainer.fit(module, datamodule=data, ckpt_path=latest_checkpoint(out / "checkpoints"))
-    return {key: float(value) for key, value in trainer.callback_metrics.items()}
+    trainer = instantiate(config["trainer"])(accumulate=config["data"]["accumulate_blocks"])
+    return engine.fit(trainer, module, data)

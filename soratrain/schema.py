@@ -152,8 +152,10 @@ def examples(group: str) -> dict[str, list[Any]]:
 
     files = [CONF / "config.yaml"] if group == "inputs" else sorted((CONF / group).glob("*.yaml"))
     for file in files:
-        document = yaml.safe_load(file.read_text()) or {}
-        document = document.get("inputs", {}) if group == "inputs" else document
+        text = file.read_text()
+        document = yaml.safe_load(text) or {}
+        if group == "inputs" or "@package _global_" in text:
+            document = document.get(group, {})
         walk(group, {key: value for key, value in document.items() if key != "defaults"})
     return seen
 
