@@ -8,6 +8,7 @@ another number of ranks, or from the middle of an accumulation, begins with the 
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -119,6 +120,7 @@ class PlannedData(L.LightningDataModule, ABC):
         self._items: MicroBatches | None = None
         self._state: dict[str, Any] | None = None
         self._origin = (0, 0)  # micro-batches of a rank: done when fitting began, and Lightning's counter then
+        self._begun: L.Trainer | None = None  # whose fitting that was
 
     @abstractmethod
     def source(self, manifest: Manifest, plan: Plan, cache: int) -> Source:
@@ -192,6 +194,8 @@ class PlannedData(L.LightningDataModule, ABC):
 
     def loader(self, start: int, end: int) -> DataLoader[Batch]:
         """Return a loader of this rank's micro-batches from number `start` up to `end`."""
+        if self.workers:  # import once, before workers fork off
+            multiprocessing.set_forkserver_preload(["soratrain.data.dataset"])
         return DataLoader(
             self.items(),
             batch_size=None,
@@ -210,7 +214,7 @@ class PlannedData(L.LightningDataModule, ABC):
         if trainer is None:
             start = self.plan().check(self._state) // self._world()[1] if self._state else 0
             return self.loader(start, end)
-        if self._done() >= end > 0:
+        if self._begun is trainer and self._done() >= end:
             return self.loader(end, 2 * end)
         if trainer.world_size > 1 and getattr(trainer._accelerator_connector, "use_distributed_sampler", False):
             raise ConfigError("Trainer(use_distributed_sampler=True) would deal out the data twice; set it to False")
@@ -220,7 +224,7 @@ class PlannedData(L.LightningDataModule, ABC):
                 f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) is not the {per_rank}"
                 " micro-batches that a step has on each rank; use data.accumulation(world_size)"
             )
-        self._origin = self._begin()
+        self._origin, self._begun = self._begin(), trainer
         return self.loader(self._origin[0], end)
 
     def _begin(self) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from soratrain.data.manifest import write_manifest
+from soratrain.data.manifest import Manifest, write_manifest
 from soratrain.data.shards import ShardWriter
 
 
@@ -103,3 +103,29 @@ def write_latents(folder: Path, shapes: Sequence[tuple[int, int, int]], channels
         samples.append((fields(height, width, frames, "safetensors"), media))
     write(folder, samples)
     return folder
+
+
+def manifest(shapes: Sequence[tuple[int, int, int]], fps: int = 8) -> Manifest:
+    """A manifest of samples of the given (height, width, frames) that nothing stands behind."""
+    count = len(shapes)
+    sizes = np.array(shapes, dtype=np.int32).reshape(count, 3)
+    zeros = np.zeros(count, dtype=np.int64)
+    return Manifest(
+        folder="nowhere",
+        key=np.array([key(number).encode() for number in range(count)], dtype="S32"),
+        shards=("shard-000000.tar",),
+        shard=zeros,
+        exts=("mp4",),
+        ext=zeros,
+        image=sizes[:, 2] == 1,
+        h=sizes[:, 0],
+        w=sizes[:, 1],
+        frames=sizes[:, 2],
+        fps_num=np.full(count, fps, dtype=np.int32),
+        fps_den=np.ones(count, dtype=np.int32),
+        json_offset=zeros,
+        json_length=zeros,
+        media_offset=zeros,
+        media_length=zeros,
+        crc32=zeros,
+    )
