@@ -131,11 +131,11 @@ def shown(value: float) -> str:
 
 
 def read_rows(file: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV, none if there is no file."""
+    """Return the whole rows of a CSV, none if there is no file; a last line that was cut short is left out."""
     if not file.is_file():
         return []
-    with file.open(newline="", encoding="utf-8") as stream:
-        return [row for row in csv.DictReader(stream) if row.get("step")]
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [row for row in csv.DictReader(line for line in lines if line.endswith("\n")) if row.get("step")]
 
 
 def columns(rows: list[dict[str, str]]) -> list[str]:

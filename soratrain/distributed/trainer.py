@@ -17,7 +17,7 @@ from soratrain.callbacks.ema import EMA
 from soratrain.callbacks.export import Export
 from soratrain.callbacks.metrics import Metrics
 from soratrain.callbacks.progress import Progress
-from soratrain.distributed.checkpoint import latest_checkpoint
+from soratrain.distributed.checkpoint import latest_checkpoint, read_state
 from soratrain.distributed.strategy import StrategyOptions, build_strategy
 from soratrain.errors import ConfigError
 from soratrain.stages.base import TrainStage
@@ -186,7 +186,23 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
     stop = next(item for item in callbacks if isinstance(item, GracefulStop))
     metrics = next(item for item in callbacks if isinstance(item, Metrics))
     start = latest_checkpoint(checkpoint.folder)
+    settle_accumulation(trainer, data, start)
     trainer.fit(stage, datamodule=data, ckpt_path=None if start is None else str(start), weights_only=True)
     if stop.received and trainer.global_step < stage.max_steps:
         raise StoppedError(f"stopped at step {trainer.global_step} of {stage.max_steps}; the same command goes on")
     return dict(metrics.row)
+
+
+def settle_accumulation(trainer: L.Trainer, data: L.LightningDataModule, start: Path | None) -> None:
+    """Accumulate as many micro-batches as the data say that a rank has in a step.
+
+    That number follows from the ranks there are and those that the run was begun with, which the checkpoint knows.
+    """
+    ask = getattr(data, "accumulation", None)
+    if ask is None:
+        return
+    if start is not None:
+        stored = read_state(start).get(type(data).__qualname__)
+        if stored:
+            data.load_state_dict(stored)
+    trainer.accumulate_grad_batches = ask(trainer.world_size)
