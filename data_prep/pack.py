@@ -107,10 +107,12 @@ def pack(units: Path, numbers: Sequence[int], target: Path, *, max_bytes: int, r
             for row, record, media in read_samples(units, number):
                 tally.entered += 1
                 uri = record["source"]["uri"]
-                if (first := seen.setdefault(row["key"], uri)) != uri or (rows and rows[-1]["key"] == row["key"]):
+                if row["key"] in seen:
                     tally.dropped["the same content under two names"] += 1
-                    report.failures.append(Failure(uri, "pack", f"has the same content as {first}, which is used"))
+                    reason = f"has the same content as {seen[row['key']]}, which is used"
+                    report.failures.append(Failure(uri, "pack", reason))
                     continue
+                seen[row["key"]] = uri
                 placed = writer.write(row["key"], {"json": dumps(record).encode(), row["ext"]: media})
                 (json_offset, json_length), (offset, length) = placed.members["json"], placed.members[row["ext"]]
                 rows.append(

@@ -18,6 +18,7 @@ STANDARD = [Fraction(n, d) for n, d in ((24000, 1001), (30000, 1001), (60000, 10
     Fraction(rate) for rate in (1, 2, 4, 5, 6, 8, 10, 12, 15, 16, 20, 24, 25, 30, 48, 50, 60, 100, 120)
 ]
 JITTER = 0.1  # of a frame: timestamps this near to a constant rate are that rate, badly rounded
+COARSE = 0.34  # of a frame: how far rounding to the container's clock may move a timestamp
 FASTEST, SLOWEST = 240, Fraction(1, 60)  # frames/s
 DENOMINATOR = 1001
 
@@ -120,7 +121,7 @@ def fit_rate(times: Sequence[float], tick: float, stated: Sequence[Fraction]) ->
         if rate <= 0:
             continue
         period = float(1 / rate)
-        allowed = max(min(1.01 * tick, period / 2), JITTER * period)
+        allowed = max(min(1.01 * tick, COARSE * period), JITTER * period)
         if all(abs(time - i * period) <= allowed for i, time in enumerate(times)):
             return rate, True
     common = 1 / median(b - a for a, b in zip(times, times[1:], strict=False))

@@ -154,7 +154,7 @@ def compose(overrides: Sequence[str]) -> PrepConfig:
         config = OmegaConf.to_object(composed)
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        key = getattr(cause, "full_key", None)
+        key = getattr(cause, "full_key", None) or getattr(error, "override", None)
         raise ConfigError(f"{f'{key}: ' if key else ''}{str(cause).splitlines()[0]}") from error
     assert isinstance(config, PrepConfig)
     return check(config)
