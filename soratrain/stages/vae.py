@@ -54,7 +54,7 @@ class VAEStage(TrainStage):
         latent_noise: float = 0.0,
         foreground_weight: float = 0.0,
         foreground_until: float = 0.6,
-        statistics_batches: int = 32,
+        statistics_batches: int = 16,
     ) -> None:
         super().__init__(nets={"vae": net}, optimizer=optimizer, schedule=schedule, max_steps=max_steps)
         weights = dict(

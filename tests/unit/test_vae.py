@@ -133,6 +133,17 @@ def test_a_far_pixel_changes_nothing() -> None:
 
 
 @torch.no_grad()
+def test_tiles_with_a_halo_equal_the_whole() -> None:
+    vae, halo = make("time in the front"), 8  # latent positions, more than encoder or decoder reach
+    x = clip(frames=5, height=16, width=8 * 48)
+    latent = vae.encode(x)
+    tile = vae.encode(x[..., 8 * (16 - halo) : 8 * (32 + halo)])[..., halo:-halo]
+    torch.testing.assert_close(tile, latent[..., 16:32], rtol=0, atol=1e-5)
+    pixels = vae.decode(latent[..., 16 - halo : 32 + halo])[..., 8 * halo : -8 * halo]
+    torch.testing.assert_close(pixels, vae.decode(latent)[..., 8 * 16 : 8 * 32], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_normalised_latents_have_mean_zero_and_deviation_one() -> None:
     vae = make()
     x = torch.cat([clip(seed=seed) for seed in range(8)])
