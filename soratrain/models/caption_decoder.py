@@ -9,7 +9,7 @@ all texts without padding, V symbols.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class Block(nn.Module):
         for last in (self.out, self.down):
             nn.init.zeros_(last.weight)
 
-    def turned(self, x_ND: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def turned(self, x_ND: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, `[N, H, K]` each."""
         qkv = self.qkv(self.norm_attention(x_ND)).unflatten(-1, (3, self.num_heads, -1))
         q_NHK, k_NHK, v_NHK = qkv.unbind(1)
@@ -85,7 +85,7 @@ class Block(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm_mlp(x)), approximate="tanh"))
 
-    def forward(self, x_ND: Tensor, packing: Packing, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_ND: Tensor, packing: Packing, rotation: Tensor) -> Tensor:
         mixed = attend(*self.turned(x_ND, rotation), packing, packing)
         return self.mlp(x_ND + self.out(mixed.flatten(1)))
 
@@ -130,7 +130,7 @@ class DecoderBlock(Block):
         self,
         x_ND: Tensor,
         packing: Packing,
-        rotation: tuple[Tensor, Tensor],
+        rotation: Tensor,
         memory: tuple[Tensor, Tensor],
         cache: Cache | None = None,
         index: int = 0,
@@ -199,7 +199,8 @@ class Decoder(nn.Module):
 
     def memory(self, pooled_BQD: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return what each block reads of the clips."""
-        return [block.read(pooled_BQD) for block in self.blocks]
+        blocks: Iterable[DecoderBlock] = self.blocks  # type: ignore[assignment]
+        return [block.read(pooled_BQD) for block in blocks]
 
     def forward(
         self,

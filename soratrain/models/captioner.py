@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -186,6 +187,8 @@ class Captioner(nn.Module):
         mlp_ratio: hidden width of the MLPs over the width.
     """
 
+    taught: Tensor
+
     def __init__(
         self,
         *,
@@ -291,27 +294,27 @@ class Captioner(nn.Module):
         return F.normalize(self.contrast.text(text_BD).float(), dim=-1)
 
     @torch.no_grad()
-    def generate(
+    def say(
         self,
-        pixels: Tensor,
-        fps: Tensor,
-        styles: Sequence[str],
+        pooled_BQD: Tensor,
+        style: str,
         *,
         max_bytes: int | None = None,
         top_p: float = 0.0,
         draws: Sequence[int] = (),
         cached: bool = True,
-    ) -> list[list[str]]:
-        """Return a caption of every clip `[B, 3, T, H, W]` in each of `styles`: one list a style. See `Decoder.write`.
+    ) -> list[str]:
+        """Return the captions of clips that have been looked at; arguments as for `Decoder.write`.
 
         A caption that does not end within `max_bytes` comes back empty: half a sentence is no description.
         """
-        pooled_BQD = self.look(pixels, fps)[0]
-        captions = []
-        for style in styles:
-            ids = self.style_ids([style] * len(pixels), pixels.device)
-            written, ended = self.decoder.write(
-                pooled_BQD, ids, max_bytes=max_bytes or self.max_bytes, top_p=top_p, draws=draws, cached=cached
-            )
-            captions.append([decode_caption(data) if whole else "" for data, whole in zip(written, ended, strict=True)])
-        return captions
+        ids = self.style_ids([style] * len(pooled_BQD), pooled_BQD.device)
+        written, ended = self.decoder.write(
+            pooled_BQD, ids, max_bytes=max_bytes or self.max_bytes, top_p=top_p, draws=draws, cached=cached
+        )
+        return [decode_caption(data) if whole else "" for data, whole in zip(written, ended, strict=True)]
+
+    @torch.no_grad()
+    def generate(self, pixels: Tensor, fps: Tensor, style: str, **options: Any) -> list[str]:
+        """Return a caption of each clip `[B, 3, T, H, W]` in [-1, 1]; `options` are those of `say`."""
+        return self.say(self.look(pixels, fps)[0], style, **options)
