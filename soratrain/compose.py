@@ -9,7 +9,7 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -38,7 +38,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{override!r}: is not an override; write key=value, such as stage=vae")
         try:
             OverridesParser.create().parse_override(override)
-        except OverrideParseException as error:
+        except HydraException as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{override!r}: cannot be read ({reason}); quote the value: key='\"…\"'") from error
         if key in known and key != "hydra":
@@ -85,14 +85,14 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         ConfigError: an override, a group option or a key that does not exist, or a value that cannot be resolved.
     """
     check_overrides(overrides)
+    if not any(split_override(item)[0] == "stage" for item in overrides):
+        raise ConfigError(f"stage is missing; {suggest('', groups()['stage'])}")
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra_compose("config", list(overrides), return_hydra_config=True)
         choices = {key: value for key, value in composed.hydra.runtime.choices.items() if value is not None}
         OmegaConf.set_struct(composed, False)
         composed.pop("hydra")
-        if composed.stage is None:
-            raise ConfigError(f"stage is missing; {suggest('', groups()['stage'])}")
         experiment = choices.get("experiment")
         if experiment and not any(split_override(item)[0] == "out" for item in overrides):
             composed.out = f"outputs/{composed.run}/{composed.stage.name}/{folder_name(experiment)}"

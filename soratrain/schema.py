@@ -59,6 +59,7 @@ class Root:
     frames: int | None = None
 
 
+SOURCES = ("machine", "inputs", "trainer")  # groups that others interpolate: checked first, so that they are blamed
 ROOT_KEYS = tuple(field.name for field in fields(Root))
 
 
@@ -205,7 +206,7 @@ def check_keys(config: Mapping[str, Any]) -> None:
         ConfigError: names the key, its value, and the closest known key.
     """
     hints = typing.get_type_hints(Root)
-    for key, value in config.items():
+    for key, value in sorted(config.items(), key=lambda item: item[0] not in SOURCES):
         if key not in ROOT_KEYS:
             raise ConfigError(f"{key}={value!r}: no such key; {suggest(key, ROOT_KEYS)}")
         if hints[key] is dict:
@@ -231,14 +232,10 @@ def check_across(config: Mapping[str, Any]) -> None:
             f"optimizer=muon with strategy={config['strategy']['name']}: ZeRO flattens gradients, which Muon needs as"
             " matrices; use optimizer=adamw, or strategy=ddp"
         )
-    for key in ("max_steps", "num_nodes"):
+    for key, least in (("max_steps", 0), ("num_nodes", 1)):
         value = config["trainer"].get(key)
-        if isinstance(value, int) and value < (0 if key == "max_steps" else 1):
-            raise ConfigError(
-                f"trainer.{key}={value}: must not be negative"
-                if key == "max_steps"
-                else f"trainer.{key}={value}: must be at least 1"
-            )
+        if isinstance(value, int) and value < least:
+            raise ConfigError(f"trainer.{key}={value}: must be at least {least}")
 
 
 def validate(config: Mapping[str, Any]) -> None:

@@ -1,0 +1,122 @@
+"""Everything shipped in conf/ composes, checks and builds; everything mistyped is one line that names the mend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from soratrain.compose import compose
+from soratrain.errors import ConfigError
+from soratrain.run import instantiate, prepare
+from soratrain.schema import groups, validate
+
+STAGES = groups()["stage"]
+OPTIONS = [
+    f"{group}={option}"
+    for group, options in groups().items()
+    for option in options
+    if group not in ("stage", "experiment", "machine", "data")
+]
+
+
+@pytest.mark.parametrize("machine", groups()["machine"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_composes_for_every_machine(stage, machine):
+    config, _ = prepare([f"stage={stage}", f"machine={machine}"])
+    assert config["out"] == f"outputs/default/{stage}/base"
+    assert config["machine"]["name"] == machine
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_group_option_composes(option):
+    config, choices = compose(["stage=dit", "machine=laptop", option])
+    validate(config)
+    group, name = option.split("=")
+    assert choices[group] == name
+
+
+@pytest.mark.parametrize("experiment", groups()["experiment"])
+def test_every_experiment_composes_and_owns_a_folder(experiment):
+    config, _ = prepare(["stage=dit", f"+experiment={experiment}", "machine=laptop"])
+    assert config["out"] == f"outputs/default/dit/{experiment}"
+
+
+@pytest.mark.parametrize("experiment", groups()["experiment"])
+def test_experiments_leave_sizes_precision_and_steps_to_the_machine(experiment):
+    base, _ = prepare(["stage=dit", "machine=laptop"])
+    refined, _ = prepare(["stage=dit", f"+experiment={experiment}", "machine=laptop"])
+    assert refined["machine"] == base["machine"]
+    for key in ("vae", "dit", "captioner"):
+        assert refined[key] == base[key]
+    for key in ("max_steps", "precision"):
+        assert refined["trainer"][key] == base["trainer"][key]
+
+
+@pytest.mark.parametrize("group", ["vae", "dit", "captioner", "text"])
+def test_every_net_builds_on_meta(group):
+    for option in groups()[group]:
+        config, _ = compose(["stage=dit", "machine=laptop", f"{group}={option}"])
+        with torch.device("meta"):
+            net = instantiate(config[group])()
+        assert sum(parameter.numel() for parameter in net.parameters()) > 0
+
+
+def test_the_command_line_wins_over_experiment_stage_and_machine():
+    config, _ = prepare(
+        ["stage=dit", "+experiment=native_res", "machine=laptop", "dit=s", "data.gamma=0.25", "optimizer=adamw"]
+    )
+    assert config["dit"]["dim"] == 1024
+    assert config["data"]["gamma"] == 0.25
+    assert config["optimizer"]["name"] == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["stage=dit", "rnu=a"], "rnu=a: no such key; did you mean 'run'"),
+        (["stage=dit", "dit=tinny"], "dit=tinny: no such option; did you mean 'tiny'"),
+        (["stage=dti"], "stage=dti: no such option; did you mean 'dit'"),
+        (["stage=dit", "dit.dmi=3"], "dit.dmi: no such key; did you mean 'dim'"),
+        (["stage=dit", "+dit.dmi=3"], "dit.dmi=3: no such key; did you mean 'dim'"),
+        (["stage=dit", "+machine.steps.dti=3"], "machine.steps.dti=3: no such key; did you mean 'dit'"),
+        (["stage=dit", "trainer.max_stesp=3"], "trainer.max_stesp: no such key; did you mean 'max_steps'"),
+        (["stage=dit", "dit.dim=wide"], "dit.dim='wide': must be int"),
+        (["stage=dit", "machine.workers=many"], "machine.workers='many': must be like"),
+        (["stage=dit", "seed=abc"], "seed='abc': must be"),
+        (["stage=dit", "experiment=native_res"], r"write \+experiment=native_res"),
+        (["stage=dit", "+experiment=nativ"], "experiment=nativ: no such option; did you mean 'native_res'"),
+        (["stage=dit", "machine=laptopp"], "machine=laptopp: no such option; did you mean 'laptop'"),
+        (["stage=dit", "upstream=perhaps"], "upstream='perhaps': must be make or fail"),
+        (["stage=dit", "run=a/b"], "run='a/b': must be a folder name"),
+        (["stage=dit", "trainer.max_steps=-1"], "trainer.max_steps=-1: must be at least 0"),
+        (["stage=dit", "strategy=zero3", "optimizer=muon"], "optimizer=muon with strategy=zero3.*use optimizer=adamw"),
+        (["stage"], "is not an override; write key=value"),
+        (["stage=dit", "run=(a"], "cannot be read"),
+        (["run=a"], "stage is missing"),
+    ],
+)
+def test_what_is_mistyped_is_named_with_the_mend(overrides, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        prepare(overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_reports_a_mistake_in_one_line_with_exit_code_2(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "soratrain", "stage=dit", "dit=tinny"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: dit=tinny: no such option") and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_every_stage_and_option():
+    done = subprocess.run([sys.executable, "-m", "soratrain", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for group, options in groups().items():
+        assert any(
+            line.split()[:1] == [group] and set(options) <= set(line.split()) for line in done.stdout.splitlines()
+        )
