@@ -1,0 +1,243 @@
+"""Promises of training the DiT and of drawing with it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from soratrain.batch import LatentBatch, draw_of
+from soratrain.diffusion.flow import Flow
+from soratrain.diffusion.generator import Generator
+from soratrain.errors import ConfigError, DataError
+from soratrain.models import weights
+from soratrain.models.dit import DiT
+from soratrain.models.text import ByteTextEncoder
+from soratrain.models.vae import VAE
+from soratrain.optim import OptimizerFactory, Schedule
+from soratrain.stages.dit import DiTStage
+from soratrain.stages.sample import Sample, parse_size, slug
+
+TOKYO = 'A stylish woman walks down a Tokyo street, "neon" and signage (animated); she wears a black leather jacket.'
+SIZES = {"dim": 16, "depth": 1, "num_heads": 2, "text_dim": 8}
+VAE_FACTORY = partial(
+    VAE,
+    latent_channels=4,
+    channels=[8, 8],
+    time_strides=[2],
+    space_strides=[2],
+    encoder_blocks=[0, 0],
+    decoder_blocks=[0, 0],
+    time_kernels=[1, 1],
+    front_strides=[2, 4],
+)
+DIT_FACTORY = partial(DiT, channels=4, **SIZES)
+TEXT_FACTORY = partial(ByteTextEncoder, dim=8, depth=1, num_heads=2, table=32, max_tokens=12)
+
+
+def stage(**kwargs: object) -> DiTStage:
+    module = DiTStage(
+        dit=DIT_FACTORY,
+        text=TEXT_FACTORY,
+        objective=Flow(shift=2.0),
+        optimizer=OptimizerFactory(lr=1e-2),
+        schedule=Schedule(warmup_steps=0),
+        max_steps=10,
+        **kwargs,  # type: ignore[arg-type]
+    )
+    torch.manual_seed(0)
+    module.configure_model()
+    torch.nn.init.normal_(module.dit.head.weight, std=0.2)
+    return module
+
+
+def batch(indices: list[int], total: int = 4) -> LatentBatch:
+    """Return some of four samples, of which two have another shape than the others."""
+    shapes = [(4, 2, 4, 4), (4, 2, 4, 4), (4, 1, 2, 6), (4, 3, 2, 4)]
+    latents = [torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i, shape in enumerate(shapes)]
+    return LatentBatch(
+        keys=tuple(str(i) for i in indices),
+        captions=tuple(f"a thing number {i}" for i in indices),
+        fps=torch.tensor([8.0 + i for i in indices]),
+        weights=torch.full((len(indices),), 1 / total),
+        draws=torch.tensor([draw_of("sample", i) for i in indices]),
+        scale=1.0,
+        latents=tuple(latents[i] for i in indices),
+    )
+
+
+def gradients(module: DiTStage, parts: list[list[int]]) -> dict[str, Tensor]:
+    module.zero_grad()
+    for part in parts:
+        module.training_step(batch(part), 0).backward()
+    return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+
+def test_a_steps_gradient_does_not_depend_on_how_its_samples_fall_into_packs() -> None:
+    module = stage()
+    whole = gradients(module, [[0, 1, 2, 3]])
+    for parts in ([[0], [1], [2], [3]], [[3, 1], [2, 0]]):
+        for name, gradient in gradients(module, parts).items():
+            torch.testing.assert_close(gradient, whole[name], atol=1e-5, rtol=1e-3, msg=name)
+
+
+def test_the_same_batch_gives_the_same_loss_whatever_the_global_random_state() -> None:
+    module = stage()
+    first = module.training_step(batch([0, 1]), 0)
+    torch.manual_seed(123)
+    assert torch.equal(module.training_step(batch([0, 1]), 0), first)
+
+
+def test_every_parameter_of_both_nets_is_in_the_graph_even_when_all_captions_are_dropped() -> None:
+    for dropout in (0.0, 1.0):
+        for name, gradient in gradients(stage(caption_dropout=dropout), [[0, 1, 2, 3]]).items():
+            assert gradient.isfinite().all(), name
+    with pytest.raises(ConfigError, match="caption_dropout=1.5"):
+        stage(caption_dropout=1.5)
+
+
+def test_dropped_captions_do_not_reach_the_net() -> None:
+    module = stage(caption_dropout=1.0)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    one, other = batch([0, 1]), batch([0, 1])
+    object.__setattr__(other, "captions", ("something else", "entirely"))
+    assert torch.equal(module.training_step(one, 0), module.training_step(other, 0))
+    module.caption_dropout = 0.0
+    assert not torch.equal(module.training_step(one, 0), module.training_step(other, 0))
+
+
+def test_training_lowers_the_loss() -> None:
+    module = stage(caption_dropout=0.0)
+    optimizer = OptimizerFactory(name="muon", lr=1e-2)(module.named_parameters())
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = module.training_step(batch([0, 1, 2, 3]), 0)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_text_can_start_from_another_stages_encoder(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    tower = TEXT_FACTORY()
+    weights.save(tmp_path, "text", tower, TEXT_FACTORY, {})
+    module = stage(text_init=str(tmp_path))
+    assert all(torch.equal(a, b) for a, b in zip(tower.parameters(), module.text.parameters(), strict=True))
+    with pytest.raises(DataError, match="text"):
+        stage(text_init=str(tmp_path / "nowhere"))
+
+
+@pytest.fixture()
+def trained(tmp_path: Path) -> Path:
+    """Write weights of an untrained chain that draws something else for every prompt."""
+    module = stage()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for name, (net, factory, extra) in module.exported().items():
+        weights.save(tmp_path / "weights", name, net, factory, extra)
+    weights.save(tmp_path / "weights", "vae", VAE_FACTORY(), VAE_FACTORY, {})
+    return tmp_path
+
+
+def draw(trained: Path, prompts: list[str], batch: int = 16, **kwargs: object) -> list[np.ndarray]:
+    settings = {"height": 16, "width": 32, "frames": 5, "seed": 3, "steps": 3, "guidance_scale": 2.0} | kwargs
+    return Generator.load(trained, trained, batch=batch)(prompts, **settings)  # type: ignore[arg-type]
+
+
+def test_a_clip_depends_on_seed_and_prompt_and_not_on_its_batch(trained: Path) -> None:
+    prompts = ["a cat", TOKYO, "café", "三只猫"]
+    together = draw(trained, prompts)
+    assert all(clip.shape == (5, 16, 32, 3) and clip.dtype == np.uint8 for clip in together)
+    for clip, alone in zip(together, draw(trained, prompts, batch=1), strict=True):
+        assert np.abs(clip.astype(int) - alone).max() <= 1
+    assert not np.array_equal(together[0], together[1])
+    assert not np.array_equal(together[0], draw(trained, prompts[:1], seed=4)[0])
+
+
+def test_the_objective_is_kept_beside_the_weights(trained: Path) -> None:
+    assert Generator.load(trained, trained).objective == Flow(shift=2.0)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"width": 24}, "size=24x16: width 24 is no multiple of 16; the nearest are 16 and 32"),
+        ({"height": 8}, "size=32x8: height 8 is no multiple of 16; the nearest are 16 and 32"),
+        ({"frames": 16}, "frames=16 is not 1 . a multiple of 4; the nearest are 13 and 17"),
+        ({"frames": 0}, "the nearest are 1 and 5"),
+    ],
+)
+def test_sizes_off_the_stride_are_refused_with_the_nearest_ones(
+    trained: Path, wrong: dict[str, int], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        draw(trained, ["a cat"], **wrong)
+
+
+def test_empty_prompts_are_refused_unless_guidance_is_0_and_endless_ones_always(
+    trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for empty in ("", "  \n"):
+        with pytest.raises(ConfigError, match="sampler.guidance_scale=0"):
+            draw(trained, [empty])
+    assert len(draw(trained, [""], guidance_scale=0.0)) == 1
+    with pytest.raises(ConfigError, match="more than 10000"):
+        draw(trained, ["x" * 10_001])
+    with caplog.at_level(logging.WARNING):
+        draw(trained, ["word " * 100, "short"])
+    assert [record.message.split(";")[0] for record in caplog.records] == ["1 of 2 prompts are longer than 12 tokens"]
+
+
+def job(trained: Path, **kwargs: object) -> Sample:
+    settings: dict[str, object] = dict(
+        out=str(trained / "out"), vae=str(trained), dit=str(trained), prompt=TOKYO, size="32x16", frames=5, fps=8.0
+    )
+    settings |= {"seed": 0, "steps": 2, "guidance_scale": 2.0}
+    return Sample(**(settings | kwargs))  # type: ignore[arg-type]
+
+
+def test_the_job_writes_a_clip_a_picture_and_how_to_repeat_it(trained: Path) -> None:
+    result = job(trained, prompt=[TOKYO, "三只猫"])()
+    assert result["samples"] == result["drawn"] == 2
+    for file, prompt in zip(result["files"], (TOKYO, "三只猫"), strict=True):
+        path = Path(file)
+        assert path.suffix == ".mp4" and path.stat().st_size > 0 and path.with_suffix(".png").stat().st_size > 0
+        notes = json.loads(path.with_suffix(".json").read_text())
+        assert notes["prompt"] == prompt and notes["seed"] == 0 and set(notes["weights"]) == {"vae", "dit"}
+    assert job(trained, prompt=[TOKYO, "三只猫"])()["drawn"] == 0
+    assert job(trained, prompt=TOKYO, seed=1)()["drawn"] == 1
+    assert Path(job(trained, frames=1)()["files"][0]).suffix == ".png"
+
+
+def test_a_refused_prompt_leaves_nothing_behind(trained: Path) -> None:
+    for wrong in ({"prompt": ["fine", ""]}, {"size": "30x16"}, {"frames": 4}):
+        with pytest.raises(ConfigError):
+            job(trained, **wrong)()
+    with pytest.raises(ConfigError, match="prompt is not set"):
+        job(trained, prompt=None)
+    assert not (trained / "out").exists()
+
+
+def test_nets_that_do_not_belong_together_are_refused(trained: Path) -> None:
+    other = partial(VAE, **{**VAE_FACTORY.keywords, "latent_channels": 8})
+    weights.save(trained / "other", "vae", other(), other, {})
+    with pytest.raises(DataError, match="4 latent channels.*has 8"):
+        Generator.load(trained / "other", trained)
+
+
+def test_sizes_are_width_by_height_and_file_names_tell_prompts_of_any_script_apart() -> None:
+    assert parse_size("832x480") == (480, 832)
+    with pytest.raises(ConfigError, match="WIDTHxHEIGHT"):
+        parse_size("832")
+    names = [slug(prompt) for prompt in ("三只猫", "三只狗", "café", "cafe", TOKYO, "../../etc")]
+    assert len(set(names)) == len(names) and all(name.replace("-", "").isalnum() for name in names)
+    assert names[2].startswith("cafe-")
