@@ -46,11 +46,34 @@ def sample_frames(frames: int, fps: Tensor, rate: float, limit: int) -> tuple[Te
     return (places * stride[:, None]).round().long().clamp(max=frames - 1), count
 
 
+class Stem(nn.Module):
+    """Convolutions of stride 2 before frames are cut: what a shape is, need not be learned for every place anew.
+
+    Early convolutions help transformers to see, above all when data and steps are few (Xiao et al., 2021).
+
+    Args:
+        channels: of each convolution; none leaves the pixels as they are.
+    """
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__()
+        self.out_channels, self.stride = ([3, *channels])[-1], 2 ** len(channels)
+        pairs = zip([3, *channels[:-1]], channels, strict=True) if channels else ()
+        self.convolutions = nn.ModuleList(nn.Conv2d(wide, out, 3, 2, padding=1) for wide, out in pairs)
+
+    def forward(self, x_MCHW: Tensor) -> Tensor:
+        """Return features `[M, C', H / stride, W / stride]` of M frames."""
+        for convolution in self.convolutions:
+            x_MCHW = F.gelu(convolution(x_MCHW), approximate="tanh")
+        return x_MCHW
+
+
 class VideoEncoder(nn.Module):
     """Pixels to tokens: spacetime patches of frames taken by time, mixed at their float positions.
 
     Args:
         patch: frames, rows and columns of a patch; a clip's edge is repeated to fill the last ones.
+        stem: channels of the convolutions before the cut, each halving rows and columns; they must divide `patch`.
         frame_rate: frames looked at per second.
         max_frames: most frames looked at; a longer clip is looked at more sparsely.
     """
@@ -63,13 +86,17 @@ class VideoEncoder(nn.Module):
         num_heads: int,
         mlp_ratio: float,
         patch: Sequence[int],
+        stem: Sequence[int],
         frame_rate: float,
         max_frames: int,
     ) -> None:
         super().__init__()
+        self.stem = Stem(stem)
+        if patch[1] % self.stem.stride or patch[2] % self.stem.stride:
+            raise ConfigError(f"captioner.patch={list(patch)} is no multiple of the stem's stride {self.stem.stride}")
         self.patch, self.frame_rate, self.max_frames = tuple(patch), frame_rate, max_frames
         self.channels = split_axes(dim // num_heads)
-        self.embed = nn.Linear(3 * math.prod(self.patch), dim)
+        self.embed = nn.Linear(self.stem.out_channels * math.prod(self.patch) // self.stem.stride**2, dim)
         self.place = nn.Linear(5, dim)
         self.norm_in, self.norm_out = norm(dim), norm(dim)
         self.blocks = nn.ModuleList(Block(dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
@@ -86,7 +113,9 @@ class VideoEncoder(nn.Module):
         pt, ph, pw = self.patch
         index = torch.cat([index, index[:, -1:].expand(-1, -index.shape[1] % pt)], dim=1)
         taken = pixels[torch.arange(batch, device=pixels.device)[:, None], :, index]  # B, n, C, H, W
-        taken = F.pad(taken, (0, -width % pw, 0, -height % ph, 0, 0), mode="replicate")
+        taken = F.pad(taken.flatten(0, 1), (0, -width % pw, 0, -height % ph), mode="replicate")
+        taken = self.stem(taken).unflatten(0, (batch, -1))
+        ph, pw = ph // self.stem.stride, pw // self.stem.stride
         cut = taken.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(1, (-1, pt))  # B t pt C y ph x pw
         cut = cut.permute(0, 1, 4, 6, 3, 2, 5, 7)
         steps, rows, columns = cut.shape[1:4]
@@ -176,7 +205,7 @@ class Captioner(nn.Module):
 
     Args:
         dim, depth, num_heads: of the video transformer; `dim / num_heads` is even and at least 6.
-        patch, frame_rate, max_frames: how video becomes tokens, see `VideoEncoder`.
+        patch, stem, frame_rate, max_frames: how video becomes tokens, see `VideoEncoder`.
         queries: pooled answers that the decoder reads.
         decoder_dim, decoder_depth, decoder_heads: of the decoder.
         table: rows for hashed n-grams of bytes.
@@ -196,6 +225,7 @@ class Captioner(nn.Module):
         depth: int = 3,
         num_heads: int = 3,
         patch: Sequence[int] = (4, 8, 8),
+        stem: Sequence[int] = (),
         frame_rate: float = 8.0,
         max_frames: int = 64,
         queries: int = 8,
@@ -223,6 +253,7 @@ class Captioner(nn.Module):
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
             patch=patch,
+            stem=stem,
             frame_rate=frame_rate,
             max_frames=max_frames,
         )
@@ -253,7 +284,8 @@ class Captioner(nn.Module):
 
     def teach(self, styles: Sequence[str]) -> None:
         """Remember that captions of `styles` have been trained on; only these are worth asking for."""
-        self.taught[self.style_ids(sorted(set(styles)), self.taught.device)] = 1.0
+        for style in self.style_ids(sorted(set(styles))).tolist():
+            self.taught[style] = 1.0
 
     @property
     def known_styles(self) -> tuple[str, ...]:

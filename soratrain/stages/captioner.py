@@ -14,6 +14,7 @@ from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import TrainStage
 
 ORIGINAL = "gt"  # type of captions that came with a clip, whatever they say
+PATIENCE = 16  # batches without a caption after which it is said that there are none
 
 
 class CaptionerStage(TrainStage):
@@ -44,6 +45,7 @@ class CaptionerStage(TrainStage):
         nets = {"captioner": partial(net, text_dim=text.keywords["dim"]), "text": text}
         super().__init__(nets=nets, optimizer=optimizer, schedule=schedule, max_steps=max_steps)
         self.contrast_weight, self.short_bytes = contrast_weight, short_bytes
+        self.silent = 0  # batches without captions, in a row
 
     def style_of(self, kind: str, caption: str) -> str:
         """Return the style that a caption of type `kind` teaches: its own, or by its length for an original one."""
@@ -55,14 +57,15 @@ class CaptionerStage(TrainStage):
         """Return the loss of one micro-batch; clips without a caption give none.
 
         Raises:
-            DataError: no clip of the batch has a caption.
+            DataError: many batches in a row have no captions.
         """
         told = [bool(caption) for caption in batch.captions]
-        if not any(told):
+        self.silent = 0 if any(told) else self.silent + 1
+        if self.silent == PATIENCE:
             raise DataError(
-                f"the captioner learns from captions, and clips such as {batch.keys[0]} have none; write them beside"
-                " the videos (NAME.txt) and prepare again, or take a trained captioner as it is:"
-                " init=outputs/default/captioner/base trainer.max_steps=0"
+                f"{PATIENCE} batches in a row, such as that of clip {batch.keys[0]}, have no captions; write"
+                " them beside the videos (NAME.txt) and prepare again, or describe the clips with a captioner trained"
+                " elsewhere: stage=recaption inputs.captioner=outputs/default/captioner/base"
             )
         kinds = batch.styles or (ORIGINAL,) * len(batch)
         styles = [self.style_of(kind, caption) for kind, caption in zip(kinds, batch.captions, strict=True)]

@@ -93,6 +93,21 @@ def test_every_patch_holds_its_own_pixels_in_raster_order():
     torch.testing.assert_close(coords[11], torch.tensor([2.5 / 8 * 6.0, 1.0, 2.0]))
 
 
+@pytest.mark.parametrize("stem", [(4,), (4, 6, 8)])
+def test_a_stem_keeps_every_promise_about_size_and_batch(stem):
+    net = captioner(stem=stem)
+    pixels, fps = clips(3, 3, 17, 20, 30), torch.tensor([8.0, 16.0, 30.0])
+    together = net.look(pixels, fps)[0]
+    for row in range(3):
+        alone = net.look(pixels[row : row + 1], fps[row : row + 1])[0]
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_patch_that_the_stem_does_not_divide_is_refused():
+    with pytest.raises(ConfigError, match=r"\[2, 8, 12\].*stride 8"):
+        captioner(patch=(2, 8, 12), stem=(4, 4, 4))
+
+
 def test_the_order_of_frames_is_seen():
     net = captioner()
     pixels = clips(1, 3, 9, 16, 16)

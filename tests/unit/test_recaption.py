@@ -1,0 +1,250 @@
+"""Promises of stage=recaption: every clip its own caption, nothing lost, nothing done twice."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import data_tiny
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from soratrain.data.buckets import Native
+from soratrain.data.datamodule import VideoData
+from soratrain.data.manifest import read_captions, read_manifest
+from soratrain.errors import ConfigError, DataError
+from soratrain.models import weights
+from soratrain.models.captioner import Captioner
+from soratrain.stages.recaption import Recaption, fault, original, overlap
+
+SHAPES = [(16, 16, 5), (16, 32, 9), (16, 16, 1), (16, 16, 5), (32, 16, 5), (16, 16, 5), (16, 16, 1), (16, 32, 9)]
+NET = partial(
+    Captioner, dim=24, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2, queries=2, table=64
+)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Eight clips in several shards; a clip's first frame says by its grey which it is."""
+    folder = data_tiny.write_clips(tmp_path / "shards", SHAPES, max_bytes=12_000)
+    assert len(read_manifest(folder).shards) > 1
+    return folder
+
+
+def save_captioner(folder: Path, styles: tuple[str, ...] = ("short", "long"), seed: int = 0) -> Path:
+    torch.manual_seed(seed)
+    factory = partial(NET, max_bytes=16)
+    net = factory()
+    if styles:
+        net.teach(styles)
+    weights.save(folder, "captioner", net, factory, {})
+    return folder
+
+
+@pytest.fixture
+def captioner(tmp_path: Path) -> Path:
+    return save_captioner(tmp_path / "captioner")
+
+
+@pytest.fixture
+def seer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the captioner say the grey of a clip's first frame, and its rate, so that a caption tells its clip."""
+
+    def look(self, pixels, fps):
+        grey = (pixels[:, :, 0].mean((1, 2, 3)) + 1) * 127.5
+        return torch.stack([grey, fps], dim=1)[:, None], grey[:, None]
+
+    def say(self, pooled, style, **options):
+        return [f"a {style} view of grey {row[0]:.0f} at {row[1]:.0f}" for row in pooled[:, 0].tolist()]
+
+    monkeypatch.setattr(Captioner, "look", look)
+    monkeypatch.setattr(Captioner, "say", say)
+
+
+def recaption(shards: Path, captioner: Path, out: Path, **changes) -> Recaption:
+    return Recaption(out=str(out), shards=str(shards), captioner=str(captioner), buckets=Native(), **changes)
+
+
+def texts(out: Path) -> dict[tuple[str, str], str]:
+    return {(row["key"], row["type"]): row["text"] for rows in read_captions(out).values() for row in rows}
+
+
+def grey_of(text: str) -> int:
+    return int(text.split("grey ")[1].split()[0])
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 128])
+def test_every_clip_gets_its_own_caption_in_every_style(shards, captioner, seer, tmp_path, batch_size):
+    figures = recaption(shards, captioner, tmp_path / "out", batch_size=batch_size)()
+    said = texts(tmp_path / "out")
+    assert len(said) == figures["captions"] == 2 * len(SHAPES)
+    for number in range(len(SHAPES)):
+        for style in ("short", "long"):
+            text = said[data_tiny.key(number), style]
+            assert text.startswith(f"a {style} view") and text.endswith(" at 8")
+            assert abs(grey_of(text) - data_tiny.grey(number, 0)) <= 3
+
+
+def test_captions_name_their_captioner_and_are_joined_by_the_loader(shards, captioner, seer, tmp_path):
+    recaption(shards, captioner, tmp_path / "out")()
+    (rev,) = (tmp_path / "out" / "captions").iterdir()
+    rows = [row for path in sorted(rev.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    assert {row["rev"] for row in rows} == {rev.name} and {row["model"] for row in rows} == {"captioner"}
+    data = VideoData(
+        shards=str(shards),
+        captions=str(tmp_path / "out"),
+        buckets=Native(),
+        seed=0,
+        max_steps=4,
+        batch_size=1,
+        caption_mix={"synthetic": 1.0, "original": 0.0},
+    )
+    data.setup("fit")
+    for batch in data.train_dataloader():
+        assert grey_of(batch.captions[0]) == pytest.approx(float(batch.video[0, 0].float().mean()), abs=3)
+
+
+def test_a_stopped_job_goes_on_and_does_nothing_twice(shards, captioner, seer, tmp_path, monkeypatch):
+    recaption(shards, captioner, tmp_path / "whole")()
+    manifest = read_manifest(shards)
+    first = int((manifest.shard == 0).sum())
+    say, asked = Captioner.say, []
+
+    def stop(self, pooled, style, **options):
+        if len(asked) == 2 * first + 1:  # in the second shard, between two styles of a clip
+            raise KeyboardInterrupt
+        asked.append(len(pooled))
+        return say(self, pooled, style, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Captioner, "say", stop)
+        with pytest.raises(KeyboardInterrupt):
+            recaption(shards, captioner, tmp_path / "out", batch_size=1)()
+    (rev,) = (tmp_path / "out" / "captions").iterdir()
+    finished = {path: path.stat().st_mtime_ns for path in rev.glob("*.parquet")}
+    assert len(finished) == 1 < len(manifest.shards)
+    figures = recaption(shards, captioner, tmp_path / "out", batch_size=1)()
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+    assert texts(tmp_path / "out") == texts(tmp_path / "whole")
+    assert figures["captions"] == 2 * len(SHAPES)
+    with monkeypatch.context() as patch:
+        patch.setattr(Captioner, "say", None)  # nothing is left to say
+        again = recaption(shards, captioner, tmp_path / "out", batch_size=1)()
+    assert {**again, "captions_per_s": 0} == {**figures, "captions_per_s": 0}
+
+
+def test_a_rejected_caption_is_asked_for_again_by_chance(shards, captioner, seer, tmp_path, monkeypatch):
+    say, draws = Captioner.say, []
+
+    def stutter(self, pooled, style, **options):
+        if options:
+            draws.extend(options["draws"])
+            assert options["top_p"] == 0.9
+            return say(self, pooled, style)
+        return ["red red red red" for _ in pooled] if style == "short" else say(self, pooled, style)
+
+    monkeypatch.setattr(Captioner, "say", stutter)
+    figures = recaption(shards, captioner, tmp_path / "out")()
+    assert figures["rejected"] == len(SHAPES) and figures["originals"] == 0
+    assert len(set(draws)) == len(SHAPES)
+    for (key, _), text in texts(tmp_path / "out").items():
+        assert abs(grey_of(text) - data_tiny.grey(int(key, 16), 0)) <= 3
+
+
+def test_what_stays_rejected_keeps_the_original_caption(shards, captioner, seer, tmp_path, monkeypatch):
+    say = Captioner.say
+    monkeypatch.setattr(
+        Captioner,
+        "say",
+        lambda self, pooled, style, **options: ["" for _ in pooled] if style == "short" else say(self, pooled, style),
+    )
+    figures = recaption(shards, captioner, tmp_path / "out", attempts=2)()
+    assert figures["rejected"] == 2 * len(SHAPES) and figures["originals"] == len(SHAPES)
+    for key, rows in read_captions(tmp_path / "out").items():
+        by_style = {row["type"]: row for row in rows}
+        assert by_style["short"]["text"] == f"short original {int(key, 16)}"
+        assert by_style["short"]["model"] == "original" and by_style["long"]["model"] == "captioner"
+
+
+def test_a_clip_that_had_no_caption_and_gets_none_has_no_row(tmp_path, captioner, seer, monkeypatch):
+    monkeypatch.setattr(data_tiny, "captions", lambda number: [])
+    shards = data_tiny.write_clips(tmp_path / "silent", SHAPES[:3])
+    monkeypatch.setattr(Captioner, "say", lambda self, pooled, style, **options: ["" for _ in pooled])
+    figures = recaption(shards, captioner, tmp_path / "out")()
+    assert figures["missing"] == 6 and figures["captions"] == 0
+
+
+def test_an_unreadable_clip_is_counted_and_the_others_are_described(shards, captioner, seer, tmp_path):
+    row = next(row for row in read_manifest(shards).rows() if row.key == data_tiny.key(4))
+    with open(shards / row.shard, "r+b") as file:
+        file.seek(row.media_offset)
+        file.write(bytes(row.media_length))
+    figures = recaption(shards, captioner, tmp_path / "out")()
+    assert figures["unreadable"] == 1
+    assert {key for key, _ in texts(tmp_path / "out")} == {data_tiny.key(n) for n in range(len(SHAPES)) if n != 4}
+
+
+def test_captions_of_another_captioner_are_never_mixed_in(shards, captioner, seer, tmp_path):
+    recaption(shards, captioner, tmp_path / "out")()
+    other = save_captioner(tmp_path / "other", seed=1)
+    with pytest.raises(DataError, match="another captioner.*fresh=true"):
+        recaption(shards, other, tmp_path / "out")()
+
+
+def test_only_styles_that_were_trained_can_be_asked_for(shards, seer, tmp_path):
+    short = save_captioner(tmp_path / "short", styles=("short",))
+    recaption(shards, short, tmp_path / "out")()
+    assert {style for _, style in texts(tmp_path / "out")} == {"short"}
+    with pytest.raises(ConfigError, match=r"\['short'\].*'camera'"):
+        recaption(shards, short, tmp_path / "out", styles=["short", "camera"])()
+    with pytest.raises(ConfigError, match="trained on the styles"):
+        recaption(shards, save_captioner(tmp_path / "none", styles=()), tmp_path / "new")()
+
+
+def test_a_real_captioner_writes_what_it_generates(shards, captioner, tmp_path):
+    net, _ = weights.load(captioner, "captioner")
+    torch.nn.init.normal_(net.decoder.head.weight[:256], std=0.5)
+    weights.save(captioner, "captioner", net, partial(NET, max_bytes=16), {})
+    figures = recaption(shards, captioner, tmp_path / "out", attempts=1)()
+    assert figures["captions"] == 2 * len(SHAPES)
+    assert figures["rejected"] >= figures["originals"]
+    parts = sorted((tmp_path / "out" / "captions").glob("*/*.json"))
+    assert sum(json.loads(path.read_text())["captions"] for path in parts) == 2 * len(SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("caption", "reason"),
+    [
+        ("a red disc moves left", None),
+        ("三只猫在雪地里玩", None),
+        ("it goes on and on", None),
+        ("", "empty"),
+        (" \n", "empty"),
+        ("a red a red a red disc", "repeated"),
+        ("aaaaaaaaaaaaaaaa", "repeated"),
+        ("left, left, left, left", "repeated"),
+    ],
+)
+def test_empty_and_repeated_captions_are_faults(caption, reason):
+    assert fault(caption) == reason
+
+
+def test_overlap_counts_shared_words():
+    assert overlap("A red disc.", "a red disc") == 1.0
+    assert overlap("a red disc", "a blue disc") == pytest.approx(2 / 3)
+    assert overlap("red", "blue") == overlap("", "") == 0.0
+
+
+def test_the_original_of_the_same_style_comes_first_then_the_clips_own_words():
+    captions = [{"type": "long", "text": "L"}, {"type": "gt", "text": "G"}, {"type": "short", "text": " "}]
+    assert [original(captions, style) for style in ("long", "short", "camera")] == ["L", "G", "G"]
+    assert original([{"type": "long", "text": "L"}], "short") == "L"
+    assert original([], "short") == ""
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 0}, {"pixels_per_batch": 0}, {"top_p": 0.0}])
+def test_a_value_out_of_range_is_refused(changes, tmp_path):
+    with pytest.raises(ConfigError):
+        recaption(tmp_path, tmp_path, tmp_path, **changes)
