@@ -1,10 +1,11 @@
 """A small simulated world with captions, held-out combinations, and an oracle that reads clips."""
 
-from data_prep.world.captions import describe, read_caption
+from data_prep.world.captions import describe
 from data_prep.world.draw import render
 from data_prep.world.oracle import measure
+from data_prep.world.reading import read_caption
 from data_prep.world.scene import Scene
-from data_prep.world.seen import Seen, Thing
+from data_prep.world.seen import Seen, Thing, agreement
 from data_prep.world.world import Prompt, World
 
-__all__ = ["Prompt", "Scene", "Seen", "Thing", "World", "describe", "measure", "read_caption", "render"]
+__all__ = ["Prompt", "Scene", "Seen", "Thing", "World", "agreement", "describe", "measure", "read_caption", "render"]

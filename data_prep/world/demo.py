@@ -6,25 +6,27 @@ from itertools import product
 
 import numpy as np
 
-from data_prep.world.draw import EXTENTS
+from data_prep.world.motion import place_of
 from data_prep.world.scene import Scene, Sprite
-from data_prep.world.seen import BACKGROUNDS, COLORS, MOTIONS, SHAPES, Seen, Thing
+from data_prep.world.seen import BACKGROUNDS, COLORS, DIRECTIONS, VOCABULARIES, Seen, Thing
+from data_prep.world.shapes import EXTENTS
 
+WORDS = VOCABULARIES["demo"]
 FPS = 8.0
-SIZES = ((64, 64), (48, 80), (80, 48))  # height, width
+SIZES = ((48, 48), (48, 64), (64, 48))  # height, width; small, so that two CPU cores see many clips in minutes
 SIZE_SHARES = (0.6, 0.2, 0.2)
-FRAMES = (17, 9, 1)
-FRAME_SHARES = (0.70, 0.15, 0.15)
+FRAMES = (9, 17, 1)  # the first is what prompts ask for
+FRAME_SHARES = (0.70, 0.10, 0.20)
 RADII = {"small": (0.20, 0.215), "large": (0.245, 0.26)}  # of the shorter side
-TRAVEL = {17: (0.36, 0.46), 9: (0.30, 0.40)}  # of the side that it moves along
+TRAVEL = {17: (0.36, 0.46), 9: (0.36, 0.46)}  # of the side that it moves along
 FALL_FRAMES = 4.0  # a bouncing object takes half a second down and half a second up
 MARGIN = 1.0  # pixels between an object and the frame's edge, at least
 
 Combination = tuple[str, str, str]  # color, shape, motion
 
 # Each color is held out with one shape and each motion with one shape; every pair's parts are seen in other pairs.
-HELD_PAIRS = {(color, SHAPES[index % 3]) for index, color in enumerate(COLORS)}
-HELD_MOTIONS = {(SHAPES[(index + index // 3) % 3], motion) for index, motion in enumerate(MOTIONS)}
+HELD_PAIRS = {(color, WORDS.shapes[index % 3]) for index, color in enumerate(WORDS.colors)}
+HELD_MOTIONS = {(WORDS.shapes[(index + index // 3) % 3], motion) for index, motion in enumerate(WORDS.motions)}
 
 
 def is_held(combination: Combination) -> bool:
@@ -34,8 +36,8 @@ def is_held(combination: Combination) -> bool:
 
 
 def combinations(*, held: bool, still: bool = False) -> list[Combination]:
-    """Return all combinations of one kind; for still images, whether one is held out rests on colour and shape alone."""
-    every = product(COLORS, SHAPES, MOTIONS)
+    """Return all combinations of one kind; for still images only colour and shape count."""
+    every = product(WORDS.colors, WORDS.shapes, WORDS.motions)
     if still:
         return [c for c in every if c[2] == "still" and ((c[0], c[1]) in HELD_PAIRS) == held]
     return [c for c in every if is_held(c) == held]
@@ -44,9 +46,9 @@ def combinations(*, held: bool, still: bool = False) -> list[Combination]:
 def chance() -> dict[str, float]:
     """Return how often a guess is right, by attribute."""
     return {
-        "color": 1 / len(COLORS),
-        "shape": 1 / len(SHAPES),
-        "motion": 1 / len(MOTIONS),
+        "color": 1 / len(WORDS.colors),
+        "shape": 1 / len(WORDS.shapes),
+        "motion": 1 / len(WORDS.motions),
         "background": 1 / len(BACKGROUNDS),
     }
 
@@ -59,7 +61,15 @@ def sample(rng: np.random.Generator, combination: Combination, height: int, widt
     radius = float(rng.uniform(*RADII[size])) * min(height, width)
     left, right, up, down = (extent * radius + MARGIN for extent in EXTENTS[shape])
     path = travel(rng, motion, (left, width - right), (up, height - down), (width, height), frames)
-    thing = Thing(color, shape, motion if frames > 1 else None, size, place_of(path[0], height, width))
+    thing = Thing(
+        color,
+        shape,
+        motion if frames > 1 else None,
+        size=size,
+        texture="plain",
+        place=place_of(path[0], height, width),
+        lasts=True,
+    )
     return Scene(
         height=height,
         width=width,
@@ -67,7 +77,7 @@ def sample(rng: np.random.Generator, combination: Combination, height: int, widt
         fps=FPS,
         background=BACKGROUNDS[background],
         sprites=(Sprite(shape, COLORS[color], radius, path),),
-        truth=Seen(background, (thing,)),
+        truth=Seen(background, (thing,), camera="still" if frames > 1 else None, pattern="plain"),
         wording=int(rng.integers(1 << 16)),
     )
 
@@ -92,17 +102,10 @@ def travel(
         phase = (time / FALL_FRAMES + 1) % 2 - 1
         path[:, 1] = floor - height * (1 - phase**2)
     elif motion != "still":
-        axis, sign = {"left": (0, -1), "right": (0, 1), "up": (1, -1), "down": (1, 1)}[motion]
+        axis, sign = DIRECTIONS[motion]
         low, high = free[axis]
         way = min(float(rng.uniform(*TRAVEL.get(frames, TRAVEL[17]))) * size[axis], high - low)
-        start = float(rng.uniform(low, high - way))
+        start = float(rng.uniform(low, max(high - way, low)))
         along = time / max(frames - 1, 1)
         path[:, axis] = start + way * (along if sign > 0 else 1 - along)
     return path
-
-
-def place_of(point: np.ndarray, height: int, width: int) -> tuple[str, str]:
-    """Return the third of the frame, as (row, column), in which a point lies."""
-    row = ("top", "middle", "bottom")[min(int(3 * point[1] / height), 2)]
-    column = ("left", "middle", "right")[min(int(3 * point[0] / width), 2)]
-    return row, column

@@ -6,13 +6,13 @@ import numpy as np
 
 from data_prep.world.draw import coverage
 from data_prep.world.seen import BACKGROUNDS, COLORS, SHAPES, Seen, Thing
+from data_prep.world.shapes import AREAS
 
 BACKGROUND_REACH = 60.0  # RGB distance beyond which a background is none that we know
 FOREGROUND = 48.0  # RGB distance from the background at which a pixel may belong to an object
 LEAST_AREA = 0.02  # of the frame; less is dirt
 STILL = 0.10  # of the shorter side: a centroid that moves less stands still
 LEAST_IOU = 0.6  # a mask that fits no shape better is none of them
-AREAS = {"circle": np.pi, "square": 4 * 0.88**2, "triangle": 3**0.5 / 4 * 2.6**2}  # at radius 1
 
 
 def measure(frames: np.ndarray) -> Seen:

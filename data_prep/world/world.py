@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.world import demo
+from data_prep.world import demo, full
 from data_prep.world.captions import describe
 from data_prep.world.scene import Scene
 from data_prep.world.seen import Seen
 from soratrain.errors import ConfigError
 
-PRESETS = ("demo",)
+PRESETS = ("demo", "full")
 SPLITS = ("train", "seen", "heldout")
 
 
@@ -33,8 +33,8 @@ class World:
     """A seeded world; cheap to make and to send to another process.
 
     Scene i of a split is a pure function of (preset, seed, split, i). The splits: "train"; "seen", new scenes of
-    combinations that occur in training; "heldout", combinations that never occur in training. Combinations come in
-    shuffled rounds, so that each occurs equally often.
+    combinations that occur in training; "heldout", combinations that never occur in training. In the demo preset
+    combinations come in shuffled rounds, so that each occurs equally often.
 
     Raises:
         ConfigError: the preset is not known.
@@ -61,6 +61,8 @@ class World:
     def scene(self, index: int, split: str = "train") -> Scene:
         """Return scene `index` of a split."""
         rng = self.rng(split, 0, index)
+        if self.preset == "full":
+            return full.sample(rng, held=split == "heldout")
         height, width = demo.SIZES[rng.choice(len(demo.SIZES), p=demo.SIZE_SHARES)]
         frames = int(rng.choice(demo.FRAMES, p=demo.FRAME_SHARES))
         choices = demo.combinations(held=split == "heldout", still=frames == 1)
@@ -76,12 +78,16 @@ class World:
         prompts = []
         for index in range(count):
             rng = self.rng(split, 2, index)
-            height, width = demo.SIZES[rng.choice(len(demo.SIZES), p=demo.SIZE_SHARES)]
-            combination = self.pick(demo.combinations(held=split == "heldout"), index, split)
-            scene = demo.sample(rng, combination, height, width, demo.FRAMES[0])
-            prompts.append(Prompt(describe(scene, style), scene.truth, height, width, scene.frames, scene.fps))
+            if self.preset == "full":
+                scene = full.sample(rng, held=split == "heldout", frames=17)
+            else:
+                height, width = demo.SIZES[rng.choice(len(demo.SIZES), p=demo.SIZE_SHARES)]
+                combination = self.pick(demo.combinations(held=split == "heldout"), index, split)
+                scene = demo.sample(rng, combination, height, width, demo.FRAMES[0])
+            text = describe(scene, style)
+            prompts.append(Prompt(text, scene.truth, scene.height, scene.width, scene.frames, scene.fps))
         return prompts
 
     def chance(self) -> dict[str, float]:
         """Return how often a blind guess is right, by attribute."""
-        return demo.chance()
+        return full.chance() if self.preset == "full" else demo.chance()
