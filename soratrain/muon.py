@@ -24,6 +24,7 @@ POLAR_EXPRESS = (
     (3.3184196573706015, -2.488488024314874, 0.51004894012372),
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
 )
+CACHED = 1 << 18  # numbers iterated together on a CPU: more do not stay in its cache
 SAFETY = 1.01  # shrinks each step's input, so that rounding cannot push a singular value out of the quintic's range
 ADAMW_RMS = 0.2  # usual RMS of an AdamW update; Liu et al., "Muon is scalable for LLM training", 2025, section 2.2
 
@@ -58,13 +59,23 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     return x if product is None else product @ x
 
 
+def parts_of(rows: int, block: int) -> int:
+    """Return into how many equal parts of at most `block` rows to cut; 1 where `block` is 0."""
+    parts = -(-rows // block) if block else 1
+    while rows % parts:
+        parts += 1
+    return parts
+
+
 class Muon(Optimizer):
     """Muon for matrices and AdamW for everything else, as one optimizer with one learning rate.
 
     A matrix's momentum is replaced by about the nearest orthogonal matrix (Jordan et al., 2024), scaled by
     0.2·sqrt(max(rows, columns)) so that its RMS is that of an AdamW update (Liu et al., 2025); weight decay is
     decoupled. Groups with `matrix=True` are updated so, the others by AdamW. Matrices of one shape go through the
-    iteration together, for they are small and many. Every update needs whole matrices, so ZeRO's flat slices of
+    iteration together, for they are small and many. With `block` a matrix is cut along its shorter side into parts of
+    at most so many rows, each made orthogonal by itself: far fewer operations, as the cost grows with the cube of the
+    rows (block-wise Muon: Khaled et al., "MuonBP", 2025). Every update needs whole matrices, so ZeRO's flat slices of
     gradients are not for it.
     """
 
@@ -77,8 +88,11 @@ class Muon(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        block: int = 0,
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum, matrix=False)
+        defaults = dict(
+            lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, momentum=momentum, block=block, matrix=False
+        )
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -104,18 +118,24 @@ class Muon(Optimizer):
         directions = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov
         if group["weight_decay"]:
             torch._foreach_mul_(list(params), 1 - group["lr"] * group["weight_decay"])
-        alike: dict[torch.Size, list[tuple[Parameter, Tensor, bool]]] = {}
+        alike: dict[tuple[int, int], list[tuple[Parameter, Tensor, bool]]] = {}
         for param, direction in zip(params, directions, strict=True):
             matrix = direction.flatten(1)
             tall = matrix.shape[0] > matrix.shape[1]
             wide = matrix.mT if tall else matrix
-            alike.setdefault(wide.shape, []).append((param, wide, tall))
-        for shape, members in alike.items():
-            wides = torch.stack([wide for _, wide, _ in members])
-            updates = orthogonalize(wides, product_dtype(wides.device))
-            scale = group["lr"] * ADAMW_RMS * math.sqrt(shape[1])
-            for (param, _, tall), update in zip(members, updates, strict=True):
-                param.add_((update.mT if tall else update).reshape(param.shape), alpha=-scale)
+            wide = wide.reshape(parts_of(wide.shape[0], group["block"]), -1, wide.shape[1])
+            alike.setdefault((wide.shape[1], wide.shape[2]), []).append((param, wide, tall))
+        for (n, m), members in alike.items():
+            together = torch.cat([wide for _, wide, _ in members])
+            size = max(CACHED // (n * m), 1) if together.device.type == "cpu" else len(together)
+            dtype = product_dtype(together.device)
+            updates = torch.cat([orthogonalize(chunk, dtype) for chunk in together.split(size)])
+            scale = group["lr"] * ADAMW_RMS * math.sqrt(max(n, m))
+            for (param, _, tall), update in zip(
+                members, updates.split([len(wide) for _, wide, _ in members]), strict=True
+            ):
+                whole = update.flatten(0, 1)
+                param.add_((whole.mT if tall else whole).reshape(param.shape), alpha=-scale)
 
     def _adamw(self, params: list[Parameter], group: dict[str, Any]) -> None:
         for param in params:

@@ -35,6 +35,7 @@ class OptimizerFactory:
         weight_decay: decoupled, times the learning rate.
         clip: largest norm of the whole gradient; 0 leaves it alone. The trainer clips.
         momentum: of Muon.
+        block: most rows that Muon makes orthogonal together, 0 for whole matrices; 64 costs a tenth at width 256.
 
     Raises:
         ConfigError: an unknown name, or a value out of range.
@@ -47,6 +48,7 @@ class OptimizerFactory:
     weight_decay: float = 0.0
     clip: float = 1.0
     momentum: float = 0.95
+    block: int = 0
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
@@ -55,7 +57,7 @@ class OptimizerFactory:
             raise ConfigError(f"optimizer.betas={list(self.betas)} must be two numbers in [0, 1)")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"optimizer.momentum={self.momentum} must lie in [0, 1)")
-        for key in ("lr", "eps", "weight_decay", "clip"):
+        for key in ("lr", "eps", "weight_decay", "clip", "block"):
             if not (math.isfinite(getattr(self, key)) and getattr(self, key) >= 0):
                 raise ConfigError(f"optimizer.{key}={getattr(self, key)} must be a number of at least 0")
 
@@ -82,7 +84,7 @@ class OptimizerFactory:
     def _build(self, groups: list[dict[str, Any]]) -> Optimizer:
         betas = (float(self.betas[0]), float(self.betas[1]))
         if self.name == "muon":
-            return Muon(groups, lr=self.lr, betas=betas, eps=self.eps, momentum=self.momentum)
+            return Muon(groups, lr=self.lr, betas=betas, eps=self.eps, momentum=self.momentum, block=self.block)
         return torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=self.eps, fused=True)
 
     def _kind(self, param: Parameter) -> str:

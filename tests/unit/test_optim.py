@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from soratrain.errors import ConfigError
-from soratrain.muon import Muon, orthogonalize
+from soratrain.muon import Muon, orthogonalize, parts_of
 from soratrain.optim import OptimizerFactory, Schedule
 
 
@@ -72,6 +72,19 @@ def test_muon_moves_each_matrix_as_if_it_were_alone_in_any_orientation() -> None
         OptimizerFactory(name="muon", lr=0.1)(alone).step()
         torch.testing.assert_close(together[index][1], alone[0][1], rtol=1e-5, atol=1e-6)
         assert alone[0][1].shape == shape
+
+
+def test_muon_in_blocks_makes_each_part_of_a_matrix_orthogonal_by_itself() -> None:
+    assert [parts_of(rows, 4) for rows in (4, 8, 6, 7)] == [1, 2, 2, 7]
+    assert parts_of(1000, 0) == 1
+    for shape in ((8, 32), (32, 8)):
+        named = parameters(shape)
+        before = named[0][1].detach().clone()
+        OptimizerFactory(name="muon", lr=1.0, block=4)(named).step()
+        update = before - named[0][1].detach()
+        for part in (update if shape[0] == 8 else update.mT).split(4):
+            values = torch.linalg.svdvals(part) / (0.2 * math.sqrt(32))
+            assert values.min() > 0.85 and values.max() < 1.15
 
 
 def test_muon_descends_along_the_orthogonalized_nesterov_momentum() -> None:
