@@ -55,9 +55,15 @@ def shifted(sigma: Tensor, shift: float | Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """Rectified flow: a straight path from clean to noise, whose velocity the net predicts.
+    """Rectified flow: a straight path from clean to noise, along a velocity.
+
+    What the net itself answers is a choice; the loss is the velocity's error all the same. With `velocity` it must hand
+    the input's noise through all its layers; with `balanced` the velocity's best linear guess from the input alone is
+    added outside the net, which is left with what remains, of variance 1 at every level: nearly the clean latent where
+    there is much noise, nearly the noise where there is little (as the preconditioning of Karras et al., 2022).
 
     Attributes:
+        prediction: `velocity` or `balanced`.
         logit_mean, logit_std: of the normal whose logistic gives the level.
         shift: at `shift_tokens` tokens; it grows with the square root of their number. 0 `shift_tokens` fixes it.
         clean_weight: 0 weighs the velocity's error alike at all levels, 1 the clean latent's, which is sigma times it.
@@ -71,9 +77,12 @@ class Flow:
     shift: float = 1.0
     shift_tokens: int = 0
     clean_weight: float = 0.0
+    prediction: str = "velocity"
     name: str = "flow"
 
     def __post_init__(self) -> None:
+        if self.prediction not in ("velocity", "balanced"):
+            raise ConfigError(f"objective.prediction={self.prediction!r} is unknown; use velocity or balanced")
         if self.logit_std <= 0 or self.shift <= 0 or self.shift_tokens < 0:
             raise ConfigError(
                 f"objective.logit_std={self.logit_std} and objective.shift={self.shift} must be above 0,"
@@ -97,24 +106,41 @@ class Flow:
         return torch.lerp(clean, noise, sigma)
 
     def target(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Return the velocity, noise - clean, whatever the level."""
-        return noise - clean
+        """Return the velocity, noise - clean; or what remains of it, see `prediction`."""
+        if self.prediction == "velocity":
+            return noise - clean
+        guess, remainder = self._split(sigma)
+        return (noise - clean - guess * self.noised(clean, noise, sigma)) / remainder
 
     def weight(self, sigma: Tensor) -> Tensor:
-        """Return 1 where `clean_weight` is 0."""
-        return sigma ** (2 * self.clean_weight)
-
-    def to_clean(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
-        """Return the clean latent that the velocity implies."""
-        return noised - sigma * prediction
-
-    def to_noise(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
-        """Return the noise that the velocity implies."""
-        return noised + (1 - sigma) * prediction
+        """Return what makes the prediction's error the velocity's, times sigma ** (2 clean_weight)."""
+        weight = sigma ** (2 * self.clean_weight)
+        return weight if self.prediction == "velocity" else weight * self._split(sigma)[1] ** 2
 
     def to_velocity(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
-        """Return the prediction itself."""
-        return prediction
+        """Return the velocity that the prediction implies."""
+        if self.prediction == "velocity":
+            return prediction
+        guess, remainder = self._split(sigma)
+        return guess * noised + remainder * prediction
+
+    def to_clean(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
+        """Return the clean latent that the prediction implies."""
+        return noised - sigma * self.to_velocity(noised, prediction, sigma)
+
+    def to_noise(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
+        """Return the noise that the prediction implies."""
+        return noised + (1 - sigma) * self.to_velocity(noised, prediction, sigma)
+
+    @staticmethod
+    def _split(sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the slope of the best linear guess of the velocity from the noised latent, and what it leaves open.
+
+        Clean latents have mean 0 and variance 1, so the noised one has (1 - sigma)^2 + sigma^2, its covariance with the
+        velocity is 2 sigma - 1, and the guess leaves a deviation of 1 over the noised one's.
+        """
+        variance = (1 - sigma) ** 2 + sigma**2
+        return (2 * sigma - 1) / variance, variance**-0.5
 
     def grid(self, steps: int, tokens: int) -> Tensor:
         """Return evenly spaced levels, shifted like those of training; see `Objective`."""

@@ -17,8 +17,9 @@ def test_the_ends_of_the_path_are_the_clean_latent_and_the_noise() -> None:
     assert torch.equal(Flow().noised(clean, noise, torch.tensor(1.0)), noise)
 
 
-def test_conversions_between_velocity_clean_and_noise_round_trip() -> None:
-    flow, clean, noise = Flow(), torch.randn(7, 5), torch.randn(7, 5)
+@pytest.mark.parametrize("prediction", ["velocity", "balanced"])
+def test_conversions_between_velocity_clean_and_noise_round_trip(prediction: str) -> None:
+    flow, clean, noise = Flow(prediction=prediction), torch.randn(7, 5), torch.randn(7, 5)
     noised, target = flow.noised(clean, noise, LEVELS), flow.target(clean, noise, LEVELS)
     torch.testing.assert_close(flow.to_clean(noised, target, LEVELS), clean)
     torch.testing.assert_close(flow.to_noise(noised, target, LEVELS), noise)
@@ -59,15 +60,29 @@ def test_a_level_depends_on_its_own_sample_alone() -> None:
     assert torch.equal(alone, flow.levels(uniform, tokens))
 
 
-def test_clean_weight_1_weighs_the_error_of_the_clean_latent() -> None:
-    flow, clean, noise = Flow(clean_weight=1.0), torch.randn(7, 5), torch.randn(7, 5)
-    noised, guess = flow.noised(clean, noise, LEVELS), torch.randn(7, 5)
-    error = (guess - flow.target(clean, noise, LEVELS)).square().mean(1) * flow.weight(LEVELS[:, 0])
-    torch.testing.assert_close(error, (flow.to_clean(noised, guess, LEVELS) - clean).square().mean(1))
+@pytest.mark.parametrize("prediction", ["velocity", "balanced"])
+def test_the_loss_is_the_velocitys_error_and_with_clean_weight_1_the_clean_latents(prediction: str) -> None:
+    clean, noise, guess = torch.randn(7, 5), torch.randn(7, 5), torch.randn(7, 5)
+    for clean_weight in (0.0, 1.0):
+        flow = Flow(clean_weight=clean_weight, prediction=prediction)
+        noised = flow.noised(clean, noise, LEVELS)
+        loss = (guess - flow.target(clean, noise, LEVELS)).square().mean(1) * flow.weight(LEVELS[:, 0])
+        velocity = (flow.to_velocity(noised, guess, LEVELS) - (noise - clean)).square().mean(1)
+        of_clean = (flow.to_clean(noised, guess, LEVELS) - clean).square().mean(1)
+        torch.testing.assert_close(loss, of_clean if clean_weight else velocity)
     assert torch.equal(Flow().weight(LEVELS), torch.ones_like(LEVELS))
 
 
+def test_a_balanced_prediction_has_variance_1_and_no_linear_part_of_the_input_left() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(100_000, generator=generator), torch.randn(100_000, generator=generator)
+    for level in (0.05, 0.5, 0.95):
+        flow, sigma = Flow(prediction="balanced"), torch.tensor(level)
+        target = flow.target(clean, noise, sigma)
+        assert abs(target.var() - 1) < 0.02 and abs((target * flow.noised(clean, noise, sigma)).mean()) < 0.02
+
+
 def test_settings_out_of_range_are_refused() -> None:
-    for wrong in ({"logit_std": 0.0}, {"shift": -1.0}, {"shift_tokens": -1}):
+    for wrong in ({"logit_std": 0.0}, {"shift": -1.0}, {"shift_tokens": -1}, {"prediction": "noise"}):
         with pytest.raises(ConfigError, match="objective"):
             Flow(**wrong)
