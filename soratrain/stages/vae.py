@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from soratrain.batch import VideoBatch
+from soratrain.batch import VideoBatch, to_pixels
 from soratrain.errors import ConfigError, DataError
 from soratrain.models.vae import VAE
 from soratrain.optim import OptimizerFactory, Schedule
@@ -24,6 +24,8 @@ class VAEStage(TrainStage):
 
     Args:
         net: factory of the VAE.
+        crop: train on random squares of this many pixels, clips of more scenes for the same cost; 0 takes whole frames,
+            as are sides that are shorter.
         l1_weight, l2_weight: of the absolute and the squared error.
         gradient_weight: of the absolute error of differences between neighbouring pixels, which sharpens edges.
         kl_weight: of the divergence.
@@ -47,6 +49,7 @@ class VAEStage(TrainStage):
         optimizer: OptimizerFactory,
         schedule: Schedule,
         max_steps: int,
+        crop: int = 0,
         l1_weight: float = 1.0,
         l2_weight: float = 0.0,
         gradient_weight: float = 0.0,
@@ -74,6 +77,9 @@ class VAEStage(TrainStage):
             raise ConfigError(f"foreground_until={foreground_until} must lie between 0 and 1")
         if statistics_batches < 1:
             raise ConfigError(f"statistics_batches={statistics_batches} must be at least 1")
+        if crop < 0:
+            raise ConfigError(f"crop={crop} must be at least 0")
+        self.crop = crop
         self.l1_weight, self.l2_weight, self.gradient_weight = l1_weight, l2_weight, gradient_weight
         self.kl_weight, self.latent_noise = kl_weight, latent_noise
         self.foreground_weight, self.foreground_until = foreground_weight, foreground_until
@@ -85,7 +91,7 @@ class VAEStage(TrainStage):
         Raises:
             ConfigError: the clips' size does not fit the VAE's stride.
         """
-        x = batch.pixels()
+        x = to_pixels(random_crop(batch, self.crop)) if self.crop else batch.pixels()
         mean, logvar = self.vae.posterior(x)
         mean, logvar = mean.float(), logvar.float()
         latent = mean + torch.exp(0.5 * logvar) * self.noise(batch, "posterior", mean)
@@ -142,6 +148,16 @@ class VAEStage(TrainStage):
         average = first / count
         self.vae.latent_mean.copy_(average)
         self.vae.latent_std.copy_((second / count - average.square()).clamp(min=1e-12).sqrt())
+
+
+def random_crop(batch: VideoBatch, size: int) -> Tensor:
+    """Return `[B, T, h, w, 3]`, h and w at most `size`, cut out of each clip where its draw says."""
+    _, _, height, width, _ = batch.video.shape
+    h, w = min(size, height), min(size, width)
+    tops = (batch.uniform("crop top") * (height - h + 1)).long().tolist()
+    lefts = (batch.uniform("crop left") * (width - w + 1)).long().tolist()
+    parts = zip(batch.video, tops, lefts, strict=True)
+    return torch.stack([video[:, top : top + h, left : left + w] for video, top, left in parts])
 
 
 def kl(mean: Tensor, logvar: Tensor, values: int) -> Tensor:

@@ -13,7 +13,7 @@ from soratrain.batch import VideoBatch, draw_of
 from soratrain.errors import ConfigError, DataError
 from soratrain.models.vae import VAE
 from soratrain.optim import OptimizerFactory, Schedule
-from soratrain.stages.vae import VAEStage, foreground, kl
+from soratrain.stages.vae import VAEStage, foreground, kl, random_crop
 
 NET = partial(
     VAE,
@@ -94,6 +94,20 @@ def test_a_sample_s_loss_does_not_depend_on_its_place_in_the_batch() -> None:
     torch.testing.assert_close(stage.training_step(moved, 0), first)
 
 
+def test_a_crop_is_a_window_of_its_clip_that_the_draw_alone_places() -> None:
+    batch = batch_of(samples=20)
+    cropped = random_crop(batch, 8)
+    assert cropped.shape == (20, 5, 8, 8, 3)
+    places = set()
+    for clip, part in zip(batch.video, cropped, strict=True):
+        windows = clip.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 4, 5, 3)
+        found = (windows == part).flatten(2).all(2).nonzero()
+        places.add(tuple(found[0].tolist()))
+    assert len(places) > 10
+    assert torch.equal(random_crop(replace(batch, keys=batch.keys[::-1]), 8), cropped)
+    assert torch.equal(random_crop(batch, 64), batch.video)
+
+
 def test_foreground_is_what_differs_from_the_clip_s_commonest_colour() -> None:
     x = torch.zeros(1, 3, 5, 16, 16)
     x[:, 0, :, 4:8, 4:8] = 0.5
@@ -147,6 +161,7 @@ def test_training_lowers_the_error() -> None:
     ("options", "message"),
     [
         ({"kl_weight": -1.0}, "kl_weight"),
+        ({"crop": -8}, "crop"),
         ({"l1_weight": 0.0}, "make one positive"),
         ({"foreground_weight": 1.0, "foreground_until": 1.0}, "foreground_until"),
         ({"statistics_batches": 0}, "statistics_batches"),
