@@ -44,7 +44,7 @@ class Assignment:
         rates: how many samples of each bucket make up one epoch; its number of members unless mixed otherwise.
         stride: every how many source frames one is taken, [N], int64.
         merged: (from, to, samples) for buckets that were too rare to fill a block.
-        repeating: buckets that are too rare but have no neighbour that fits; a block shows some samples twice.
+        rare: buckets that are too rare but have no neighbour that fits; their micro-batches are smaller.
         dropped: samples in no bucket, by reason.
     """
 
@@ -53,17 +53,19 @@ class Assignment:
     rates: tuple[float, ...]
     stride: np.ndarray
     merged: tuple[tuple[Bucket, Bucket, int], ...] = ()
-    repeating: tuple[Bucket, ...] = ()
+    rare: tuple[Bucket, ...] = ()
     dropped: dict[str, int] = field(default_factory=dict)
 
 
-BlockSize = Callable[[Bucket], int]  # samples that one block of a bucket holds, over all ranks
+BlockSize = Callable[[Bucket], int]  # samples that one full block of a bucket holds, over all ranks
 
 
 class Buckets(Protocol):
     """A way to put samples into buckets."""
 
-    def assign(self, manifest: Manifest, block: BlockSize) -> Assignment: ...
+    def assign(self, manifest: Manifest, block: BlockSize, least: int = 1) -> Assignment:
+        """Return the buckets of `manifest`; a block wants `block(bucket)` samples, and needs `least`."""
+        ...
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -94,7 +96,7 @@ class Native:
         self.area = height * width or None
         self.max_frames, self.max_fps = max_frames, max_fps
 
-    def assign(self, manifest: Manifest, block: BlockSize) -> Assignment:
+    def assign(self, manifest: Manifest, block: BlockSize, least: int = 1) -> Assignment:
         """Return the buckets of `manifest`, each holding at least `block(bucket)` samples where that is possible."""
         stride, frames = _frames(manifest, self.max_fps)
         height, width = manifest.h.astype(np.int64), manifest.w.astype(np.int64)
@@ -112,7 +114,7 @@ class Native:
         used = np.flatnonzero(~small)
         names, which, counts = np.unique(cells[used], axis=0, return_inverse=True, return_counts=True)
         buckets = [Bucket(*map(int, name)) for name in names]
-        parent, merged, repeating = merge_rare(names, counts, np.array([block(bucket) for bucket in buckets]))
+        parent, merged, rare = merge_rare(names, counts, np.array([block(bucket) for bucket in buckets]))
         dropped = {f"smaller than {GRID} pixels": int(small.sum())} if small.any() else {}
         return _assignment(
             buckets,
@@ -120,7 +122,7 @@ class Native:
             parent[which.reshape(-1)],
             stride,
             merged=tuple((buckets[cell], buckets[target], count) for cell, target, count in merged),
-            repeating=tuple(buckets[cell] for cell in repeating),
+            rare=tuple(buckets[cell] for cell in rare),
             dropped=dropped,
         )
 
@@ -139,33 +141,36 @@ class Table:
         self.buckets = sorted({parse_bucket(entry) for entry in table})
         self.max_fps = max_fps
 
-    def assign(self, manifest: Manifest, block: BlockSize) -> Assignment:
+    def assign(self, manifest: Manifest, block: BlockSize, least: int = 1) -> Assignment:
         """Put the samples of `manifest` into the listed buckets.
 
-        Raises ConfigError for a bucket that has samples, but too few for a block.
+        Raises ConfigError for a bucket that has samples, but fewer than `least`.
         """
         stride, frames = _frames(manifest, self.max_fps)
         sizes = np.stack([manifest.h.astype(np.int64), manifest.w.astype(np.int64), frames], 1)
         groups, which = np.unique(sizes, axis=0, return_inverse=True)
         best = nearest(groups, np.array(self.buckets, dtype=np.int64))[which.reshape(-1)]
         used = np.flatnonzero(best >= 0)
-        for number, count in zip(*np.unique(best[used], return_counts=True), strict=True):
-            if count < block(self.buckets[number]):
+        numbers, counts = np.unique(best[used], return_counts=True)
+        found = [(self.buckets[number], int(count)) for number, count in zip(numbers, counts, strict=True)]
+        for bucket, count in found:
+            if count < least:
                 raise ConfigError(
-                    f"bucket {self.buckets[number]} has {count} samples, too few for a block of"
-                    f" {block(self.buckets[number])}; take it out of buckets.table, or make batches smaller"
+                    f"bucket {bucket} has {count} samples, fewer than the {least} ranks that share a"
+                    " block; take it out of buckets.table"
                 )
         still = frames < 1 + TIME
         reasons = {"still smaller than every image bucket": still, "clip smaller or shorter than every bucket": ~still}
         dropped = {reason: int(((best < 0) & mask).sum()) for reason, mask in reasons.items()}
         kept = {reason: count for reason, count in dropped.items() if count}
-        return _assignment(self.buckets, used, best[used], stride, dropped=kept)
+        rare = tuple(bucket for bucket, count in found if count < block(bucket))
+        return _assignment(self.buckets, used, best[used], stride, rare=rare, dropped=kept)
 
 
 class Stored:
     """The buckets of latents: each latent's own shape, which can no longer change."""
 
-    def assign(self, manifest: Manifest, block: BlockSize) -> Assignment:
+    def assign(self, manifest: Manifest, block: BlockSize, least: int = 1) -> Assignment:
         """Group `manifest` by size. Raises DataError for a size that no latent can have."""
         cells = np.stack([manifest.h, manifest.w, manifest.frames], 1).astype(np.int64)
         wrong = (cells[:, :2] % GRID).any(1) | (cells[:, 2] % TIME != 1) | (cells <= 0).any(1)
@@ -177,9 +182,9 @@ class Stored:
             )
         names, which, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
         buckets = [Bucket(*map(int, name)) for name in names]
-        repeating = tuple(name for name, count in zip(buckets, counts, strict=True) if count < block(name))
+        rare = tuple(name for name, count in zip(buckets, counts, strict=True) if count < block(name))
         stride = np.ones(len(manifest), dtype=np.int64)
-        return _assignment(buckets, np.arange(len(manifest)), which.reshape(-1), stride, repeating=repeating)
+        return _assignment(buckets, np.arange(len(manifest)), which.reshape(-1), stride, rare=rare)
 
 
 def parse_bucket(text: str) -> Bucket:
@@ -214,7 +219,7 @@ def _assignment(
     stride: np.ndarray,
     *,
     merged: tuple[tuple[Bucket, Bucket, int], ...] = (),
-    repeating: tuple[Bucket, ...] = (),
+    rare: tuple[Bucket, ...] = (),
     dropped: dict[str, int] | None = None,
 ) -> Assignment:
     if not len(used):
@@ -230,6 +235,6 @@ def _assignment(
         rates=tuple(float(len(part)) for part in members),
         stride=stride,
         merged=merged,
-        repeating=repeating,
+        rare=rare,
         dropped=dropped or {},
     )

@@ -6,9 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from soratrain.batch import draw_of
-from soratrain.errors import ConfigError
+from soratrain.errors import ConfigError, DataError
 
 SOURCES = ("synthetic", "original")
+
+
+def captions_of(header: dict[str, Any]) -> list[dict[str, str]]:
+    """Return the captions in a K.json. Raises DataError where they have no `type` and `text`."""
+    found = header.get("captions", [])
+    if not isinstance(found, list) or not all(
+        isinstance(item, dict) and isinstance(item.get("type"), str) and isinstance(item.get("text"), str)
+        for item in found
+    ):
+        raise DataError("its K.json has captions without type and text")
+    return found
 
 
 class CaptionMix:

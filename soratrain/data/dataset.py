@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from soratrain.batch import Batch, LatentBatch, VideoBatch, draw_of
 from soratrain.data.buckets import Bucket
-from soratrain.data.captions import CaptionMix
+from soratrain.data.captions import CaptionMix, captions_of
 from soratrain.data.decode import ByteBudget, Window, crop, load_clip, load_whole, scaled_size
 from soratrain.data.fitting import TIME
 from soratrain.data.manifest import Manifest, Row
@@ -76,6 +76,8 @@ def read_members(reader: ShardReader, row: Row) -> tuple[dict[str, Any], bytes]:
         header = json.loads(data[row.json_offset - start : row.json_offset - start + row.json_length])
     except ValueError as error:
         raise DataError(f"its K.json cannot be read: {error}") from error
+    if not isinstance(header, dict):
+        raise DataError(f"its K.json holds a {type(header).__name__}, not an object")
     return header, media
 
 
@@ -100,7 +102,7 @@ class ClipSource:
         if kept is None:
             row = self.manifest.row(index)
             header, media = read_members(self.reader, row)
-            captions, fps = header.get("captions", []), Fraction(row.fps_num, max(row.fps_den, 1))
+            captions, fps = captions_of(header), Fraction(row.fps_num, max(row.fps_den, 1))
             height, width = scaled_size(row.h, row.w, bucket)
             if self.cache.room(size := row.frames * height * width * 3):
                 with contextlib.suppress(DataError):  # damaged, but perhaps not where this draw looks
@@ -144,7 +146,7 @@ class LatentSource:
             expected = (1 + (bucket.frames - 1) // TIME, bucket.height // 8, bucket.width // 8)
             if shape != expected:
                 raise DataError(f"holds a latent of (t, h, w) = {shape}, where {expected} belongs to {bucket}")
-            kept = tensors, row.fps, header.get("captions", [])
+            kept = tensors, row.fps, captions_of(header)
             self.cache.put(index, kept, sum(value.nbytes for value in tensors.values()))
         return kept
 

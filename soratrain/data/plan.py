@@ -123,7 +123,11 @@ class Plan:
                 raise ConfigError(f"data.{name}={value}: must be at least 1")
         self.assignment, self.manifest_hash, self.seed, self.budget = assignment, manifest_hash, seed, budget
         self.accumulate_blocks, self.canonical_ranks, self.gamma = accumulate_blocks, canonical_ranks, gamma
-        self.sizes = tuple(budget.samples(bucket) for bucket in assignment.buckets)
+        # a bucket with fewer samples than a full block has smaller ones, so that a block shows none twice
+        self.sizes = tuple(
+            min(budget.samples(bucket), max(1, len(members) // canonical_ranks))
+            for bucket, members in zip(assignment.buckets, assignment.members, strict=True)
+        )
         costs = [(size * bucket.tokens, bucket) for size, bucket in zip(self.sizes, assignment.buckets, strict=True)]
         self.heaviest = costs.index(max(costs))
         self.schedule = Schedule(
@@ -236,8 +240,8 @@ class Plan:
             "version": "another version of the order wrote it; go on with that version, or start over with fresh=true",
             "seed": "set the same seed, or start over with fresh=true",
             "manifest_hash": "it is another dataset; point inputs to the one before, or start over with fresh=true",
-            "bucket_hash": "buckets, batch sizes or data.accumulate_blocks changed; undo it, or use fresh=true",
             "canonical_ranks": f"set data.canonical_ranks={state.get('canonical_ranks')}",
+            "bucket_hash": "buckets, batch sizes or data.accumulate_blocks changed; undo it, or use fresh=true",
         }
         own = self.state(0)
         for name, why in whys.items():

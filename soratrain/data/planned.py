@@ -8,19 +8,19 @@ another number of ranks, or from the middle of an accumulation, begins with the 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from soratrain.batch import Batch
 from soratrain.data.buckets import Buckets
 from soratrain.data.captions import CaptionMix
 from soratrain.data.dataset import MicroBatches, Source
+from soratrain.data.loader import make_loader
 from soratrain.data.manifest import Manifest, read_captions, read_manifest
 from soratrain.data.mixing import spread
 from soratrain.data.plan import Budget, Plan
@@ -28,19 +28,6 @@ from soratrain.data.summary import lines, summarise
 from soratrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-
-class Span(Sampler[int]):
-    """Micro-batch numbers from `start` up to `end`; its length is `end`, since Lightning counts from the beginning."""
-
-    def __init__(self, start: int, end: int) -> None:
-        self.start, self.end = start, end
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.start, self.end))
-
-    def __len__(self) -> int:
-        return self.end
 
 
 class PlannedData(L.LightningDataModule, ABC):
@@ -152,7 +139,8 @@ class PlannedData(L.LightningDataModule, ABC):
             def block(bucket: Any) -> int:
                 return self.budget.samples(bucket) * ranks
 
-            assignment = spread(self.buckets.assign(self.manifest, block), self.durations, self.image_fraction)
+            assignment = self.buckets.assign(self.manifest, block, ranks)
+            assignment = spread(assignment, self.durations, self.image_fraction)
             self._plan = Plan(
                 assignment=assignment,
                 manifest_hash=self.manifest.hash,
@@ -194,18 +182,7 @@ class PlannedData(L.LightningDataModule, ABC):
 
     def loader(self, start: int, end: int) -> DataLoader[Batch]:
         """Return a loader of this rank's micro-batches from number `start` up to `end`."""
-        if self.workers:  # import once, before workers fork off
-            multiprocessing.set_forkserver_preload(["soratrain.data.dataset"])
-        return DataLoader(
-            self.items(),
-            batch_size=None,
-            sampler=Span(start, end),
-            num_workers=self.workers,
-            persistent_workers=self.workers > 0,
-            prefetch_factor=self.prefetch if self.workers else None,
-            multiprocessing_context="forkserver" if self.workers else None,
-            generator=torch.Generator(),  # its own, or the loader would move on the global one
-        )
+        return make_loader(self.items(), start, end, workers=self.workers, prefetch=self.prefetch)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the rest of the run; asked after its last step, as much again of what would come next."""

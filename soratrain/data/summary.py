@@ -15,7 +15,7 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
     """Return what the plan makes of the data, as plain values.
 
     `buckets`: per bucket its samples, batch size, tokens a micro-batch, and shares of blocks and of samples shown;
-    `merged`, `repeating`, `dropped`: with counts and reasons; `frames_discarded`: share of the source's frames that an
+    `merged`, `rare`, `dropped`: with counts and reasons; `frames_discarded`: share of the source's frames that an
     epoch does not show (cut off in time, or passed over by a lower rate); `pixels_discarded`: share of a shown frame's
     area that cropping takes away, on average over samples.
     """
@@ -45,7 +45,7 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
         "samples": len(manifest),
         "buckets": buckets,
         "merged": [{"from": str(a), "to": str(b), "samples": count} for a, b, count in assignment.merged],
-        "repeating": [str(bucket) for bucket in assignment.repeating],
+        "rare": [str(bucket) for bucket in assignment.rare],
         "dropped": dict(assignment.dropped),
         "frames_discarded": max(0.0, 1 - shown / float(manifest.frames[used].sum())),
         "pixels_discarded": cropped / sum(assignment.rates),
@@ -66,6 +66,6 @@ def lines(summary: dict[str, Any]) -> list[str]:
     text += [
         f"  {entry['samples']} samples of {entry['from']} merged into {entry['to']}" for entry in summary["merged"]
     ]
-    text += [f"  {bucket} has fewer samples than a block: some show twice in it" for bucket in summary["repeating"]]
+    text += [f"  {bucket} has too few samples for a full block: its batches are smaller" for bucket in summary["rare"]]
     text += [f"  {count} samples dropped: {reason}" for reason, count in summary["dropped"].items()]
     return text

@@ -61,7 +61,7 @@ def test_rare_buckets_merge_into_the_nearest_that_fits_and_are_counted():
 def test_a_rare_bucket_with_nothing_smaller_stays_and_is_named():
     found = Native().assign(manifest([(64, 64, 17)] * 8 + [(32, 32, 9), (64, 64, 1)]), lambda bucket: 4)
     assert names(found) == {"64x64x17": 8, "32x32x9": 1, "64x64x1": 1}
-    assert {str(bucket) for bucket in found.repeating} == {"32x32x9", "64x64x1"}
+    assert {str(bucket) for bucket in found.rare} == {"32x32x9", "64x64x1"}
 
 
 def test_clips_never_become_stills():
@@ -100,9 +100,11 @@ def test_a_table_off_the_grid_is_refused(table, message):
         Table(table=table)
 
 
-def test_a_table_with_a_bucket_too_rare_for_a_block_is_refused_by_name():
+def test_a_table_with_a_bucket_too_rare_for_the_ranks_is_refused_by_name():
+    table = Table(table=["64x64x17"])
     with pytest.raises(ConfigError, match="64x64x17 has 3 samples"):
-        Table(table=["64x64x17"]).assign(manifest([(64, 64, 17)] * 3), lambda bucket: 4)
+        table.assign(manifest([(64, 64, 17)] * 3), lambda bucket: 8, least=4)
+    assert table.assign(manifest([(64, 64, 17)] * 3), lambda bucket: 8, least=2).rare == (Bucket(64, 64, 17),)
 
 
 def test_data_without_a_usable_sample_are_refused():
@@ -113,7 +115,7 @@ def test_data_without_a_usable_sample_are_refused():
 
 def test_a_latent_keeps_its_own_shape_and_one_off_the_grid_is_refused():
     found = Stored().assign(manifest([(64, 64, 17), (48, 80, 9), (64, 64, 17)]), lambda bucket: 2)
-    assert names(found) == {"80x48x9": 1, "64x64x17": 2} and [str(b) for b in found.repeating] == ["80x48x9"]
+    assert names(found) == {"80x48x9": 1, "64x64x17": 2} and [str(b) for b in found.rare] == ["80x48x9"]
     with pytest.raises(DataError, match="off the grid"):
         Stored().assign(manifest([(64, 64, 16)]), one)
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import io
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from data_tiny import grey, mp4, pixels, png
@@ -55,6 +57,20 @@ def test_colours_survive():
     video[:] = (220, 40, 90)
     clip = load_clip(mp4(video, Fraction(8)), fps=Fraction(8), frames=5, bucket=Bucket(32, 32, 5))
     assert np.abs(clip.astype(int) - video).max() <= 6
+
+
+def test_a_gap_in_the_timestamps_shows_the_frame_before_it():
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=8, options={"crf": "4"})
+        stream.height = stream.width = 32
+        for number in (0, 1, 2, 6, 7):
+            frame = av.VideoFrame.from_ndarray(pixels(0, 32, 32, 8)[number], format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 8)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    clip = load_whole(buffer.getvalue(), fps=Fraction(8), frames=8, bucket=Bucket(32, 32, 5))
+    assert close(clip, [0, 1, 2, 2, 2, 2, 6, 7])
 
 
 def test_an_image_is_a_clip_of_one_frame():

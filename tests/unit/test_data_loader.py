@@ -17,6 +17,10 @@ from soratrain.data.datamodule import LatentData, VideoData
 from soratrain.data.manifest import write_captions
 from soratrain.errors import ConfigError, DataError
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+]
 SHAPES = [(32, 32, 9)] * 9 + [(32, 48, 9)] * 5 + [(32, 32, 1)] * 6
 
 
@@ -323,6 +327,20 @@ def test_a_damaged_sample_is_replaced_by_another_of_its_bucket_and_reported(tmp_
     assert all("CRC-32" in line["reason"] for line in lines)
 
 
+@pytest.mark.parametrize("header", [b"[]", b"{", b'{"captions": 3}', b'{"captions": [{"text": 1}]}', b"\xff"])
+def test_a_damaged_header_is_put_aside_too(tmp_path, header):
+    from soratrain.data.manifest import read_manifest
+
+    folder = write_clips(tmp_path / "shards", SHAPES)
+    row = read_manifest(folder).row(2)
+    with open(folder / row.shard, "r+b") as file:
+        file.seek(row.json_offset)
+        file.write(header.ljust(row.json_length))
+    batches = list(video(str(folder), quarantine=str(tmp_path / "q")).loader(0, 14))
+    assert all(row.key not in batch.keys for batch in batches)
+    assert "K.json" in json.loads((tmp_path / "q").read_text())["reason"]
+
+
 def test_a_run_stops_where_too_much_is_damaged(tmp_path):
     folder = write_clips(tmp_path / "shards", SHAPES)
     damage(folder, [0, 1, 2, 3, 4, 9, 14])
@@ -361,7 +379,7 @@ def test_the_summary_accounts_for_every_sample(tmp_path):
         (dict(durations=[4]), "data.durations"),
         (dict(caption_mix={"made": 1.0}), "data.caption_mix.made"),
         (dict(caption_types={"long": -1.0}), "data.caption_types.long"),
-        (dict(buckets=Table(table=["32x32x9"]), batch_size=50), "too few for a block"),
+        (dict(buckets=Table(table=["32x32x9"]), canonical_ranks=50), "fewer than the 50 ranks"),
     ],
 )
 def test_options_that_cannot_work_are_refused(clips, options, message):

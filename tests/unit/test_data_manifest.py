@@ -1,5 +1,11 @@
 from __future__ import annotations
 
+import functools
+import http.server
+import subprocess
+import sys
+import threading
+
 import numpy as np
 import pytest
 
@@ -78,3 +84,22 @@ def test_captions_are_found_by_key_from_every_level_of_their_folder(tmp_path):
         assert sum(map(len, found.values())) == 6
     with pytest.raises(DataError, match="stage=recaption"):
         read_captions(tmp_path / "nothing")
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_manifest_is_read_over_http(tmp_path):
+    write_manifest(tmp_path, [_row(0), _row(1)])
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        found = read_manifest(f"http://127.0.0.1:{server.server_port}")
+        assert [*found.rows()] == [*read_manifest(tmp_path).rows()]
+        server.shutdown()
+
+
+def test_reading_a_manifest_loads_neither_torch_nor_lightning():
+    code = "import sys, soratrain.data.manifest, soratrain.data.shards; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

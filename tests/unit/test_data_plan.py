@@ -135,16 +135,25 @@ def test_epochs_count_how_often_the_data_were_seen():
 
 
 def test_cost_sets_the_batch_size():
-    plan = make(budget=Budget(tokens_per_batch=320))
+    plan = make(budget=Budget(tokens_per_batch=320), ranks=1)
     assert {str(b): n for b, n in zip(plan.assignment.buckets, plan.sizes, strict=True)} == {
         "64x64x17": 4,
         "80x48x17": 4,
         "64x64x9": 6,
-        "64x64x1": 20,
+        "64x64x1": 11,
     }
     assert Budget(tokens_per_batch=320, quadratic=0.1).samples(plan.assignment.buckets[-1]) == 1
     assert Budget(tokens_per_batch=320, max_batch_size=8).samples(plan.assignment.buckets[1]) == 8
     assert Budget(tokens_per_batch=1).samples(plan.assignment.buckets[-1]) == 1
+
+
+def test_a_block_shows_no_sample_twice_unless_ranks_outnumber_samples():
+    plan = make(budget=Budget(batch_size=100), ranks=4)
+    assert sorted(plan.sizes) == [1, 2, 2, 5]
+    for bucket, size in enumerate(plan.sizes):
+        first = plan.stream(bucket, 0, size * 4).tolist()
+        assert len(set(first)) == len(first)
+    assert make([(64, 64, 17)] * 3, budget=Budget(batch_size=100), ranks=4).sizes == (1,)
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 2, "tokens_per_batch": 5}, {"batch_size": 0}])

@@ -8,6 +8,7 @@ import pickle
 import threading
 from pathlib import Path
 
+import fsspec
 import pytest
 import webdataset
 
@@ -75,6 +76,22 @@ def test_a_range_beyond_the_end_and_a_missing_shard_are_refused(tmp_path):
         ShardReader(tmp_path).read(samples[0][2].shard, 1 << 20, 10)
     with pytest.raises(DataError, match="cannot be read"):
         ShardReader(tmp_path).read("other.tar", 0, 1)
+
+
+def test_members_are_read_from_an_object_store(tmp_path):
+    samples = _write(tmp_path)
+    store = fsspec.filesystem("memory")
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            store.pipe(f"/bucket/data/{path.relative_to(tmp_path)}", path.read_bytes())
+    reader = ShardReader("memory://bucket/data")
+    assert [reader.read(placed.shard, *placed.members["mp4"]) for _, _, placed in samples] == [
+        media for _, media, _ in samples
+    ]
+    with pytest.raises(DataError, match="ends before"):
+        reader.read("shard-000000.tar", 1 << 20, 10)
+    with pytest.raises(DataError, match="cannot be read"):
+        reader.read("other.tar", 0, 1)
 
 
 class _RangeHandler(http.server.SimpleHTTPRequestHandler):
