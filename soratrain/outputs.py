@@ -21,23 +21,22 @@ import yaml
 from soratrain.errors import ConfigError, DataError
 from soratrain.models.weights import write_atomically
 
-# Keys that may differ when a run goes on: they change where or how fast it runs and what it says, not what it learns.
+# What decides a stage's result: its own node, into which all that it uses is resolved, and how it is trained.
+MATTERS = ("stage", "trainer", "seed", "init")
+# Of these, what changes where or how fast it runs and what it says, not what it learns.
 FREE = (
-    "fresh",
-    "upstream",
-    "logger",
-    "strategy",
+    "trainer.strategy",
+    "trainer.logger",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.accelerator",
     "trainer.log_every",
     "trainer.checkpoint_every",
-    "machine.workers",
-    "machine.chosen",
-    "data.workers",
-    "data.cache",
+    "trainer.keep",
     "stage.data.workers",
+    "stage.data.prefetch",
     "stage.data.cache",
+    "stage.job.workers",
 )
 
 
@@ -52,15 +51,16 @@ def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
-def free(key: str) -> bool:
-    """Return whether `key` may differ between two starts of one run."""
-    return any(key == name or key.startswith(name + ".") for name in FREE)
+def matters(key: str) -> bool:
+    """Return whether `key` must be the same between two starts of one run."""
+    inside = [any(key == name or key.startswith(name + ".") for name in names) for names in (MATTERS, FREE)]
+    return inside[0] and not inside[1]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return `key: old → new` for every key that matters and differs."""
     before, after = flatten(old), flatten(new)
-    keys = [key for key in sorted(before.keys() | after.keys()) if not free(key)]
+    keys = [key for key in sorted(before.keys() | after.keys()) if matters(key)]
     return [f"{key}: {before.get(key)!r} → {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from soratrain import outputs, upstream
 from soratrain.compose import compose, split_override
-from soratrain.errors import ConfigError, DataError
+from soratrain.errors import ConfigError, DataError, UserError
 from soratrain.schema import validate
 
 log = logging.getLogger(__name__)
@@ -90,10 +90,23 @@ def start_logging(out: Path) -> None:
 
 
 def instantiate(node: Mapping[str, Any]) -> Any:
-    """Build the object that a config node describes; nets come as factories (`_partial_`)."""
+    """Build the object that a config node describes; nets come as factories (`_partial_`).
+
+    Raises:
+        UserError: what the object itself says of its values.
+    """
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate as hydra_instantiate
 
-    return hydra_instantiate(dict(node), _convert_="all")
+    try:
+        return hydra_instantiate(dict(node), _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from error
+        if isinstance(cause, ValueError):
+            raise ConfigError(f"{node['_target_']}: {cause}") from error
+        raise
 
 
 def unchanged_upstream(out: Path, config: Mapping[str, Any]) -> None:

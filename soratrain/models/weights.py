@@ -20,8 +20,12 @@ ALLOWED = "soratrain."  # a weights folder may name classes of this package only
 
 
 def spec_of(factory: partial) -> dict[str, Any]:
-    """Return `{target, kwargs}` of a network's factory, plain values only."""
-    return {"target": f"{factory.func.__module__}.{factory.func.__qualname__}", "kwargs": dict(factory.keywords)}
+    """Return `{target, kwargs}` of a network's factory, plain values only; a factory of a factory counts as one."""
+    kwargs: dict[str, Any] = {}
+    target: Any = factory
+    while isinstance(target, partial):
+        kwargs, target = {**target.keywords, **kwargs}, target.func
+    return {"target": f"{target.__module__}.{target.__qualname__}", "kwargs": kwargs}
 
 
 def factory_of(spec: Mapping[str, Any]) -> partial:

@@ -10,7 +10,7 @@ from soratrain.errors import ConfigError, DataError
 
 
 def config(**changes):
-    base = {"fresh": False, "upstream": "make", "seed": 0, "optimizer": {"lr": 0.1}, "trainer": {"max_steps": 5}}
+    base = {"fresh": False, "upstream": "make", "seed": 0, "stage": {"lr": 0.1}, "trainer": {"max_steps": 5}}
     return {**base, **changes}
 
 
@@ -27,19 +27,23 @@ def test_another_config_is_refused_naming_the_keys_and_changes_nothing(tmp_path)
     out = tmp_path / "run"
     outputs.claim(out, config(), compare=True)
     before = (out / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match=r"optimizer\.lr: 0\.1 → 0\.2.*fresh=true"):
-        outputs.claim(out, config(optimizer={"lr": 0.2}), compare=True)
+    with pytest.raises(ConfigError, match=r"stage\.lr: 0\.1 → 0\.2.*fresh=true"):
+        outputs.claim(out, config(stage={"lr": 0.2}), compare=True)
     assert (out / "config.yaml").read_text() == before
 
 
 def test_a_key_that_one_side_lacks_counts_as_a_difference():
-    assert outputs.differences({"a": 1}, {"a": 1, "b": {"c": 2}}) == ["b.c: None → 2"]
+    assert outputs.differences({"seed": 1}, {"seed": 1, "stage": {"c": 2}}) == ["stage.c: None → 2"]
 
 
 def test_speed_and_speech_may_differ_between_starts():
-    old = {"logger": {"name": "csv"}, "machine": {"workers": 0, "name": "laptop"}}
-    new = {"logger": {"name": "wandb"}, "machine": {"workers": 4, "name": "laptop"}}
+    old = {"trainer": {"devices": 1, "logger": {"name": "csv"}}, "stage": {"data": {"workers": 0}}}
+    new = {"trainer": {"devices": 2, "logger": {"name": "wandb"}}, "stage": {"data": {"workers": 4}}}
     assert outputs.differences(old, new) == []
+
+
+def test_what_the_stage_does_not_use_may_differ():
+    assert outputs.differences({"dit": {"dim": 8}, "seed": 1}, {"dit": {"dim": 16}, "seed": 1}) == []
 
 
 def test_fresh_starts_over_with_the_new_config(tmp_path):
