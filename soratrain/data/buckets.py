@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from soratrain.data.fitting import GRID, TIME, merge_rare, nearest
+from soratrain.data.fitting import GRID, TIME, distinct, merge_rare, nearest
 from soratrain.data.manifest import Manifest
 from soratrain.errors import ConfigError, DataError
 
@@ -112,14 +112,14 @@ class Native:
             frames = np.minimum(frames, self.max_frames)
         cells = np.stack([_floor(height), _floor(width), 1 + (frames - 1) // TIME * TIME], 1)
         used = np.flatnonzero(~small)
-        names, which, counts = np.unique(cells[used], axis=0, return_inverse=True, return_counts=True)
+        names, which, counts = distinct(cells[used])
         buckets = [Bucket(*map(int, name)) for name in names]
         parent, merged, rare = merge_rare(names, counts, np.array([block(bucket) for bucket in buckets]))
         dropped = {f"smaller than {GRID} pixels": int(small.sum())} if small.any() else {}
         return _assignment(
             buckets,
             used,
-            parent[which.reshape(-1)],
+            parent[which],
             stride,
             merged=tuple((buckets[cell], buckets[target], count) for cell, target, count in merged),
             rare=tuple(buckets[cell] for cell in rare),
@@ -148,8 +148,8 @@ class Table:
         """
         stride, frames = _frames(manifest, self.max_fps)
         sizes = np.stack([manifest.h.astype(np.int64), manifest.w.astype(np.int64), frames], 1)
-        groups, which = np.unique(sizes, axis=0, return_inverse=True)
-        best = nearest(groups, np.array(self.buckets, dtype=np.int64))[which.reshape(-1)]
+        groups, which, _ = distinct(sizes)
+        best = nearest(groups, np.array(self.buckets, dtype=np.int64))[which]
         used = np.flatnonzero(best >= 0)
         numbers, counts = np.unique(best[used], return_counts=True)
         found = [(self.buckets[number], int(count)) for number, count in zip(numbers, counts, strict=True)]
@@ -180,11 +180,11 @@ class Stored:
                 f"{manifest.folder}: latent {row.key} of {row.w}x{row.h}x{row.frames} is off the grid of {GRID} pixels"
                 f" and 1+{TIME}k frames; encode again"
             )
-        names, which, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
+        names, which, counts = distinct(cells)
         buckets = [Bucket(*map(int, name)) for name in names]
         rare = tuple(name for name, count in zip(buckets, counts, strict=True) if count < block(name))
         stride = np.ones(len(manifest), dtype=np.int64)
-        return _assignment(buckets, np.arange(len(manifest)), which.reshape(-1), stride, rare=rare)
+        return _assignment(buckets, np.arange(len(manifest)), which, stride, rare=rare)
 
 
 def parse_bucket(text: str) -> Bucket:

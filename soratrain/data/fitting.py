@@ -11,6 +11,20 @@ TIME = 4  # frames: the VAE's stride; a clip has 1 + 4k
 SAME_ASPECT = 0.1  # ratios within 10 % count as equal: rounding to GRID moves them by about as much
 
 
+def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the distinct rows of [N, K] small non-negative integers, which one each row is [N], and how often each.
+
+    It sorts packed integers, a hundred times as fast as sorting rows.
+    """
+    bits = 63 // rows.shape[1]
+    assert not len(rows) or (rows.min() >= 0 and rows.max() < 1 << bits), "sizes and durations are below 2 million"
+    packed = np.zeros(len(rows), dtype=np.int64)
+    for column in range(rows.shape[1]):
+        packed = (packed << bits) | rows[:, column].astype(np.int64)
+    _, first, which, counts = np.unique(packed, return_index=True, return_inverse=True, return_counts=True)
+    return rows[first], which, counts
+
+
 def nearest(sources: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Return the row of `table` [B, 3] that fits best inside each (h, w, frames) of `sources` [G, 3], or -1, [G].
 

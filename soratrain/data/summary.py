@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from soratrain.data.decode import scaled_size
+from soratrain.data.fitting import distinct
 from soratrain.data.manifest import Manifest
 from soratrain.data.plan import Plan
 
@@ -35,7 +36,7 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
             }
         )
         shown += rate * bucket.frames
-        sizes, counts = np.unique(np.stack([manifest.h[members], manifest.w[members]], 1), axis=0, return_counts=True)
+        sizes, _, counts = distinct(np.stack([manifest.h[members], manifest.w[members]], 1))
         for (height, width), count in zip(sizes.tolist(), counts.tolist(), strict=True):
             scaled_height, scaled_width = scaled_size(height, width, bucket)
             lost = 1 - bucket.height * bucket.width / (scaled_height * scaled_width)
