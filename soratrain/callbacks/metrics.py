@@ -79,7 +79,7 @@ class Metrics(StepCallback):
         means, seconds = self.reduced(stage.device), time.monotonic() - self.began
         self.check(means.get("loss", 0.0))
         row: dict[str, float] = {"step": self.step}
-        row |= {key: value for key, value in means.items() if key not in COUNTS}
+        row |= {key: means[key] for key in sorted(means, key=lambda key: (key != "loss", key)) if key not in COUNTS}
         row["lr"] = stage.optimizer_factory.lr * stage.schedule(self.step - 1, stage.max_steps)
         for key in COUNTS:
             if key in means:

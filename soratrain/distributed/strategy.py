@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from soratrain.distributed.checkpoint import CheckpointReader, gather, save_checkpoint
 from soratrain.distributed.fragments import (
@@ -86,6 +86,9 @@ class Restorable:
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         return {}
+
+    def place(self, net: nn.Module) -> None:
+        """Take over a net that has just been built on the CPU."""
 
     def fragments(self) -> list[Fragment]:
         """Return what this rank holds of every parameter."""

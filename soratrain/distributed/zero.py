@@ -6,6 +6,9 @@ What differs from Lightning's own strategy:
   which makes gradients too small by that factor; the engine is told not to.
 - Inputs stay as they are: rounding coordinates and noise levels to bf16 would ruin them.
 - bf16 is autocast with fp32 weights, as under DDP, so that both compute the same; messages stay fp32.
+- Under ZeRO-3 a net is built whole on the CPU and then cut up, since inside DeepSpeed's own `zero.Init` a module's
+  parameters are gone before its parent can initialize them: zero-initialized outputs would silently not be zero. So a
+  rank's host memory holds one whole net while it is built; no device ever does.
 - Checkpoints are ours: DeepSpeed's are pickles, which cannot be read safely and fit one number of ranks only.
 """
 
@@ -14,7 +17,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -22,7 +26,7 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from torch import Tensor
+from torch import Tensor, nn
 
 from soratrain.distributed.fragments import Fragment
 from soratrain.distributed.strategy import Restorable, StrategyOptions
@@ -89,7 +93,22 @@ class Sharded(Restorable, DeepSpeedStrategy):
             raise ConfigError(
                 "optimizer.name=muon needs whole matrices and ZeRO slices them; use adamw, or strategy=ddp"
             )
+        from deepspeed.runtime.engine import DeepSpeedEngine
+
+        if not self.zero_stage_3:
+            for param in model.parameters():
+                torch.distributed.broadcast(param.data, 0)
+        DeepSpeedEngine._broadcast_model = lambda engine: None  # it cannot broadcast a parameter without dimensions
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        self._init_config_if_needed()
+        yield  # `place` cuts nets up
+
+    def place(self, net: nn.Module) -> None:
+        if self.zero_stage_3:
+            cut_up(net, self.config)
 
     @property
     def sharded_optimizer(self) -> Any:
@@ -142,6 +161,22 @@ class Sharded(Restorable, DeepSpeedStrategy):
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         else:
             optimizer.update_lp_params()
+
+
+def cut_up(net: nn.Module, config: Any) -> None:
+    """Leave each rank its slice of every parameter of `net`, which all ranks have built alike (ZeRO-3)."""
+    import deepspeed
+
+    class Init(deepspeed.zero.Init):
+        def _zero_init_param(self, param: Any) -> None:
+            if param.dim():
+                super()._zero_init_param(param)
+            else:  # DeepSpeed would broadcast it as bytes, which a tensor without dimensions cannot be viewed as
+                torch.distributed.broadcast(param.data, 0)
+                self._convert_to_deepspeed_param(param)
+                param.partition()
+
+    Init(module=net, config_dict_or_path=config)
 
 
 def build_zero(options: StrategyOptions, *, device_type: str, precision: str, timeout: timedelta) -> Sharded:

@@ -23,7 +23,7 @@ COUNTS = ("tokens", "samples", "frames")  # reported quantities that are summed;
 
 
 class TrainStage(L.LightningModule):
-    """A LightningModule that builds its nets late, so that a sharding strategy can build them in pieces.
+    """A LightningModule that builds its nets late, one by one, so that a sharding strategy can cut each up in turn.
 
     Args:
         nets: factory of each net; net `x` becomes the attribute `self.x` in `configure_model`.
@@ -66,7 +66,9 @@ class TrainStage(L.LightningModule):
                 net = factory()
             if name in self.origins:
                 folder, stored_as = self.origins[name]
-                load_whole(net, weights.load_state(folder, stored_as)[0], f"{folder}:{stored_as}")
+                weights.load_into(net, weights.load_state(folder, stored_as)[0], f"{folder}:{stored_as}")
+            if self._trainer is not None and hasattr(self.trainer.strategy, "place"):
+                self.trainer.strategy.place(net)
             setattr(self, name, net)
 
     def configure_optimizers(self) -> Any:
@@ -110,14 +112,3 @@ class TrainStage(L.LightningModule):
         taken = {key: total if key in COUNTS else total / count for key, (total, count) in self.reported.items()}
         self.reported = {}
         return taken
-
-
-def load_whole(net: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Load a whole state dict into `net`, also where ZeRO-3 has cut its parameters into slices."""
-    if not any(hasattr(parameter, "ds_id") for parameter in net.parameters()):
-        weights.load_into(net, state, origin)
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(net.parameters()), modifier_rank=0):
-        weights.load_into(net, state, origin)

@@ -29,7 +29,7 @@ SIZE, BATCH = 6, 4
 
 
 class Net(nn.Module):
-    """Matrices, a convolution, vectors and a buffer."""
+    """Matrices, a convolution, vectors, a number, a buffer, and a layer that its parent initializes."""
 
     def __init__(self, *, width: int = 10) -> None:
         super().__init__()
@@ -37,11 +37,13 @@ class Net(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.conv = nn.Conv1d(1, 2, 3, padding=1)
         self.leave = nn.Linear(2 * width, SIZE)
+        self.gain = nn.Parameter(torch.tensor(1.5))
         self.register_buffer("scale", torch.ones(SIZE))
+        nn.init.constant_(self.leave.weight, 0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv(self.norm(self.enter(x)).unsqueeze(1)).flatten(1)
-        return self.leave(torch.tanh(hidden)) * self.scale
+        return self.leave(torch.tanh(hidden)) * self.gain * self.scale
 
 
 class SGDFactory(OptimizerFactory):
