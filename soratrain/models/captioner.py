@@ -19,159 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soratrain.errors import ConfigError, DataError
-from soratrain.models.attention import Packing, attend
-from soratrain.models.caption_decoder import Block, Decoder, decode_caption, encode_captions, norm
-from soratrain.models.rope import rotations, split_axes
-
-TIME_SCALE = 6.0  # coordinates turn 6 per second, as in the DiT
-
-
-def sample_frames(frames: int, fps: Tensor, rate: float, limit: int) -> tuple[Tensor, Tensor]:
-    """Choose frames by time: `rate` a second, or evenly spread where that would be more than `limit`.
-
-    Args:
-        frames: length of the clips.
-        fps: frames per second of each, `[B]`.
-
-    Returns:
-        Frame indices `[B, n]`, the last repeated where a clip has fewer than the longest, and how many are real `[B]`.
-    """
-    stride = (fps.double() / rate).clamp(min=1.0)
-    count = ((frames - 1) / stride).floor().long() + 1
-    spread = (frames - 1) / (count.clamp(max=limit) - 1).clamp(min=1)
-    stride = torch.where(count > limit, spread, stride)
-    count = count.clamp(max=limit)
-    places = torch.minimum(torch.arange(int(count.max()), device=fps.device)[None], count[:, None] - 1)
-    return (places * stride[:, None]).round().long().clamp(max=frames - 1), count
-
-
-class Stem(nn.Module):
-    """Convolutions of stride 2 before frames are cut: what a shape is, need not be learned for every place anew.
-
-    Early convolutions help transformers to see, above all when data and steps are few (Xiao et al., 2021).
-
-    Args:
-        channels: of each convolution; none leaves the pixels as they are.
-    """
-
-    def __init__(self, channels: Sequence[int]) -> None:
-        super().__init__()
-        self.out_channels, self.stride = ([3, *channels])[-1], 2 ** len(channels)
-        pairs = zip([3, *channels[:-1]], channels, strict=True) if channels else ()
-        self.convolutions = nn.ModuleList(nn.Conv2d(wide, out, 3, 2, padding=1) for wide, out in pairs)
-
-    def forward(self, x_MCHW: Tensor) -> Tensor:
-        """Return features `[M, C', H / stride, W / stride]` of M frames."""
-        for convolution in self.convolutions:
-            x_MCHW = F.gelu(convolution(x_MCHW), approximate="tanh")
-        return x_MCHW
-
-
-class VideoEncoder(nn.Module):
-    """Pixels to tokens: spacetime patches of frames taken by time, mixed at their float positions.
-
-    Args:
-        patch: frames, rows and columns of a patch; a clip's edge is repeated to fill the last ones.
-        stem: channels of the convolutions before the cut, each halving rows and columns; they must divide `patch`.
-        frame_rate: frames looked at per second.
-        max_frames: most frames looked at; a longer clip is looked at more sparsely.
-    """
-
-    def __init__(
-        self,
-        *,
-        dim: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float,
-        patch: Sequence[int],
-        stem: Sequence[int],
-        frame_rate: float,
-        max_frames: int,
-    ) -> None:
-        super().__init__()
-        self.stem = Stem(stem)
-        if patch[1] % self.stem.stride or patch[2] % self.stem.stride:
-            raise ConfigError(f"captioner.patch={list(patch)} is no multiple of the stem's stride {self.stem.stride}")
-        self.patch, self.frame_rate, self.max_frames = tuple(patch), frame_rate, max_frames
-        self.channels = split_axes(dim // num_heads)
-        self.embed = nn.Linear(self.stem.out_channels * math.prod(self.patch) // self.stem.stride**2, dim)
-        self.place = nn.Linear(5, dim)
-        self.norm_in, self.norm_out = norm(dim), norm(dim)
-        self.blocks = nn.ModuleList(Block(dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
-
-    def cut(self, pixels: Tensor, fps: Tensor) -> tuple[Tensor, Tensor, Tensor, Packing]:
-        """Return patches `[N, P]`, their coordinates `[N, 3]` (t, y, x), where they stand in their clip `[N, 5]`, and
-        the packing of the clips.
-        """
-        batch, _, frames, height, width = pixels.shape
-        if not frames:
-            raise DataError(f"a clip of shape {tuple(pixels.shape)} has no frames; leave it out")
-        fps = fps.to(pixels.device).clamp(min=1e-3)
-        index, count = sample_frames(frames, fps, self.frame_rate, self.max_frames)
-        pt, ph, pw = self.patch
-        index = torch.cat([index, index[:, -1:].expand(-1, -index.shape[1] % pt)], dim=1)
-        taken = pixels[torch.arange(batch, device=pixels.device)[:, None], :, index]  # B, n, C, H, W
-        taken = F.pad(taken.flatten(0, 1), (0, -width % pw, 0, -height % ph), mode="replicate")
-        taken = self.stem(taken).unflatten(0, (batch, -1))
-        ph, pw = ph // self.stem.stride, pw // self.stem.stride
-        cut = taken.unflatten(4, (-1, pw)).unflatten(3, (-1, ph)).unflatten(1, (-1, pt))  # B t pt C y ph x pw
-        cut = cut.permute(0, 1, 4, 6, 3, 2, 5, 7)
-        steps, rows, columns = cut.shape[1:4]
-        seconds = (index / fps[:, None]).unflatten(1, (-1, pt)).mean(-1).float()
-        y, x = torch.arange(rows, device=fps.device).float(), torch.arange(columns, device=fps.device).float()
-        shape = (batch, steps, rows, columns)
-        seconds = seconds[:, :, None, None].expand(shape)
-        y, x = y[:, None].expand(shape), x.expand(shape)
-        coords = torch.stack([seconds * TIME_SCALE, y, x], dim=-1)
-        last = ((count - 1).clamp(min=0) / (count - 1).clamp(min=1)).float()[:, None, None, None].expand(shape)
-        duration = (index[:, -1] / fps).float()[:, None, None, None].expand(shape)
-        middle = [(y + 0.5) * (2 / rows) - 1, (x + 0.5) * (2 / columns) - 1]
-        places = torch.stack([seconds - duration / 2, duration, last, *middle], dim=-1)
-        lengths = (-(count // -pt)).tolist()
-        packing = Packing.of([length * rows * columns for length in lengths])
-        flat = [cut.flatten(4).flatten(1, 3), coords.flatten(1, 3), places.flatten(1, 3)]
-        if packing.equal:
-            return *(part.flatten(0, 1) for part in flat), packing
-        keep = torch.arange(steps, device=fps.device)[None] < torch.tensor(lengths, device=fps.device)[:, None]
-        keep = keep[:, :, None].expand(-1, -1, rows * columns).flatten(1)
-        return *(part[keep] for part in flat), packing
-
-    def forward(self, pixels: Tensor, fps: Tensor) -> tuple[Tensor, Packing]:
-        """Return the tokens of clips `[B, 3, T, H, W]` in [-1, 1], `[N, D]`, and how they are packed."""
-        patches, coords, places, packing = self.cut(pixels, fps)
-        x_ND = self.norm_in(self.embed(patches) + self.place(places))
-        rotation = rotations(coords, self.channels)
-        for block in self.blocks:
-            x_ND = block(x_ND, packing, rotation)
-        return self.norm_out(x_ND), packing
-
-
-class Pooler(nn.Module):
-    """Learned queries that each ask all tokens of a clip once (attentional pooling, CoCa section 3.2)."""
-
-    def __init__(self, *, dim: int, num_heads: int, queries: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.queries = nn.Parameter(torch.randn(queries, dim))
-        self.queries.no_muon = True  # type: ignore[attr-defined]
-        self.q, self.kv = nn.Linear(dim, dim, bias=False), nn.Linear(dim, 2 * dim, bias=False)
-        self.norm_q, self.norm_k = norm(dim // num_heads), norm(dim // num_heads)
-        self.out = nn.Linear(dim, dim, bias=False)
-        hidden = int(mlp_ratio * dim)
-        self.norm_mlp, self.norm_out = norm(dim), norm(dim)
-        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-
-    def forward(self, x_ND: Tensor, packing: Packing) -> Tensor:
-        """Return the answers `[B, Q, D]`."""
-        asking = Packing((len(self.queries),) * len(packing))
-        k_NHK, v_NHK = self.kv(x_ND).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
-        q_QHK = self.norm_q(self.q(self.queries).unflatten(-1, (self.num_heads, -1))).to(v_NHK.dtype)
-        k_NHK = self.norm_k(k_NHK).to(v_NHK.dtype)
-        answers = attend(q_QHK.repeat(len(packing), 1, 1), k_NHK, v_NHK, asking, packing)
-        x_BQD = asking.pad(self.out(answers.flatten(1)))
-        return self.norm_out(x_BQD + self.down(F.gelu(self.up(self.norm_mlp(x_BQD)), approximate="tanh")))
+from soratrain.errors import ConfigError
+from soratrain.models.caption_decoder import Decoder, decode_caption, encode_captions
+from soratrain.models.video_encoder import Pooler, VideoEncoder
 
 
 class Contrast(nn.Module):
@@ -216,7 +66,7 @@ class Captioner(nn.Module):
         mlp_ratio: hidden width of the MLPs over the width.
     """
 
-    taught: Tensor
+    longest: Tensor
 
     def __init__(
         self,
@@ -246,7 +96,7 @@ class Captioner(nn.Module):
         if not styles or len(set(styles)) != len(styles):
             raise ConfigError(f"captioner.styles={list(styles)} must name each style once")
         self.styles, self.max_bytes = tuple(styles), max_bytes
-        self.register_buffer("taught", torch.zeros(len(self.styles)))
+        self.register_buffer("longest", torch.zeros(len(self.styles)))
         self.encoder = VideoEncoder(
             dim=dim,
             depth=depth,
@@ -282,15 +132,20 @@ class Captioner(nn.Module):
                 )
         return torch.tensor([self.styles.index(style) for style in styles], device=device)
 
-    def teach(self, styles: Sequence[str]) -> None:
-        """Remember that captions of `styles` have been trained on; only these are worth asking for."""
-        for style in self.style_ids(sorted(set(styles))).tolist():
-            self.taught[style] = 1.0
+    def teach(self, captions: Sequence[str], styles: Sequence[str]) -> None:
+        """Remember how long captions of each style have been; a style without any is not worth asking for."""
+        for style, caption in zip(self.style_ids(styles).tolist(), captions, strict=True):
+            self.longest[style] = max(float(self.longest[style]), len(caption.encode("utf-8", "replace")))
 
     @property
     def known_styles(self) -> tuple[str, ...]:
         """The styles that this captioner was trained on."""
-        return tuple(style for style, taught in zip(self.styles, self.taught.tolist(), strict=True) if taught)
+        return tuple(style for style, length in zip(self.styles, self.longest.tolist(), strict=True) if length)
+
+    def bound(self, style: str) -> int:
+        """Return after how many bytes a caption of `style` has lost its way: a quarter above the longest it learned."""
+        length = float(self.longest[self.styles.index(style)])
+        return min(self.max_bytes, int(1.25 * length) + 16) if length else self.max_bytes
 
     def look(self, pixels: Tensor, fps: Tensor) -> tuple[Tensor, Tensor]:
         """Return what the decoder reads of clips `[B, Q, width]`, and what their vectors are made of `[B, D]`."""
@@ -338,11 +193,12 @@ class Captioner(nn.Module):
     ) -> list[str]:
         """Return the captions of clips that have been looked at; arguments as for `Decoder.write`.
 
-        A caption that does not end within `max_bytes` comes back empty: half a sentence is no description.
+        A caption that does not end within `max_bytes` (`bound`, unless given) comes back empty: half a sentence is no
+        description.
         """
         ids = self.style_ids([style] * len(pooled_BQD), pooled_BQD.device)
         written, ended = self.decoder.write(
-            pooled_BQD, ids, max_bytes=max_bytes or self.max_bytes, top_p=top_p, draws=draws, cached=cached
+            pooled_BQD, ids, max_bytes=max_bytes or self.bound(style), top_p=top_p, draws=draws, cached=cached
         )
         return [decode_caption(data) if whole else "" for data, whole in zip(written, ended, strict=True)]
 

@@ -69,7 +69,8 @@ class CaptionerStage(TrainStage):
             )
         kinds = batch.styles or (ORIGINAL,) * len(batch)
         styles = [self.style_of(kind, caption) for kind, caption in zip(kinds, batch.captions, strict=True)]
-        self.captioner.teach([style for style, known in zip(styles, told, strict=True) if known])
+        pairs = [pair for pair in zip(batch.captions, styles, strict=True) if pair[0]]
+        self.captioner.teach([caption for caption, _ in pairs], [style for _, style in pairs])
         features, packing = self.text(self.text.tokenize(batch.captions))
         language, contrast = self.captioner(batch.pixels(), batch.fps, batch.captions, styles, packing.mean(features))
         heard = language.new_tensor(told)

@@ -16,8 +16,9 @@ from soratrain.models.caption_decoder import (
     decode_caption,
     encode_captions,
 )
-from soratrain.models.captioner import Captioner, sample_frames
+from soratrain.models.captioner import Captioner
 from soratrain.models.text import ByteTextEncoder
+from soratrain.models.video_encoder import sample_frames
 
 
 def captioner(**changes) -> Captioner:
@@ -216,6 +217,14 @@ def test_each_caption_stops_at_its_own_end_and_says_whether_it_ended():
     captions, ended = decoder.write(torch.zeros(4, 2, 8), torch.zeros(4, dtype=torch.int64), max_bytes=9)
     assert captions == [b"a disc", b"", "三只猫".encode(), b"far too l"]
     assert ended == [True, True, True, False]
+
+
+def test_a_style_is_known_once_taught_and_bounds_its_captions():
+    net = captioner(max_bytes=100)
+    assert net.known_styles == () and net.bound("long") == 100
+    net.teach(["a disc", "三只猫", "x" * 90], ["short", "short", "long"])
+    assert net.known_styles == ("short", "long")
+    assert net.bound("short") == int(9 * 1.25) + 16 and net.bound("long") == 100
 
 
 def test_the_nucleus_leaves_out_the_tail_and_keeps_proportions():
