@@ -13,9 +13,13 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from soratrain.data.fitting import GRID, TIME, distinct, merge_rare, nearest
+from soratrain.data.fitting import GRID, TIME, distinct, merge_rare, nearest, on_grid
 from soratrain.data.manifest import Manifest
 from soratrain.errors import ConfigError, DataError
+
+# Of a block, what a bucket must fill to stay: merging costs pixels or frames of its samples, not merging costs smaller
+# batches, which are slower.
+FILL = 0.25
 
 
 class Bucket(NamedTuple):
@@ -43,8 +47,8 @@ class Assignment:
         members: sample numbers of each bucket, ascending, int64.
         rates: how many samples of each bucket make up one epoch; its number of members unless mixed otherwise.
         stride: every how many source frames one is taken, [N], int64.
-        merged: (from, to, samples) for buckets that were too rare to fill a block.
-        rare: buckets that are too rare but have no neighbour that fits; their micro-batches are smaller.
+        merged: (from, to, samples) for buckets that were too rare to fill a good part of a block.
+        rare: buckets that do not fill a block; their micro-batches are smaller.
         dropped: samples in no bucket, by reason.
     """
 
@@ -97,32 +101,26 @@ class Native:
         self.max_frames, self.max_fps = max_frames, max_fps
 
     def assign(self, manifest: Manifest, block: BlockSize, least: int = 1) -> Assignment:
-        """Return the buckets of `manifest`, each holding at least `block(bucket)` samples where that is possible."""
+        """Return the buckets of `manifest`, each holding a good part of `block(bucket)` samples where that can be."""
         stride, frames = _frames(manifest, self.max_fps)
-        height, width = manifest.h.astype(np.int64), manifest.w.astype(np.int64)
-        small = (np.minimum(height, width) < GRID) | (frames < 1)
-        if self.area is not None:
-            scale = np.minimum(1.0, np.sqrt(self.area / np.maximum(height * width, 1)))
-            height, width = _floor(np.floor(height * scale + 1e-6)), _floor(np.floor(width * scale + 1e-6))
-            height, width = (  # a very flat frame keeps one row of the grid, and is cropped along its length
-                np.where(height < GRID, GRID, np.minimum(height, _floor(self.area / np.maximum(width, GRID)))),
-                np.where(width < GRID, GRID, np.minimum(width, _floor(self.area / np.maximum(height, GRID)))),
-            )
-        if self.max_frames is not None:
-            frames = np.minimum(frames, self.max_frames)
-        cells = np.stack([_floor(height), _floor(width), 1 + (frames - 1) // TIME * TIME], 1)
-        used = np.flatnonzero(~small)
-        names, which, counts = distinct(cells[used])
+        sizes, size_of, _ = distinct(np.stack([manifest.h.astype(np.int64), manifest.w.astype(np.int64), frames], 1))
+        small = (sizes[:, :2].min(1) < GRID) | (sizes[:, 2] < 1)
+        cells = np.empty_like(sizes)
+        cells[:, 0], cells[:, 1] = on_grid(sizes[:, 0], sizes[:, 1], self.area)
+        cells[:, 2] = 1 + (np.minimum(sizes[:, 2], self.max_frames or sizes[:, 2]) - 1) // TIME * TIME
+        used = np.flatnonzero(~small[size_of])
+        names, which, counts = distinct(cells[size_of[used]])
         buckets = [Bucket(*map(int, name)) for name in names]
-        parent, merged, rare = merge_rare(names, counts, np.array([block(bucket) for bucket in buckets]))
-        dropped = {f"smaller than {GRID} pixels": int(small.sum())} if small.any() else {}
+        full = np.array([block(bucket) for bucket in buckets])
+        parent, merged, held = merge_rare(names, counts, np.maximum(least, np.ceil(full * FILL)))
+        dropped = {f"smaller than {GRID} pixels": len(manifest) - len(used)} if small.any() else {}
         return _assignment(
             buckets,
             used,
             parent[which],
             stride,
             merged=tuple((buckets[cell], buckets[target], count) for cell, target, count in merged),
-            rare=tuple(buckets[cell] for cell in rare),
+            rare=tuple(buckets[cell] for cell in np.flatnonzero((held > 0) & (held < full))),
             dropped=dropped,
         )
 
@@ -198,10 +196,6 @@ def parse_bucket(text: str) -> Bucket:
             f"buckets.table: {text} is off the grid; width and height are multiples of {GRID}, frames are 1+{TIME}k"
         )
     return Bucket(height, width, frames)
-
-
-def _floor(pixels: np.ndarray) -> np.ndarray:
-    return (pixels // GRID * GRID).astype(np.int64)
 
 
 def _frames(manifest: Manifest, max_fps: float | None) -> tuple[np.ndarray, np.ndarray]:

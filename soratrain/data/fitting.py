@@ -25,6 +25,33 @@ def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rows[first], which, counts
 
 
+def on_grid(height: np.ndarray, width: np.ndarray, area: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bucket's height and width for frames of the given sizes [G], scaled down to `area` where larger.
+
+    Of the grid's sizes around the exact one, none above the source or `area`, it takes the nearest aspect ratio, then
+    the largest. A very flat frame keeps one row of the grid.
+    """
+    limit = np.asarray(np.maximum(height * width, 1) if area is None else area)
+    scale = np.minimum(1.0, np.sqrt(limit / np.maximum(height * width, 1)))
+    rows, columns = (np.floor(side * scale / GRID + 1e-6).astype(np.int64) * GRID for side in (height, width))
+    flat = limit // GRID // GRID * GRID
+    options = [(rows + up, columns + right) for up in (0, GRID) for right in (0, GRID)]
+    options += [
+        (np.full_like(rows, GRID), np.minimum(columns, flat)),
+        (np.minimum(rows, flat), np.full_like(rows, GRID)),
+    ]
+    best = np.zeros((2, len(height)), dtype=np.int64)
+    best_score = np.full(len(height), -math.inf)
+    aspect = np.log(np.maximum(width, 1) / np.maximum(height, 1))
+    for high, wide in options:
+        fits = (high >= GRID) & (wide >= GRID) & (high <= height) & (wide <= width) & (high * wide <= limit)
+        steps = np.floor(np.abs(aspect - np.log(np.maximum(wide, 1) / np.maximum(high, 1))) / SAME_ASPECT)
+        score = np.where(fits, np.log(np.maximum(high * wide, 1)) - 100.0 * steps, -math.inf)
+        better = score > best_score
+        best[0, better], best[1, better], best_score[better] = high[better], wide[better], score[better]
+    return best[0], best[1]
+
+
 def nearest(sources: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Return the row of `table` [B, 3] that fits best inside each (h, w, frames) of `sources` [G, 3], or -1, [G].
 
@@ -46,11 +73,11 @@ def nearest(sources: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def merge_rare(
     cells: np.ndarray, counts: np.ndarray, need: np.ndarray
-) -> tuple[np.ndarray, list[tuple[int, int, int]], list[int]]:
+) -> tuple[np.ndarray, list[tuple[int, int, int]], np.ndarray]:
     """Merge cells [B, 3] that hold fewer samples than they need, rarest first, the larger of equals first.
 
     Returns:
-        The cell in which each ends, [B]; the merges as (from, to, samples); rare cells that nothing smaller can take.
+        The cell in which each ends, [B]; the merges as (from, to, samples); how many samples each then holds, [B].
     """
     counts, volume = counts.copy(), cells.prod(1)
     parent = np.arange(len(cells))
@@ -67,4 +94,4 @@ def merge_rare(
         merged.append((int(cell), int(target), int(counts[cell])))
         counts[target] += counts[cell]
         alive[cell], parent[parent == cell] = False, target
-    return parent, merged, np.flatnonzero(alive & (counts < need)).tolist()
+    return parent, merged, np.where(alive, counts, 0)

@@ -24,7 +24,7 @@ from soratrain.data.loader import make_loader
 from soratrain.data.manifest import Manifest, read_captions, read_manifest
 from soratrain.data.mixing import spread
 from soratrain.data.plan import Budget, Plan
-from soratrain.data.summary import lines, summarise
+from soratrain.data.summary import remarks, summarise, table
 from soratrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -166,8 +166,11 @@ class PlannedData(L.LightningDataModule, ABC):
         if self._items is None:
             plan, (rank, world_size) = self.plan(), self._world()
             if rank == 0:
-                for line in lines(summarise(plan, self.manifest)):
+                found = summarise(plan, self.manifest)
+                for line in remarks(found):
                     log.info("%s", line)
+                for line in table(found):
+                    log.debug("%s", line)
             made = read_captions(self.captions) if self.captions else None
             self._items = MicroBatches(
                 plan=plan,

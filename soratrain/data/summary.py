@@ -53,20 +53,23 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def lines(summary: dict[str, Any]) -> list[str]:
-    """Return a summary as lines for a log."""
+def remarks(summary: dict[str, Any]) -> list[str]:
+    """Return what somebody should know before training, as lines for a log."""
     text = [
         f"{summary['samples']} samples in {len(summary['buckets'])} buckets; {summary['frames_discarded']:.1%} of"
-        f" frames and {summary['pixels_discarded']:.1%} of pixels are not shown"
+        f" frames and {summary['pixels_discarded']:.1%} of pixels are not shown in an epoch"
     ]
-    text += [
-        f"  {entry['bucket']:>14}  {entry['samples']:>8} samples  {entry['batch_size']:>4} a micro-batch"
-        f"  {entry['tokens']:>7} tokens  {entry['blocks']:>6.1%} of blocks"
-        for entry in summary["buckets"]
-    ]
-    text += [
-        f"  {entry['samples']} samples of {entry['from']} merged into {entry['to']}" for entry in summary["merged"]
-    ]
-    text += [f"  {bucket} has too few samples for a full block: its batches are smaller" for bucket in summary["rare"]]
+    text += [f"  {item['samples']} samples of {item['from']} merged into {item['to']}" for item in summary["merged"]]
     text += [f"  {count} samples dropped: {reason}" for reason, count in summary["dropped"].items()]
+    if summary["rare"]:
+        text.append(f"  smaller batches, for want of samples: {', '.join(summary['rare'])}")
     return text
+
+
+def table(summary: dict[str, Any]) -> list[str]:
+    """Return one line a bucket."""
+    return [
+        f"  {item['bucket']:>14}  {item['samples']:>8} samples  {item['batch_size']:>4} a micro-batch"
+        f"  {item['tokens']:>7} tokens  {item['blocks']:>6.1%} of blocks"
+        for item in summary["buckets"]
+    ]

@@ -32,12 +32,16 @@ def test_no_sample_is_ever_upsampled_or_longer_than_it_is():
         for bucket, members in zip(found.buckets, found.members, strict=True):
             assert (shapes[members] >= np.array(bucket)).all()
         assert sum(map(len, found.members)) + sum(found.dropped.values()) == 500
+        if isinstance(buckets, Native) and buckets.area:
+            assert max(bucket.height * bucket.width for bucket in found.buckets) <= 96 * 96
         assert all(bucket.height % 16 == bucket.width % 16 == 0 and bucket.frames % 4 == 1 for bucket in found.buckets)
 
 
 def test_max_size_bounds_the_area_and_keeps_the_aspect_ratio():
     found = Native(max_size="64x64").assign(manifest([(720, 1280, 50), (1280, 720, 50), (900, 900, 50)]), one)
     assert names(found) == {"80x48x49": 1, "64x64x49": 1, "48x80x49": 1}
+    near = manifest([(256, 456, 50), (480, 854, 50), (240, 426, 50)])  # a pixel off 16:9 costs no row of the grid
+    assert names(Native(max_size="64x64").assign(near, one)) == {"80x48x49": 3}
     flat = Native(max_size="64x64").assign(manifest([(16, 4000, 9)]), one).buckets[0]
     assert flat == Bucket(16, 256, 9)
 
@@ -50,7 +54,7 @@ def test_max_fps_takes_an_integer_fraction_of_the_rate():
 
 def test_rare_buckets_merge_into_the_nearest_that_fits_and_are_counted():
     shapes = [(64, 64, 17)] * 8 + [(64, 64, 9)] * 8 + [(64, 64, 21)] * 2 + [(64, 96, 17)] * 3 + [(48, 48, 17)] * 8
-    found = Native().assign(manifest(shapes), lambda bucket: 4)
+    found = Native().assign(manifest(shapes), lambda bucket: 16)
     assert names(found) == {"64x64x17": 13, "64x64x9": 8, "48x48x17": 8}
     assert {(str(a), str(b), count) for a, b, count in found.merged} == {
         ("64x64x21", "64x64x17", 2),
@@ -59,9 +63,15 @@ def test_rare_buckets_merge_into_the_nearest_that_fits_and_are_counted():
 
 
 def test_a_rare_bucket_with_nothing_smaller_stays_and_is_named():
-    found = Native().assign(manifest([(64, 64, 17)] * 8 + [(32, 32, 9), (64, 64, 1)]), lambda bucket: 4)
+    found = Native().assign(manifest([(64, 64, 17)] * 8 + [(32, 32, 9), (64, 64, 1)]), lambda bucket: 8)
     assert names(found) == {"64x64x17": 8, "32x32x9": 1, "64x64x1": 1}
     assert {str(bucket) for bucket in found.rare} == {"32x32x9", "64x64x1"}
+
+
+def test_a_bucket_that_fills_a_good_part_of_a_block_keeps_its_own_size():
+    found = Native().assign(manifest([(64, 64, 17)] * 9 + [(64, 64, 9)] * 30 + [(64, 64, 13)] * 7), lambda bucket: 32)
+    assert names(found) == {"64x64x17": 9, "64x64x9": 37}
+    assert [str(bucket) for bucket in found.rare] == ["64x64x17"]
 
 
 def test_clips_never_become_stills():

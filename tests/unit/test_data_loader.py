@@ -360,10 +360,10 @@ def test_a_dataset_can_be_pickled_for_a_worker(clips):
 def test_the_summary_accounts_for_every_sample(tmp_path):
     shapes = [(32, 32, 10)] * 6 + [(40, 40, 9)] * 2 + [(16, 12, 9)] + [(48, 96, 9)]
     folder = write_clips(tmp_path, shapes)
-    found = video(str(folder)).summary()
+    found = video(str(folder), batch_size=8).summary()
     assert found["samples"] == 10 and found["dropped"] == {"smaller than 16 pixels": 1}
     assert [(entry["bucket"], entry["samples"], entry["batch_size"]) for entry in found["buckets"]] == [
-        ("32x32x9", 9, 2),
+        ("32x32x9", 9, 8),
     ]
     assert found["merged"] == [{"from": "96x48x9", "to": "32x32x9", "samples": 1}]
     assert found["frames_discarded"] == pytest.approx(6 / (60 + 27))
@@ -392,3 +392,12 @@ def test_latents_are_not_taken_for_clips_nor_clips_for_latents(clips, latents):
         video(latents).items()
     with pytest.raises(DataError, match="not latents; run stage=encode"):
         cached(clips).items()
+
+
+def test_what_was_merged_dropped_or_made_smaller_is_said_before_training(tmp_path, caplog):
+    folder = write_clips(tmp_path, [(32, 32, 9)] * 6 + [(16, 12, 9)] + [(48, 96, 9)] + [(32, 32, 1)])
+    with caplog.at_level("INFO"):
+        video(str(folder), batch_size=8).items()
+    for text in ("9 samples in 2 buckets", "1 samples of 96x48x9 merged into 32x32x9", "1 samples dropped: smaller"):
+        assert text in caplog.text
+    assert "for want of samples: 32x32x1, 32x32x9" in caplog.text
