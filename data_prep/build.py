@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import signal
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import av
 from rich.console import Console
@@ -53,10 +55,21 @@ def build(config: PrepConfig, console: Console) -> None:
     if state == "done":
         console.print(f"{config.folder} is complete and was made by the same command; fresh=true makes it again")
         return
+    with output.held(config.folder):
+        packed = make(config, console, units, report, resumed=state == "continue")
+        if not packed.totals["samples"]:
+            output.discard(config.folder)
+            raise DataError(nothing_usable(config.input, report))
+        finish(config, identity, report, packed)
+    summary.show(console, config.folder, report, packed)
+
+
+def make(config: PrepConfig, console: Console, units: Sequence[Unit], report: Report, *, resumed: bool) -> Packed:
+    """Do the units that are not done yet, pack all of them and fill `report`."""
     building = config.folder / output.BUILDING
     clean(building / "units")
     pending = [number for number in range(len(units)) if not unit_done(building / "units", number)]
-    if state == "continue":
+    if resumed:
         console.print(f"{config.folder}: continuing, {len(units) - len(pending)} of {len(units)} units were done")
     try:
         work(building / "units", units, pending, config.processes)
@@ -64,16 +77,10 @@ def build(config: PrepConfig, console: Console) -> None:
             report.add(read_report(building / "units", number))
         shutil.rmtree(building / "shards", ignore_errors=True)
         max_bytes = config.shards.mb << 20
-        packed = pack(building / "units", range(len(units)), building / "shards", max_bytes=max_bytes, report=report)
+        return pack(building / "units", range(len(units)), building / "shards", max_bytes=max_bytes, report=report)
     except OSError as error:
-        raise DataError(
-            f"output={config.folder}: {error.strerror or error}; the same command continues when that is mended"
-        ) from error
-    if not packed.totals["samples"]:
-        output.discard(config.folder)
-        raise DataError(nothing_usable(config.input, report))
-    finish(config, identity, report, packed)
-    summary.show(console, config.folder, report, packed)
+        reason = error.strerror or error
+        raise DataError(f"output={config.folder}: {reason}; the same command continues when that is mended") from error
 
 
 def plan(config: PrepConfig) -> tuple[Sequence[Unit], Report, str]:
@@ -106,7 +113,7 @@ def work(folder: Path, units: Sequence[Unit], pending: Sequence[int], processes:
                 progress.advance(task, units[number].size)
             return
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(processes, len(pending)), mp_context=context, initializer=ignore_interrupt)
+        pool = ProcessPoolExecutor(min(processes, len(pending)), mp_context=context, initializer=prepare_worker)
         try:
             waiting: dict[Future[None], int] = {}
             queue = iter(pending)
@@ -133,9 +140,17 @@ def do_unit(folder: Path, number: int, unit: Unit) -> None:
     write_unit(folder, number, unit.samples(report), report)
 
 
-def ignore_interrupt() -> None:
-    """Let Ctrl-C reach only the process that waits: workers finish the unit they are at."""
+def prepare_worker() -> None:
+    """Let Ctrl-C reach only the process that waits; finish the unit at hand then, but never outlive that process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def finish(config: PrepConfig, identity: output.Identity, report: Report, packed: Packed) -> None:
@@ -145,19 +160,7 @@ def finish(config: PrepConfig, identity: output.Identity, report: Report, packed
     funnel = [report.tallies[step].as_dict() for step in STEPS if step in report.tallies]
     seconds = {"in": round(report.seconds, 6), "out": packed.totals["seconds"]}
     output.write_json(shards / "stats.json", {"schema": SCHEMA, "funnel": funnel, "seconds": seconds})
-    output.publish(config.folder, dataset(identity, packed))
-
-
-def dataset(identity: output.Identity, packed: Packed) -> dict[str, Any]:
-    """Return what dataset.json says of finished shards."""
-    return {
-        "config_hash": identity.hash,
-        "settings": identity.settings,
-        "listing": identity.listing,
-        "shards": [asdict(shard) for shard in packed.shards],
-        "totals": packed.totals,
-        "histograms": packed.histograms,
-    }
+    output.publish(config.folder, output.described(identity, packed))
 
 
 def nothing_usable(where: str, report: Report) -> str:

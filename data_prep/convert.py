@@ -22,7 +22,7 @@ FILTERS: dict[tuple[int, int, int, int], tuple[tuple[str, str], ...]] = {
     (0, -1, -1, 0): (("transpose", "dir=clock_flip"),),
 }
 MATRICES = {1: "bt709", 4: "fcc", 5: "bt601", 6: "bt601", 7: "smpte240m", 9: "bt2020", 10: "bt2020"}  # H.273
-HD = 720  # lines from which a picture of unstated matrix is taken for BT.709, as players do
+UNSTATED = "bt601"  # what FFmpeg, and so every Python decoder, assumes where no matrix is stated, at any size
 SCALING = "bicubic+accurate_rnd+full_chroma_int"
 RGB = ("rgb", "bgr", "gbr", "pal", "argb", "abgr", "0rgb", "0bgr")
 
@@ -35,11 +35,6 @@ def size_of(picture: Picture) -> tuple[int, int]:
     elif picture.aspect < 1:
         height = round(height / picture.aspect / 2) * 2
     return width - width % 2, height - height % 2
-
-
-def matrix_of(picture: Picture) -> str:
-    """Return FFmpeg's name of a picture's matrix; one that is not stated is guessed from the size, as players do."""
-    return MATRICES.get(picture.matrix, "bt709" if picture.height >= HD else "bt601")
 
 
 def converted(frames: Iterable[av.VideoFrame], picture: Picture, time_base: Any) -> Iterator[av.VideoFrame]:
@@ -63,7 +58,7 @@ def configure(graph: Any, picture: Picture, frame: av.VideoFrame, time_base: Any
     if picture.aspect == 1 and (width, height) != (picture.width, picture.height):
         chain.append(("crop", f"w={width}:h={height}:x=0:y=0:exact=1"))
     ranges = f"in_range={'full' if picture.full_range else 'limited'}:out_range=limited"
-    matrices = f"in_color_matrix={matrix_of(picture)}:out_color_matrix=bt709"
+    matrices = f"in_color_matrix={MATRICES.get(picture.matrix, UNSTATED)}:out_color_matrix=bt709"
     if picture.pix_fmt.startswith(RGB):
         ranges, matrices = "out_range=limited", "out_color_matrix=bt709"
     chain.append(("scale", f"w={width}:h={height}:{ranges}:{matrices}:flags={SCALING}"))

@@ -127,8 +127,12 @@ def read_text(path: Path) -> list[str]:
 
 
 def read_json(path: Path) -> list[str]:
-    """Return the captions of a JSON object: `caption` or `text`, one string, or `captions`, a list of strings."""
-    value = json.loads(path.read_text(encoding="utf-8"))
+    """Return the captions of a JSON object beside a file."""
+    return texts_in(json.loads(path.read_text(encoding="utf-8")))
+
+
+def texts_in(value: object) -> list[str]:
+    """Return the captions in a JSON object: `caption` or `text`, one string, or `captions`, a list of strings."""
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     found = value.get("captions", value.get("caption", value.get("text", [])))

@@ -7,13 +7,17 @@ folder with a `dataset.json` and no `.building/` is whole. Every step can be rep
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep.pack import Packed
 from data_prep.records import SCHEMA, dumps
 from data_prep.schema import hash_of
 from soratrain.data.atomic import replacing
@@ -36,8 +40,10 @@ class Identity:
         return hash_of(self.settings)
 
 
-def claim(folder: Path, identity: Identity, *, fresh: bool) -> Literal["new", "continue", "done"]:
-    """Make `folder` ready for a build and say what is there of it already.
+def claim(
+    folder: Path, identity: Identity, *, fresh: bool, indexed: bool = False
+) -> Literal["new", "continue", "done"]:
+    """Make `folder` ready for a build and say what is there of it already; with `indexed` it holds another's tars.
 
     Raises:
         ConfigError: it was made with other settings, or from input that has changed, and `fresh` is not set.
@@ -47,7 +53,8 @@ def claim(folder: Path, identity: Identity, *, fresh: bool) -> Literal["new", "c
     state, dataset = _read(building / "state.json"), _read(folder / "dataset.json")
     if folder.exists() and not folder.is_dir():
         raise DataError(f"output={folder} is a file; name a folder")
-    if folder.exists() and not building.is_dir() and not _ours(dataset) and any(folder.iterdir()):
+    foreign = not building.is_dir() and not _ours(dataset) and folder.exists() and any(folder.iterdir())
+    if (foreign or _indexed(state) or _indexed(dataset)) and not indexed:
         raise DataError(f"output={folder} holds files that data_prep did not make; name an empty or a new folder")
     if state is not None and _same(state, identity):
         return "continue"
@@ -61,7 +68,8 @@ def claim(folder: Path, identity: Identity, *, fresh: bool) -> Literal["new", "c
             _compare(folder, state, identity, "holds an unfinished build")
     try:
         if building.is_dir():
-            shutil.rmtree(building)
+            with held(folder):
+                shutil.rmtree(building)
         (building / "units").mkdir(parents=True)
         write_json(building / "state.json", {"settings": identity.settings, "listing": identity.listing})
     except OSError as error:
@@ -69,13 +77,41 @@ def claim(folder: Path, identity: Identity, *, fresh: bool) -> Literal["new", "c
     return "new"
 
 
-def publish(folder: Path, dataset: dict[str, Any]) -> None:
-    """Move a finished build from `.building/shards` to `folder`, over what was there; dataset.json comes last."""
+def described(identity: Identity, packed: Packed) -> dict[str, Any]:
+    """Return what dataset.json says of finished shards."""
+    return {
+        "config_hash": identity.hash,
+        "settings": identity.settings,
+        "listing": identity.listing,
+        "shards": [asdict(shard) for shard in packed.shards],
+        "totals": packed.totals,
+        "histograms": packed.histograms,
+    }
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs out of an unfinished build. Raises DataError where one is at work already."""
+    try:
+        with open(folder / BUILDING / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except (BlockingIOError, FileNotFoundError) as error:
+        if (folder / BUILDING).is_dir() and isinstance(error, FileNotFoundError):
+            raise
+        raise DataError(f"output={folder}: another data_prep is at work there; wait for it") from error
+
+
+def publish(folder: Path, dataset: dict[str, Any], *, keep_shards: bool = False) -> None:
+    """Move a finished build from `.building/shards` to `folder`, over what was there; dataset.json comes last.
+
+    With `keep_shards` the tars in `folder` stay as they are: only what describes them is new.
+    """
     building = folder / BUILDING
     replaced = building / "replaced.json"
     if (folder / "dataset.json").exists():  # from here on the folder does not look whole
         os.replace(folder / "dataset.json", replaced)
-    for entry in (_read(replaced) or {}).get("shards", []):
+    for entry in [] if keep_shards else (_read(replaced) or {}).get("shards", []):
         (folder / Path(entry["name"]).name).unlink(missing_ok=True)
     for name in PARTS:
         if (building / "shards" / name).exists():
@@ -125,6 +161,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _ours(dataset: dict[str, Any] | None) -> bool:
     return dataset is not None and dataset.get("made_by") == "data_prep"
+
+
+def _indexed(found: dict[str, Any] | None) -> bool:
+    return found is not None and found.get("settings", {}).get("task") == "index"
 
 
 def _same(state: dict[str, Any], identity: Identity) -> bool:

@@ -13,12 +13,11 @@ from typing import Any
 
 import av
 
-from data_prep.convert import MATRICES, converted, matrix_of, size_of
+from data_prep.convert import converted, size_of
 from data_prep.encode import Encoder, Encoding
 from data_prep.media import UPRIGHT, Unusable, decoded, opened, video_stream
 from data_prep.records import Caption, Probe, Sample, Source, Span, make_sample
 
-UNSTATED = "bt601"  # the matrix that decoders assume where none is stated
 HDR = {16: "PQ", 18: "HLG"}  # H.273 codes of the transfer characteristic
 
 
@@ -45,7 +44,6 @@ def is_right(source: Source, probe: Probe, encoding: Encoding) -> bool:
         and picture.turn == UPRIGHT
         and size_of(picture) == (picture.width, picture.height)
         and not picture.interlaced
-        and (picture.matrix in MATRICES or matrix_of(picture) == UNSTATED)
         and picture.transfer not in HDR
         and probe.constant
         and probe.gop <= encoding.gop

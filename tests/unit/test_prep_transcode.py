@@ -65,15 +65,13 @@ def test_ten_bit_and_444_and_full_range_become_8_bit_420_limited_range_of_the_sa
         assert close(frame.to_ndarray(format="rgb24"), picture(), mean=4), name
 
 
-def test_a_large_clip_without_a_stated_matrix_is_taken_for_bt709(tmp_path: Path) -> None:
-    frames = [picture(720, 64)] * 2
-    path = write(tmp_path / "a.mp4", frames)
+def test_a_clip_without_a_stated_matrix_looks_as_decoders_show_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", [picture(720, 64)] * 20)
     with av.open(str(path)) as file:
         stored = next(file.decode(video=0))
-    assert int(stored.colorspace) != 1
+    assert int(stored.colorspace) not in (1, 9)
     (sample,), _ = prepared(path)
-    meant = stored.reformat(format="rgb24", src_colorspace=1).to_ndarray()
-    assert close(frames_of(sample.media)[0], meant, mean=2)
+    assert close(frames_of(sample.media)[0], stored.to_ndarray(format="rgb24"), mean=2)
 
 
 def test_interlaced_video_is_flagged_and_keeps_its_frame_count(tmp_path: Path) -> None:
