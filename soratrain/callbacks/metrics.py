@@ -98,7 +98,7 @@ class Metrics(StepCallback):
         keys = sorted(self.sums)
         if not keys:
             return {}
-        values = torch.stack([self.sums[key].to(device="cpu" if device.type == "cpu" else device) for key in keys])
+        values = torch.stack([self.sums[key].to(device) for key in keys])
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(values)
             ranks = dist.get_world_size()

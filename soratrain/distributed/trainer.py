@@ -22,7 +22,7 @@ from soratrain.distributed.strategy import StrategyOptions, build_strategy
 from soratrain.errors import ConfigError
 from soratrain.stages.base import TrainStage
 
-PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+PRECISIONS = ("32-true", "bf16-mixed")  # fp16 needs loss scaling, and whatever has it and no bf16 is old
 # Warnings of Lightning and DeepSpeed that a user of this package can do nothing about.
 NOISE = (
     ".*does not have many workers.*",
@@ -108,7 +108,7 @@ def build_trainer(
         accelerator: `auto`, `cpu` or `cuda`.
         devices: processes on each node; `auto` is every GPU, or one process on CPUs.
         num_nodes: nodes.
-        precision: `32-true`, `bf16-mixed` or `16-mixed`.
+        precision: `32-true` or `bf16-mixed`.
         accumulate: micro-batches of a rank in an optimizer step.
         clip: largest gradient norm, 0 for none.
         ema: decay of the weight average, 0 for none.
@@ -134,8 +134,6 @@ def build_trainer(
     if options.name == "single" and num_nodes > 1:
         raise ConfigError(f"trainer.num_nodes={num_nodes} with strategy=single: use strategy=ddp, zero2 or zero3")
     device_type = resolve_device(accelerator)
-    if precision == "16-mixed" and device_type == "cpu":
-        raise ConfigError("trainer.precision=16-mixed needs a GPU; use 32-true or bf16-mixed")
     metrics = Metrics(out / "metrics.csv", every=log_every)
     average = EMA(ema) if ema else None
     checkpoint = Checkpoint(out / "checkpoints", every=checkpoint_every, keep=keep)

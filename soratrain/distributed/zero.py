@@ -180,13 +180,7 @@ def cut_up(net: nn.Module, config: Any) -> None:
 
 
 def build_zero(options: StrategyOptions, *, device_type: str, precision: str, timeout: timedelta) -> Sharded:
-    """Return the strategy for ZeRO stage `options.zero`.
-
-    Raises:
-        ConfigError: a precision that it does not have.
-    """
-    if precision not in ("32-true", "bf16-mixed"):
-        raise ConfigError(f"trainer.precision={precision} with strategy={options.name}: use 32-true or bf16-mixed")
+    """Return the strategy for ZeRO stage `options.zero`."""
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
