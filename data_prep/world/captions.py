@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from data_prep.world.scene import Scene
 from data_prep.world.seen import DIRECTIONS, TWO_PARTS, Thing
 from soratrain.errors import ConfigError
@@ -67,7 +69,7 @@ def describe(scene: Scene, style: str = "short") -> str:
         text = text.replace(name(first, short=short), listed(scene, short=short), 1)
     if short and truth.camera not in (None, "still"):
         text += ", " + camera_moves(truth.camera or "", choice)
-    return text
+    return re.sub(r"\b([Aa]) (?=orange)", r"\1n ", text)
 
 
 def name(thing: Thing, *, short: bool) -> str:

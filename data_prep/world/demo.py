@@ -24,6 +24,7 @@ MARGIN = 1.0  # pixels between an object and the frame's edge, at least
 
 Combination = tuple[str, str, str]  # color, shape, motion
 
+
 def is_held(combination: Combination) -> bool:
     """Whether a combination is kept out of training.
 

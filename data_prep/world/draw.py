@@ -8,7 +8,7 @@ from data_prep.world.scene import Scene, Sprite
 from data_prep.world.shapes import Radius, distance
 
 REACH = 1.6  # radii from the centroid within which every shape lies, turned or not
-SHADE = 0.6  # brightness of the darker tone of textures
+SHADE = 0.68  # brightness of the darker tone of textures
 CONTRAST = 10.0  # of a background's pattern: each of its two tones is so far from the background's colour
 
 
@@ -69,7 +69,7 @@ def draw(canvas: np.ndarray, scene: Scene, sprite: Sprite) -> None:
     cover = np.clip(0.5 - distance(sprite.shape, x, y, per_frame(radius)), 0, 1)
     if sprite.present is not None:
         cover = cover * sprite.present[:, None, None]
-    color = np.array(sprite.color, np.float32)[:, None, None]
+    color: np.ndarray = np.array(sprite.color, np.float32)[:, None, None]
     if sprite.texture != "plain":
         dark = texture(sprite.texture, x, y, per_frame(radius))
         color = color * (1 - (1 - SHADE) * dark[:, None])
@@ -96,7 +96,8 @@ def pattern(scene: Scene) -> np.ndarray:
     """Return the background's pattern `[T, H, W]`, from -1 to 1 with soft edges; it moves as the camera demands."""
     period = max(16.0, min(scene.height, scene.width) / 4)
     centre = np.array([[scene.width, scene.height]]) / 2
-    view: np.ndarray = np.array([[0.0, 0.0, 1.0]] * scene.frames) if scene.view is None else scene.view
+    rest = np.repeat(np.array([[0.0, 0.0, 1.0]]), scene.frames, 0)
+    view = rest if scene.view is None else scene.view
     x, y = offsets(np.repeat(centre, scene.frames, 0), scene.height, scene.width)
     zoom = view[:, 2, None, None].astype(np.float32)
     waves = []

@@ -9,7 +9,7 @@ from data_prep.world.seen import DIRECTIONS
 GRAVITY = 4.0  # shorter sides of the frame per second squared, the same in every scene
 PIECES = 3
 PIECE_RADIUS = 0.55  # of the object that broke; the pieces have about its area
-PIECE_GAP = 1.6  # distance between pieces at the end, in radii of the object that broke
+PIECE_GAP = 1.9  # distance between pieces at the end, in radii of the object that broke
 SCATTER_SECONDS = 0.15  # how soon the pieces come to rest
 
 Range = tuple[float, float]

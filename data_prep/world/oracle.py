@@ -1,155 +1,163 @@
-"""The oracle: reads from a clip what is to be seen in it."""
+"""The oracle: reads from a clip, true, compressed or generated, what is to be seen in it."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from data_prep.world.draw import coverage
-from data_prep.world.seen import BACKGROUNDS, COLORS, SHAPES, Seen, Thing
+from data_prep.world.motion import place_of
+from data_prep.world.seen import BACKGROUNDS, VOCABULARIES, Seen, Thing, Vocabulary
+from data_prep.world.segment import Layer, border_color, find_layers, grow, sharpen, smooth
 from data_prep.world.shapes import AREAS
+from data_prep.world.trajectory import STILL, background_shift, direction, read_motion
+from soratrain.errors import ConfigError
 
 BACKGROUND_REACH = 60.0  # RGB distance beyond which a background is none that we know
-FOREGROUND = 48.0  # RGB distance from the background at which a pixel may belong to an object
-LEAST_AREA = 0.02  # of the frame; less is dirt
-STILL = 0.10  # of the shorter side: a centroid that moves less stands still
-LEAST_IOU = 0.6  # a mask that fits no shape better is none of them
+LEAST_IOU = 0.6  # a mask that overlaps no shape better is none of them
+PATTERN = 4.0  # standard deviation of brightness above which a background is patterned
+ZOOM = 1.35  # growth of areas above which the camera zooms
 
 
-def measure(frames: np.ndarray) -> Seen:
-    """Return what is seen in a clip.
+def measure(frames: np.ndarray, preset: str = "demo") -> Seen:
+    """Return what is seen in a clip; never raises for a uint8 clip, whatever it shows.
 
     Args:
-        frames: uint8 `[T, H, W, 3]`; any content, one frame is an image (whose object has no motion).
+        frames: uint8 `[T, H, W, 3]`; one frame is an image, whose objects have no motion.
+        preset: the world whose words are to be used.
+
+    Raises:
+        ConfigError: the preset is not known.
     """
+    if preset not in VOCABULARIES:
+        raise ConfigError(f"a world preset={preset!r} does not exist; use one of {', '.join(VOCABULARIES)}")
+    words = VOCABULARIES[preset]
     clip = smooth(frames.astype(np.float32))
-    ground = np.median(
-        np.concatenate(
-            [
-                clip[:, :2].reshape(-1, 3),
-                clip[:, -2:].reshape(-1, 3),
-                clip[:, :, :2].reshape(-1, 3),
-                clip[:, :, -2:].reshape(-1, 3),
-            ]
-        ),
-        axis=0,
+    ground = border_color(clip)
+    layers = find_layers(clip, ground, words)
+    pattern, camera, shift, scale = "plain", "still", np.zeros((len(clip), 2)), np.ones(len(clip))
+    if len(words.cameras) > 1:
+        pattern, camera, shift, scale = read_camera(clip, layers)
+    centre = np.array([clip.shape[2], clip.shape[1]]) / 2
+    things: list[Thing] = []
+    for layer in layers:
+        others = [other for other in layers if other is not layer]
+        things.extend(read_layer(layer, others, words, (shift, scale, centre)))
+    return Seen(
+        background=nearest_background(ground),
+        objects=tuple(things),
+        camera=camera if len(frames) > 1 else None,
+        pattern=pattern,
     )
-    background = nearest(ground, BACKGROUNDS, BACKGROUND_REACH)
-    far = np.linalg.norm(clip - ground, axis=-1)
-    mask = largest(far > FOREGROUND)
-    if mask.mean() < LEAST_AREA:
-        return Seen(background, ())
-    core = clip[mask & (far >= np.quantile(far[mask], 0.4))]
-    color_value = np.median(core, axis=0)
-    way = color_value - ground
-    matte = np.clip((clip - ground) @ way / float(way @ way), 0, 1)
-    matte *= mask | grow(mask)
-    matte[matte < 0.1] = 0
-    area = matte.sum((1, 2))
-    present = area > LEAST_AREA * matte[0].size
-    if not present.any():
-        return Seen(background, ())
-    path = centroids(matte, area)
-    shape = read_shape(matte[present], path[present], area[present])
-    motion = read_motion(path, present, *frames.shape[1:3]) if len(frames) > 1 else None
-    return Seen(background, (Thing(read_color(color_value), shape, motion),))
 
 
-def smooth(clip: np.ndarray) -> np.ndarray:
-    """Return the clip blurred by (1, 2, 1)/4 along height and width."""
-    for axis in (1, 2):
-        pad = [(0, 0)] * 4
-        pad[axis] = (1, 1)
-        wide = np.pad(clip, pad, mode="edge")
-        size = clip.shape[axis]
-        parts = [np.take(wide, range(i, i + size), axis) for i in range(3)]
-        clip = (parts[0] + 2 * parts[1] + parts[2]) / 4
-    return clip
-
-
-def grow(mask: np.ndarray, times: int = 2) -> np.ndarray:
-    """Return the mask with `times` pixels added around it."""
-    for _ in range(times):
-        wide = np.pad(mask, ((0, 0), (1, 1), (1, 1)))
-        mask = wide[:, 1:-1, 1:-1] | wide[:, :-2, 1:-1] | wide[:, 2:, 1:-1] | wide[:, 1:-1, :-2] | wide[:, 1:-1, 2:]
-    return mask
-
-
-def largest(mask: np.ndarray) -> np.ndarray:
-    """Return, of every frame's mask `[T, H, W]`, the largest connected part."""
-    labels = np.where(mask, np.arange(1, mask[0].size + 1).reshape(mask.shape[1:]), 0)
-    while True:
-        wide = np.pad(labels, ((0, 0), (1, 1), (1, 1)))
-        best = np.maximum.reduce(
-            [wide[:, 1:-1, 1:-1], wide[:, :-2, 1:-1], wide[:, 2:, 1:-1], wide[:, 1:-1, :-2], wide[:, 1:-1, 2:]]
-        )
-        best = np.where(mask, best, 0)
-        if (best == labels).all():
-            break
-        labels = best
-    kept = np.zeros_like(mask)
-    for index, frame in enumerate(labels):
-        sizes = np.bincount(frame.ravel())
-        sizes[0] = 0
-        if sizes.max(initial=0):
-            kept[index] = frame == sizes.argmax()
-    return kept
-
-
-def nearest(value: np.ndarray, palette: dict[str, tuple[int, int, int]], reach: float) -> str | None:
-    """Return the palette's nearest colour, None where none is within reach."""
-    distances = {name: float(np.linalg.norm(value - np.array(color))) for name, color in palette.items()}
+def nearest_background(value: np.ndarray) -> str | None:
+    """Return the nearest background's name; None where none is within reach."""
+    distances = {name: float(np.linalg.norm(value - np.array(color))) for name, color in BACKGROUNDS.items()}
     name = min(distances, key=distances.__getitem__)
-    return name if distances[name] <= reach else None
+    return name if distances[name] <= BACKGROUND_REACH else None
 
 
-def read_color(value: np.ndarray) -> str | None:
-    """Return the name of an object's colour, by its direction away from grey; None for grey itself."""
-    chroma = value - value.mean()
-    if np.linalg.norm(chroma) < 30:
-        return None
-    scores = {}
-    for name, color in COLORS.items():
-        other = np.array(color, np.float64) - np.mean(color)
-        scores[name] = float(chroma @ other / np.linalg.norm(chroma) / np.linalg.norm(other))
-    return max(scores, key=scores.__getitem__)
+def read_layer(
+    layer: Layer, others: list[Layer], words: Vocabulary, camera: tuple[np.ndarray, np.ndarray, np.ndarray]
+) -> list[Thing]:
+    """Return the objects of one colour: one, unless it is in several parts from the beginning."""
+    frames, height, width = layer.matte.shape
+    present = layer.present
+    beside = touching(layer, others)
+    whole = present & ~beside if (present & ~beside).sum() >= min(3, frames) else present
+    breaks = "breaks" in words.motions and frames > 5 and is_breaking(layer)
+    sound = whole & (layer.parts == 1) if (whole & (layer.parts == 1)).any() else whole
+    shape = read_shape(layer, sound, words)
+    motion = None
+    if breaks:
+        motion = "breaks"
+    elif frames > 1:
+        shift, scale, centre = camera
+        path = (layer.path - centre - shift) / scale[:, None] + centre
+        motion = read_motion(path[whole], np.flatnonzero(whole).astype(float), min(height, width), words)
+    place = place_of(layer.path[np.flatnonzero(present)[0]], height, width)
+    thing = Thing(layer.color, shape, motion, place=place, lasts=lasting(layer, beside))
+    doubles = 0 if breaks else int(np.median(layer.parts[whole])) - 1
+    return [thing] + [Thing(layer.color)] * doubles
 
 
-def centroids(matte: np.ndarray, area: np.ndarray) -> np.ndarray:
-    """Return the centroid (x, y) of every frame's matte, `[T, 2]`; NaN where it is empty."""
+def touching(layer: Layer, others: list[Layer]) -> np.ndarray:
+    """Return in which frames a layer touches another, bool `[T]`."""
+    if not others:
+        return np.zeros(len(layer.area), bool)
+    around = grow(layer.matte > 0.5, 3)
+    return np.logical_or.reduce([(around & (other.matte > 0.5)).any((1, 2)) for other in others])
+
+
+def is_breaking(layer: Layer) -> bool:
+    """Whether a layer is one at first and in pieces at last."""
+    parts = layer.parts[layer.present]
+    third = max(len(parts) // 4, 1)
+    return float(np.median(parts[:third])) == 1 and float(np.median(parts[-third:])) >= 3
+
+
+def lasting(layer: Layer, beside: np.ndarray) -> bool:
+    """Whether a layer is there in every frame, or is hidden by another or beyond the edge where it is not."""
+    present = layer.present
+    rim = np.ones(layer.matte.shape[1:], bool)
+    rim[1:-1, 1:-1] = False
+    excused = beside | (layer.matte * rim > 0.5).any((1, 2))
+    seen = np.flatnonzero(present)
+    for index in np.flatnonzero(~present):
+        before, after = seen[seen < index], seen[seen > index]
+        near = [*before[-2:], *after[:2]]
+        if not any(excused[list(near)]):
+            return False
+    return True
+
+
+def read_shape(layer: Layer, usable: np.ndarray, words: Vocabulary) -> str | None:
+    """Return the shape whose template, at the same place and of the same area, overlaps most in most frames."""
+    matte, path, area = layer.matte[usable], layer.path[usable], layer.area[usable]
     height, width = matte.shape[1:]
-    safe = np.where(area > 0, area, np.nan)
-    x = matte.sum(1) @ (np.arange(width) + 0.5) / safe
-    y = matte.sum(2) @ (np.arange(height) + 0.5) / safe
-    return np.stack([x, y], axis=1)
-
-
-def read_shape(matte: np.ndarray, path: np.ndarray, area: np.ndarray) -> str | None:
-    """Return the shape whose template, at the same place and area, overlaps most over all frames."""
-    height, width = matte.shape[1:]
     scores = {}
-    for shape in SHAPES:
-        radius = float(np.sqrt(np.median(area) / AREAS[shape]))
-        template = smooth(coverage(shape, path, radius, height, width)[..., None])[..., 0]
+    for shape in words.shapes:
+        radius = np.sqrt(area / AREAS[shape])
+        template = sharpen(smooth(coverage(shape, path, radius, height, width)))
         overlap = np.minimum(matte, template).sum((1, 2)) / np.maximum(matte, template).sum((1, 2))
         scores[shape] = float(np.median(overlap))
     best = max(scores, key=scores.__getitem__)
     return best if scores[best] >= LEAST_IOU else None
 
 
-def read_motion(path: np.ndarray, present: np.ndarray, height: int, width: int) -> str | None:
-    """Return the name of a trajectory; None where it is none of ours."""
-    path = path[present]
-    if len(path) < 2:
-        return None
-    unit = min(height, width)
-    y = path[:, 1]
-    fall = y - np.minimum.accumulate(y)
-    rise = y - np.minimum.accumulate(y[::-1])[::-1]
-    if np.minimum(fall, rise).max() > STILL * unit:
-        return "bounces"
-    way = path[-1] - path[0]
-    if np.abs(way).max() < STILL * unit:
-        return "still"
-    if abs(way[0]) > abs(way[1]):
-        return "right" if way[0] > 0 else "left"
-    return "down" if way[1] > 0 else "up"
+def read_camera(clip: np.ndarray, layers: list[Layer]) -> tuple[str, str, np.ndarray, np.ndarray]:
+    """Return the background's pattern, what the camera does, and the ground's shift `[T, 2]` and scale `[T]`."""
+    frames, height, width = clip.shape[:3]
+    free = np.ones(clip.shape[:3], bool)
+    for layer in layers:
+        free &= ~grow(layer.mask, 2)
+    light = smooth(clip.mean(-1))
+    shift, scale = np.zeros((frames, 2)), np.ones(frames)
+    if free.sum() < 0.1 * free.size or light[free].std() < PATTERN:
+        pattern = "plain"
+    else:
+        pattern = read_pattern(light, free)
+        shift = background_shift(light, free)
+        if pattern == "striped":  # upright stripes do not show a rise or fall
+            shift[:, 1] = 0
+    camera = "still"
+    ends = [layer.area[[0, -1]] for layer in layers if (layer.present & (layer.parts == 1))[[0, -1]].all()]
+    growth = [float(np.log(last / first)) for first, last in ends]
+    if growth and frames > 1 and min(np.abs(growth)) > np.log(ZOOM) and np.ptp(np.sign(growth)) == 0:
+        camera = "zooms in" if growth[0] > 0 else "zooms out"
+        scale = np.exp(np.linspace(0, float(np.median(growth)), frames) / 2)
+        shift = np.zeros((frames, 2))
+    elif (way := direction(-shift[-1], min(height, width))) not in (None, "still"):
+        camera = f"pans {way}"
+    elif np.abs(shift).max() < STILL * min(height, width):
+        shift = np.zeros((frames, 2))
+    return pattern, camera, shift, scale
+
+
+def read_pattern(light: np.ndarray, free: np.ndarray) -> str:
+    """Return the name of a pattern by the directions in which the brightness changes."""
+    slopes = []
+    for axis in (1, 2):
+        low, high = (np.delete(free, end, axis) for end in (0, -1))
+        slopes.append(float(np.abs(np.diff(light, axis=axis))[low & high].mean()))
+    return "striped" if slopes[0] < 0.5 * slopes[1] else "checkered"
