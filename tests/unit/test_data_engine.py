@@ -14,7 +14,9 @@ from torch import nn
 
 from soratrain.batch import LatentBatch
 from soratrain.data.datamodule import LatentData
+from soratrain.data.planned import PlannedData
 from soratrain.distributed.trainer import StoppedError, build_trainer, fit
+from soratrain.errors import ConfigError
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import TrainStage
 
@@ -53,14 +55,14 @@ class StopAt(L.Callback):
             stop.received = 15
 
 
-def train(latents: str, out: Path, *, accumulate_blocks: int = 2, stop: int | None = None, steps: int = 7) -> Stage:
-    data = LatentData(latents=latents, seed=3, max_steps=steps, batch_size=2, accumulate_blocks=accumulate_blocks)
+def train(latents: str, out: Path, *, stop: int | None = None, steps: int = 7, **options: Any) -> Stage:
+    options = {"seed": 3, "batch_size": 2, "accumulate_blocks": 2} | options
+    data = LatentData(latents=latents, max_steps=steps, **options)
     stage = Stage(optimizer=OptimizerFactory(lr=0.05), schedule=Schedule(name="constant"), max_steps=steps)
     trainer = build_trainer(
         out=out,
         max_steps=steps,
         accelerator="cpu",
-        accumulate=data.accumulation(1),
         checkpoint_every=2,
         callbacks=[StopAt(stop)] if stop else [],
     )
@@ -85,3 +87,21 @@ def test_the_same_call_again_goes_on_bit_for_bit(latents: str, tmp_path: Path, s
     names = [(tmp_path / run / "weights" / "net.safetensors").read_bytes() for run in ("whole", "broken")]
     assert names[0] == names[1]
     assert whole.end == second.end and len(whole.end) == 14
+
+
+def test_a_run_that_two_ranks_began_is_continued_by_one(latents: str, tmp_path: Path, monkeypatch: Any) -> None:
+    whole = train(latents, tmp_path / "whole", canonical_ranks=2)
+    with monkeypatch.context() as patch:  # one process that takes itself for the first of two
+        patch.setattr(PlannedData, "_world", lambda data: (0, 2))
+        accumulation = PlannedData.accumulation
+        patch.setattr(PlannedData, "accumulation", lambda data, ranks: accumulation(data, 2))
+        train(latents, tmp_path / "broken", stop=4)
+    second = train(latents, tmp_path / "broken")
+    assert second.seen == [item for item in whole.seen if item[0] >= 4]
+
+
+@pytest.mark.parametrize("change", [{"seed": 4}, {"batch_size": 3}, {"accumulate_blocks": 1}, {"canonical_ranks": 2}])
+def test_a_checkpoint_of_another_plan_is_refused(latents: str, tmp_path: Path, change: dict[str, int]) -> None:
+    train(latents, tmp_path, stop=2)
+    with pytest.raises(ConfigError, match="the checkpoint's"):
+        train(latents, tmp_path, **change)
