@@ -139,9 +139,10 @@ class LatentSource:
             row = self.manifest.row(index)
             header, media = read_members(self.reader, row)
             try:
-                tensors = {name: value.float() for name, value in safetensors.torch.load(media).items()}
+                stored = safetensors.torch.load(media)
             except (SafetensorError, ValueError) as error:
                 raise DataError(f"is not a safetensors file: {error}") from error
+            tensors = {name: stored[name].float() for name in ("latent", "text") if name in stored}
             shape = tuple(tensors["latent"].shape[1:]) if "latent" in tensors else None
             expected = (1 + (bucket.frames - 1) // TIME, bucket.height // 8, bucket.width // 8)
             if shape != expected:
