@@ -130,6 +130,10 @@ def work(folder: Path, units: Sequence[Unit], pending: Sequence[int], processes:
                     progress.advance(task, units[number].size)
         except BrokenProcessPool as error:
             raise DataError("a worker process died (out of memory?); the same command continues") from error
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():  # what they are at is done again
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -141,7 +145,7 @@ def do_unit(folder: Path, number: int, unit: Unit) -> None:
 
 
 def prepare_worker() -> None:
-    """Let Ctrl-C reach only the process that waits; finish the unit at hand then, but never outlive that process."""
+    """Let Ctrl-C reach only the process that waits, which ends the others; let none outlive it, whatever ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

@@ -52,7 +52,9 @@ def probe(source: Source, watch: Callable[[av.VideoFrame], None], cuts: Callable
         stated = [rate for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate) if rate]
         times, end = shown_at(stamps, tick, stated)
         rate, constant = fit_rate(times, tick, stated)
-        gaps = [b - a for a, b in zip(keys, [*keys[1:], len(stamps)], strict=True)]
+        starts = (
+            [*keys, len(stamps)] if keys[:1] == [0] else [0, len(stamps)]
+        )  # else an edit list cut the key frame off
         return Probe(
             id=hash_file(source.path),
             container=container.format.name,
@@ -64,7 +66,8 @@ def probe(source: Source, watch: Callable[[av.VideoFrame], None], cuts: Callable
             end=len(times) / float(rate) if constant else end,
             rate=rate,
             constant=constant,
-            gop=max(gaps, default=len(stamps)) if keys[:1] == [0] else len(stamps),
+            gop=max(b - a for a, b in zip(starts, starts[1:], strict=False)),
+            headed=keys[:1] == [0],
             damage=damages[0] if damages else "",
             cuts=cuts(),
         )
@@ -79,7 +82,7 @@ def picture_of(frame: av.VideoFrame, stream: Any) -> Picture:
         pix_fmt=frame.format.name,
         turn=turn_of(frame),
         aspect=aspect if aspect > 0 else Fraction(1),
-        full_range=int(frame.color_range) == 2 or frame.format.name.startswith("yuvj"),
+        full_range=int(frame.color_range) == 2 or frame.format.name.startswith(("yuvj", "gray")),
         matrix=int(frame.colorspace),
         transfer=int(frame.color_trc),
     )

@@ -89,6 +89,7 @@ class Probe:
         rate: the constant rate (frames/s) that the timestamps follow, or the one chosen for those that follow none.
         constant: whether they follow it.
         gop: the most frames from one key frame to the next.
+        headed: whether the first frame shown is a key frame; it is not where an edit list hides those before it.
         streams: how many streams the file has, of any type.
         damage: why only a leading part could be decoded, in plain words; empty where all could.
         cuts: where new shots seem to begin, in order.
@@ -105,6 +106,7 @@ class Probe:
     rate: Fraction
     constant: bool
     gop: int
+    headed: bool = True
     damage: str = ""
     cuts: tuple[Cut, ...] = ()
 

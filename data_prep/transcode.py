@@ -47,6 +47,7 @@ def is_right(source: Source, probe: Probe, encoding: Encoding) -> bool:
         and picture.transfer not in HDR
         and probe.constant
         and probe.gop <= encoding.gop
+        and probe.headed
         and not probe.damage
     )
 

@@ -65,6 +65,42 @@ def test_ten_bit_and_444_and_full_range_become_8_bit_420_limited_range_of_the_sa
         assert close(frame.to_ndarray(format="rgb24"), picture(), mean=4), name
 
 
+FORMATS = {
+    "a.gif": {"codec": "gif", "pix_fmt": "rgb8"},
+    "a.webm": {"codec": "libvpx-vp9"},
+    "a.ts": {"codec": "mpeg2video", "rate": 25, "ticks": range(90, 110)},
+    "a.avi": {"codec": "mjpeg", "pix_fmt": "yuvj422p"},
+    "a.mov": {"codec": "prores_ks", "pix_fmt": "yuv422p10le"},
+    "b.mov": {"codec": "png", "pix_fmt": "rgb24"},
+    "a.flv": {"codec": "flv"},
+    "a.wmv": {"codec": "wmv2"},
+    "gray.mkv": {"codec": "ffv1", "pix_fmt": "gray"},
+    "frames.mp4": {"options": {"bf": "3"}},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_other_formats_come_in_with_all_frames_at_their_rate(tmp_path: Path, name: str) -> None:
+    frames = moving(20, height=64)
+    path = write(tmp_path / name, frames, **FORMATS[name])  # type: ignore[arg-type]
+    (sample,), report = prepared(path)
+    made = frames_of(sample.media)
+    assert len(made) == 20 and report.failures == []
+    assert Fraction(*sample.record["video"]["fps"]) == FORMATS[name].get("rate", 10)
+    shown = [frame.reshape(made[0].shape) for frame in frames_of(path)]
+    dithered = 15 if name == "a.gif" else 4
+    assert all(close(a, b, mean=dithered) for a, b in zip(made, shown, strict=True))
+
+
+def test_frames_before_an_edit_list_are_not_shown_and_the_clock_starts_at_nought(tmp_path: Path) -> None:
+    frames = moving(20)
+    path = write(tmp_path / "a.mp4", frames, ticks=range(-5, 15))
+    (sample,), _ = prepared(path)
+    made = frames_of(sample.media)
+    assert len(made) == 15 and all(close(a, b) for a, b in zip(made, frames[5:], strict=True))
+    assert sample.record["source"]["start_us"] == 0 and not sample.copied
+
+
 def test_a_clip_without_a_stated_matrix_looks_as_decoders_show_it(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp4", [picture(720, 64)] * 20)
     with av.open(str(path)) as file:
