@@ -21,7 +21,7 @@ from rich.table import Table
 SHARDS = Path("data/world")
 OUT = Path("outputs/default")
 GIB = 2**30
-ATTRIBUTES = ("color", "shape", "motion", "background")
+ATTRIBUTES = ("color", "shape", "motion", "background", "number")
 
 
 @dataclass(frozen=True)

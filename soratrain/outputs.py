@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
+from soratrain.data.atomic import replacing
 from soratrain.errors import ConfigError, DataError
-from soratrain.models.weights import write_atomically
 
 # What decides a stage's result: its own node, into which all that it uses is resolved, and how it is trained.
 MATTERS = ("stage", "trainer", "seed", "init")
@@ -104,7 +104,8 @@ def claim(out: Path, config: Mapping[str, Any], *, compare: bool) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         document = yaml.safe_dump({**config, "fresh": False}, sort_keys=False, allow_unicode=True, width=120)
-        write_atomically(out / "config.yaml", lambda path: path.write_text(document))
+        with replacing(out / "config.yaml") as path:
+            path.write_text(document, encoding="utf-8")
     except OSError as error:
         raise DataError(
             f"{out}: cannot be written ({error.strerror}); give run=NAME or out=FOLDER elsewhere"
@@ -114,7 +115,8 @@ def claim(out: Path, config: Mapping[str, Any], *, compare: bool) -> None:
 def finish(out: Path, result: Mapping[str, Any]) -> None:
     """Write `result.json`, the mark of a finished stage."""
     document = json.dumps(dict(result), indent=1, ensure_ascii=False) + "\n"
-    write_atomically(out / "result.json", lambda path: path.write_text(document))
+    with replacing(out / "result.json") as path:
+        path.write_text(document, encoding="utf-8")
 
 
 def fingerprint(path: Path) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from soratrain.data.atomic import replacing
 from soratrain.errors import ConfigError, DataError
 
 ALLOWED = "soratrain."  # a weights folder may name classes of this package only: reading one never runs foreign code
@@ -57,18 +57,6 @@ def resolve(folder: str | Path, name: str) -> Path:
     raise DataError(f"no weights of {name!r} in {folder} (looked for {name}.safetensors and {name}.yaml)")
 
 
-def write_atomically(path: Path, write: Any) -> None:
-    """Call `write(temporary path)`, flush it to disk and rename it to `path`, so that no half-written file shows."""
-    temporary = path.with_name(f".{path.name}.part")
-    write(temporary)
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(temporary, path)
-
-
 def save(
     folder: str | Path, name: str, module: nn.Module | Mapping[str, Tensor], factory: partial, extra: Mapping[str, Any]
 ) -> None:
@@ -84,8 +72,10 @@ def save(
     state = module.state_dict() if isinstance(module, nn.Module) else module
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
     document = yaml.safe_dump({**spec_of(factory), "extra": dict(extra)}, sort_keys=False, allow_unicode=True)
-    write_atomically(folder / f"{name}.safetensors", lambda path: save_file(tensors, str(path)))
-    write_atomically(folder / f"{name}.yaml", lambda path: path.write_text(document))
+    with replacing(folder / f"{name}.safetensors") as path:
+        save_file(tensors, str(path))
+    with replacing(folder / f"{name}.yaml") as path:
+        path.write_text(document, encoding="utf-8")
 
 
 def load_state(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from soratrain.data.atomic import replacing
 from soratrain.diffusion.generator import Generator, check_prompt, check_size
 from soratrain.errors import ConfigError
 from soratrain.media import write_image, write_video
@@ -136,7 +137,8 @@ def write_clip(path: Path, clip: np.ndarray, fps: float, document: dict[str, Any
     chosen = np.unique(np.linspace(0, len(clip) - 1, min(STRIP, len(clip))).round().astype(int))
     write_image(path.with_suffix(".png"), np.concatenate(list(clip[chosen]), axis=1))
     text = json.dumps(document, ensure_ascii=False, indent=1)
-    weights.write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:

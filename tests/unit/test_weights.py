@@ -53,16 +53,3 @@ def test_reading_weights_never_runs_foreign_code(tmp_path):
 def test_missing_weights_are_named_with_the_folder(tmp_path):
     with pytest.raises(DataError, match="no weights of 'vae' in"):
         weights.load(tmp_path, "vae")
-
-
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
-    file = tmp_path / "a.yaml"
-    file.write_text("old")
-
-    def fail(path):
-        path.write_text("half")
-        raise OSError("disk full")
-
-    with pytest.raises(OSError):
-        weights.write_atomically(file, fail)
-    assert file.read_text() == "old"
