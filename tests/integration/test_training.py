@@ -24,7 +24,7 @@ from soratrain.optim import OptimizerFactory, Schedule
 
 def test_each_update_is_made_at_the_rate_that_its_row_names(tmp_path: Path) -> None:
     class Slope(Stage):
-        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             loss = sum(param.sum() for param in self.net.parameters())  # every gradient is 1
             self.report(loss=loss)
             return loss

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,16 @@ from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import TrainStage
 
 SIZE, BATCH = 6, 4
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A micro-batch; frozen, as the real ones are."""
+
+    values: Tensor
+
+    def to(self, device: Any, non_blocking: bool = False) -> Numbers:
+        return Numbers(self.values.to(device))
 
 
 class Net(nn.Module):
@@ -60,15 +71,21 @@ class Stage(TrainStage):
         super().__init__(**kwargs)
         self.poison, self.interrupt = poison, interrupt
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Numbers, batch_idx: int) -> Tensor:
+        values = batch.values
         if self.global_step == self.interrupt and self.global_rank == 0:
             self.interrupt = -1
             os.kill(os.getpid(), signal.SIGTERM)
-        loss = (self.net(batch) - batch.flip(1)).square().mean()
+        loss = (self.net(values) - values.flip(1)).square().mean()
         if self.global_step == self.poison:
             loss = loss * float("nan")
-        self.report(loss=loss, tokens=batch.numel(), samples=len(batch))
+        self.report(loss=loss, tokens=values.numel(), samples=len(values))
         return loss
+
+    def finalize(self) -> None:
+        """Keep what the final weights compute, as a stage does that measures its own outputs at the end."""
+        with torch.no_grad():
+            self.net.scale.copy_(self.net(torch.ones(1, SIZE))[0])
 
 
 class Micro(IterableDataset):
@@ -77,9 +94,9 @@ class Micro(IterableDataset):
     def __init__(self, first: int, last: int, rank: int, ranks: int) -> None:
         self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
 
-    def __iter__(self) -> Iterator[Tensor]:
+    def __iter__(self) -> Iterator[Numbers]:
         for index in range(self.first + self.rank, self.last, self.ranks):
-            yield torch.randn(BATCH, SIZE, generator=torch.Generator().manual_seed(index))
+            yield Numbers(torch.randn(BATCH, SIZE, generator=torch.Generator().manual_seed(index)))
 
     def __len__(self) -> int:
         return (self.last - self.first) // self.ranks
