@@ -86,6 +86,18 @@ class Batch:
         moved = {item.name: move(getattr(self, item.name)) for item in fields(self) if item.name != "draws"}
         return replace(self, **moved)
 
+    def pin_memory(self) -> Self:
+        """Return the batch with its tensors in page-locked memory, from which copies to a GPU need not wait."""
+
+        def pin(value: object) -> object:
+            if isinstance(value, Tensor):
+                return value.pin_memory()
+            if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
+                return tuple(item.pin_memory() for item in value)
+            return value
+
+        return replace(self, **{field.name: pin(getattr(self, field.name)) for field in fields(self)})
+
     def normal(self, stream: str, shapes: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> list[Tensor]:
         """Return one normal tensor a sample, of the given shapes."""
         return [

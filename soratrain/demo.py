@@ -77,21 +77,27 @@ def figure(step: Step) -> str:
     report = result.get("report", {})
     match step.name:
         case "world":
-            return f"{result['totals']['clips']} clips, {result['totals']['seconds']:.0f} s of video"
+            totals = result["totals"]
+            return f"{totals['videos']} clips, {totals['images']} images, {totals['seconds']:.0f} s of video"
         case "vae":
-            return f"loss {result['loss']:.3f}"
-        case "captioner":
-            return f"loss {result['loss']:.3f}"
+            return f"reconstruction {result['psnr']:.1f} dB"
         case "recaption":
             return f"{result['captions']:.0f} captions, {result['captions_per_s']:.0f}/s"
         case "encode":
             return f"{result['clips']:.0f} clips, {result['clips_per_s']:.0f}/s"
-        case "dit":
-            return f"loss {result['loss']:.3f}"
         case "sample":
-            return f"{result['clips']:.0f} clips"
+            return f"{result['samples']:.0f} clips"
+        case "evaluate":
+            return "colour right in {}, shape {}, motion {}".format(
+                *(percent(overall(report, n)) for n in ATTRIBUTES[:3])
+            )
         case _:
-            return f"{len(report)} measures"
+            return f"loss {result['loss']:.3f}"
+
+
+def overall(report: dict[str, Any], name: str) -> float:
+    """Return the share of all samples whose attribute is right."""
+    return sum(split[name] for split in report["samples"].values()) / len(report["samples"])
 
 
 def accuracy_table(report: dict[str, Any]) -> Table:
