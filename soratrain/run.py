@@ -183,5 +183,5 @@ def fit(config: Mapping[str, Any], out: Path) -> dict[str, Any]:
     if config["init"]:
         for name in module.factories:
             module.start_from(name, config["init"])
-    trainer = instantiate(config["trainer"])(accumulate=config["data"]["accumulate_blocks"])
+    trainer = instantiate(config["trainer"])()
     return engine.fit(trainer, module, data)
