@@ -1,4 +1,4 @@
-"""The whole chain by the commands that people type, small and short: from nothing to clips, on the world and on film."""
+"""The whole chain by the commands that people type, small and short: from nothing to clips, on the world and film."""
 
 from __future__ import annotations
 
