@@ -2,10 +2,22 @@
 
 from data_prep.world.captions import describe
 from data_prep.world.draw import render
-from data_prep.world.oracle import measure
+from data_prep.world.oracle import measure, trajectories
 from data_prep.world.reading import read_caption
 from data_prep.world.scene import Scene
 from data_prep.world.seen import Seen, Thing, agreement
 from data_prep.world.world import Prompt, World
 
-__all__ = ["Prompt", "Scene", "Seen", "Thing", "World", "agreement", "describe", "measure", "read_caption", "render"]
+__all__ = [
+    "Prompt",
+    "Scene",
+    "Seen",
+    "Thing",
+    "World",
+    "agreement",
+    "describe",
+    "measure",
+    "read_caption",
+    "render",
+    "trajectories",
+]

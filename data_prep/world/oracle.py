@@ -28,12 +28,8 @@ def measure(frames: np.ndarray, preset: str = "demo") -> Seen:
     Raises:
         ConfigError: the preset is not known.
     """
-    if preset not in VOCABULARIES:
-        raise ConfigError(f"a world preset={preset!r} does not exist; use one of {', '.join(VOCABULARIES)}")
-    words = VOCABULARIES[preset]
-    clip = smooth(frames.astype(np.float32))
-    ground = border_color(clip)
-    layers = find_layers(clip, ground, words)
+    words = vocabulary(preset)
+    clip, ground, layers = look(frames, words)
     pattern, camera, shift, scale = "plain", "still", np.zeros((len(clip), 2)), np.ones(len(clip))
     if len(words.cameras) > 1:
         pattern, camera, shift, scale = read_camera(clip, layers)
@@ -48,6 +44,37 @@ def measure(frames: np.ndarray, preset: str = "demo") -> Seen:
         camera=camera if len(frames) > 1 else None,
         pattern=pattern,
     )
+
+
+def trajectories(frames: np.ndarray, preset: str = "demo") -> dict[str, np.ndarray]:
+    """Return where each object's centroid is seen, by the object's colour.
+
+    Args:
+        frames: uint8 `[T, H, W, 3]`.
+
+    Returns:
+        float `[T, 2]` each, (x, y) in pixels; NaN in frames in which it is not to be seen.
+    """
+    layers = look(frames, vocabulary(preset))[2]
+    return {layer.color: layer.path for layer in layers if layer.color is not None}
+
+
+def vocabulary(preset: str) -> Vocabulary:
+    """Return a preset's words.
+
+    Raises:
+        ConfigError: the preset is not known.
+    """
+    if preset not in VOCABULARIES:
+        raise ConfigError(f"a world preset={preset!r} does not exist; use one of {', '.join(VOCABULARIES)}")
+    return VOCABULARIES[preset]
+
+
+def look(frames: np.ndarray, words: Vocabulary) -> tuple[np.ndarray, np.ndarray, list[Layer]]:
+    """Return a clip, blurred a little against noise, its background's colour and its objects."""
+    clip = smooth(frames.astype(np.float32))
+    ground = border_color(clip)
+    return clip, ground, find_layers(clip, ground, words)
 
 
 def nearest_background(value: np.ndarray) -> str | None:

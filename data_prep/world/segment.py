@@ -127,7 +127,9 @@ def find_layers(clip: np.ndarray, ground: np.ndarray, words: Vocabulary) -> list
             cover = np.take_along_axis(along[:, kept], nearest[:, None], 1)[:, 0]
             if len(shades) == 1:  # what was drawn may be paler than our colour: measure with its own
                 solid = own & (cover > 0.6 * np.quantile(cover[own], 0.9))
-                cover = project(pixels, np.median(pixels[solid], 0)[None])[0][:, 0]
+                color = np.median(pixels[solid], 0)
+                if np.linalg.norm(color) > FOREGROUND:
+                    cover = project(pixels, color[None])[0][:, 0]
             matte = np.zeros(inside.shape, np.float32)
             matte[inside] = sharpen(np.where(own, cover, 0))
             layers.append(make_layer(name, matte))

@@ -90,6 +90,8 @@ def background_shift(clip: np.ndarray, free: np.ndarray) -> np.ndarray:
         free: bool `[T, H, W]`, where the background is to be seen.
     """
     shift = np.zeros((len(clip), 2))
+    if min(clip.shape[1:]) <= 2 * SEARCH:
+        return shift
     for index in range(1, len(clip)):
         shift[index] = shift[index - 1] + match(clip[index - 1], clip[index], free[index - 1], free[index])
     return shift
