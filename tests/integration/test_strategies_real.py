@@ -1,0 +1,120 @@
+"""The real stages, at a tiny size, train the same numbers under every strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from ranks import run_ranks
+from test_strategies import same_training
+from tiny_training import SGDFactory, Spy
+from torch.utils.data import DataLoader, IterableDataset
+
+from soratrain.batch import Batch, LatentBatch, VideoBatch, draw_of
+from soratrain.diffusion.flow import Flow
+from soratrain.distributed.strategy import StrategyOptions
+from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.models.captioner import Captioner
+from soratrain.models.dit import DiT
+from soratrain.models.text import ByteTextEncoder
+from soratrain.models.vae import VAE
+from soratrain.optim import Schedule
+from soratrain.stages.base import TrainStage
+from soratrain.stages.captioner import CaptionerStage
+from soratrain.stages.dit import DiTStage
+from soratrain.stages.vae import VAEStage
+
+STEPS, MICRO, SAMPLES = 2, 4, 2
+WORDS = ("a red circle", "two blue squares that bounce, then rest", "grün", "")
+
+
+def batch(stage: str, index: int) -> Batch:
+    """Return micro-batch `index`: sizes and durations differ from one to the next, as buckets do."""
+    random = torch.Generator().manual_seed(index)
+    keys = tuple(f"{index}-{place}" for place in range(SAMPLES))
+    common: dict[str, Any] = {
+        "keys": keys,
+        "captions": tuple(WORDS[(index + place) % len(WORDS)] for place in range(SAMPLES)),
+        "fps": torch.full((SAMPLES,), 8.0),
+        "weights": torch.full((SAMPLES,), 1 / (MICRO * SAMPLES)),
+        "draws": torch.tensor([draw_of(0, key) for key in keys]),
+        "scale": float(MICRO),
+    }
+    frames, height = 1 + 4 * (index % 2), 32 + 16 * (index % 3 == 0)
+    if stage == "dit":
+        shape = (4, 1 + index % 2, height // 8, 4)
+        return LatentBatch(latents=tuple(torch.randn(shape, generator=random) for _ in range(SAMPLES)), **common)
+    video = torch.randint(0, 256, (SAMPLES, frames, height, 32, 3), dtype=torch.uint8, generator=random)
+    return VideoBatch(video=video, **common)
+
+
+class Micro(IterableDataset):
+    def __init__(self, stage: str, rank: int, ranks: int) -> None:
+        self.stage, self.rank, self.ranks = stage, rank, ranks
+
+    def __iter__(self) -> Iterator[Batch]:
+        for index in range(self.rank, STEPS * MICRO, self.ranks):
+            yield batch(self.stage, index)
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, stage: str) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(Micro(self.stage, self.trainer.global_rank, self.trainer.world_size), batch_size=None)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
+
+
+def build(stage: str) -> TrainStage:
+    common: dict[str, Any] = {
+        "optimizer": SGDFactory(lr=0.05),
+        "schedule": Schedule(name="constant", warmup_steps=0),
+        "max_steps": STEPS,
+    }
+    text = partial(ByteTextEncoder, dim=8, depth=1, num_heads=2, table=32, max_tokens=24)
+    if stage == "vae":
+        layout = {"channels": [8, 8], "time_strides": [2], "space_strides": [2], "front_strides": [2, 4]}
+        blocks = {"encoder_blocks": [0, 1], "decoder_blocks": [0, 1], "time_kernels": [1, 3]}
+        return VAEStage(net=partial(VAE, latent_channels=4, **layout, **blocks), **common)
+    if stage == "captioner":
+        width = {"dim": 16, "depth": 1, "num_heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+        return CaptionerStage(
+            net=partial(Captioner, **width, table=64, vector_dim=8, styles=["short"]), text=text, **common
+        )
+    dit = partial(DiT, channels=4, dim=16, depth=2, num_heads=2, text_dim=8)
+    return DiTStage(dit=dit, text=text, objective=Flow(), **common)
+
+
+def run(out: str, stage: str, strategy: str, ranks: int) -> None:
+    L.seed_everything(1, verbose=False)
+    trainer = build_trainer(
+        out=out,
+        max_steps=STEPS,
+        strategy=StrategyOptions(name=strategy),
+        accelerator="cpu",
+        devices=ranks,
+        accumulate=MICRO // ranks,
+        clip=1.0,
+        ema=0.9,
+        log_every=1,
+        callbacks=[Spy(Path(out) / "whole.pt")],
+    )
+    fit(trainer, build(stage), Data(stage))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+@pytest.mark.parametrize("stage", ["vae", "captioner", "dit"])
+def test_each_real_stage_trains_alike_under_every_strategy(stage: str, strategy: str, tmp_path: Path) -> None:
+    run_ranks(run, 1, out=str(tmp_path / "one"), stage=stage, strategy="single", ranks=1)
+    run_ranks(run, 2, out=str(tmp_path / "two"), stage=stage, strategy=strategy, ranks=2)
+    same_training(tmp_path / "one", tmp_path / "two")
