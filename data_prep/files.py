@@ -17,6 +17,7 @@ from data_prep.shots import CutFinder, Cutting, spans
 from data_prep.stills import still
 from data_prep.transcode import transcode
 
+COUNTED = {"probe": "files", "transcode": "clips"}
 TROUBLE = (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError)
 
 
@@ -53,13 +54,13 @@ class FileWork:
     def __init__(self, unit: FileUnit, source: Source, report: Report) -> None:
         self.unit, self.source, self.report = unit, source, report
         self.step = "probe"
-        self.made = 0
+        self.expected, self.made = 1, 0
 
     def failed(self, reason: str) -> None:
         """Record why this file, or the rest of it, is not used."""
         used = f"its first {self.made} clips" if self.made else ""
         self.report.failures.append(Failure(self.source.uri, self.step, reason, used))
-        self.report.tallies[self.step].dropped[reason] += 1
+        self.report.tally(self.step, COUNTED[self.step]).dropped[reason] += self.expected - self.made
 
     def image(self) -> Iterator[Sample]:
         """Yield an image as a sample."""
@@ -82,8 +83,8 @@ class FileWork:
         else:
             found = probe(source, lambda _: None, tuple)
         probed.left += 1
+        self.expected = 0
         report.seconds += found.end
-        self.step = "shots"
         clips, dropped = spans(found, unit.cutting)
         shots = report.tally("shots", "clips")
         shots.entered += len(clips) + dropped.total()
@@ -96,10 +97,10 @@ class FileWork:
         if not clips:
             if not found.damage:
                 reason = f"every part is shorter than shots.min_seconds={unit.cutting.min_seconds:g}"
-                report.failures.append(Failure(source.uri, self.step, reason))
+                report.failures.append(Failure(source.uri, "shots", reason))
             return
         captions = self.captions(len(clips))
-        self.step = "transcode"
+        self.step, self.expected = "transcode", len(clips)
         report.tally("transcode", "clips").entered += len(clips)
         made = transcode(source, found, clips, captions, encoding=unit.encoding, license=unit.license, prep=unit.prep)
         for sample in made:

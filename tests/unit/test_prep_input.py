@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prep_clips import close, frames_of, moving, picture, prepared, set_turn, write, write_sound
+from prep_clips import PREP, close, frames_of, moving, picture, prepared, set_turn, write, write_sound
 
+from data_prep.encode import Encoding
+from data_prep.files import FileUnit
 from data_prep.ingest import find
 from data_prep.pack import Report
+from data_prep.shots import Cutting
 from soratrain.errors import DataError
 
 
@@ -77,6 +80,27 @@ def test_too_little_before_the_damage_is_not_used(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     samples, report = prepared(path, min_seconds=2.5)
     assert samples == [] and [item.used for item in report.failures] == [""]
+
+
+def test_high_dynamic_range_is_refused_with_its_name_and_every_clip_is_counted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", moving(30), pix_fmt="yuv420p10le", color_trc=16, colorspace=9)
+    samples, report = prepared(path, max_seconds=1.0)
+    (failure,) = report.failures
+    assert samples == [] and "PQ" in failure.reason and failure.step == "transcode"
+    tally = report.tallies["transcode"]
+    assert (tally.entered, tally.left, tally.dropped.total()) == (3, 0, 3)
+
+
+def test_captions_of_a_file_are_not_put_on_its_parts(tmp_path: Path) -> None:
+    write(tmp_path / "a.mp4", moving(30))
+    (tmp_path / "a.txt").write_text("a cat wakes up, eats and sleeps")
+    (source,), _ = find(str(tmp_path), Report())
+    for seconds, count, texts in ((20.0, 1, [["a cat wakes up, eats and sleeps"]]), (1.0, 3, [[], [], []])):
+        report = Report()
+        unit = FileUnit((source,), Cutting(max_seconds=seconds), Encoding(), "", PREP)
+        samples = list(unit.samples(report))
+        assert [[item["text"] for item in sample.record["captions"]] for sample in samples] == texts
+        assert [item.step for item in report.failures] == ["shots"] * (count > 1)
 
 
 def test_cover_art_is_not_the_video(tmp_path: Path) -> None:
