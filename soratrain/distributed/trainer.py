@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -178,6 +179,7 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
 
     Raises:
         StoppedError: a signal came; a checkpoint is saved.
+        KeyboardInterrupt: Ctrl-C came before the first step, or twice; the last checkpoint stands.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     checkpoint = next(item for item in callbacks if isinstance(item, Checkpoint))
@@ -185,7 +187,13 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
     metrics = next(item for item in callbacks if isinstance(item, Metrics))
     start = latest_checkpoint(checkpoint.folder)
     settle_accumulation(trainer, data, start)
-    trainer.fit(stage, datamodule=data, ckpt_path=None if start is None else str(start), weights_only=True)
+    try:
+        trainer.fit(stage, datamodule=data, ckpt_path=None if start is None else str(start), weights_only=True)
+    except (
+        SystemExit
+    ) as stopped:  # Lightning's way of passing on a KeyboardInterrupt, which it also ignores from then on
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise KeyboardInterrupt from stopped
     if stop.received and trainer.global_step < stage.max_steps:
         raise StoppedError(f"stopped at step {trainer.global_step} of {stage.max_steps}; the same command goes on")
     return dict(metrics.row)

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from ranks import run_ranks
@@ -86,6 +87,20 @@ def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not() -> None:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def test_ctrl_c_twice_interrupts_at_once_and_the_last_checkpoint_stands(tmp_path: Path) -> None:
+    class Impatient(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step == 3:
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train(tmp_path, max_steps=6, checkpoint_every=2, callbacks=[Impatient()])
+    assert not isinstance(stopped.value, StoppedError)
+    assert latest_checkpoint(tmp_path / "checkpoints").name == "step-00000002"
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_and_said_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -140,6 +140,7 @@ def train(
     stop_at: int = 0,
     weight_decay: float = 0.01,
     width: int = 10,
+    callbacks: Sequence[L.Callback] = (),
     **stage: Any,
 ) -> tuple[L.Trainer, Stage, dict[str, float]]:
     """Train the tiny stage; return trainer, stage and last metrics. `stop_at` ends early, as a kill would."""
@@ -169,7 +170,7 @@ def train(
         checkpoint_every=checkpoint_every,
         keep=keep,
         precision=precision,
-        callbacks=[Spy(Path(out) / "whole.pt")],
+        callbacks=[Spy(Path(out) / "whole.pt"), *callbacks],
     )
     data = Data(per_step=per_step, max_steps=max_steps)
     return trainer, module, fit(trainer, module, data)
