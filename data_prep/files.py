@@ -12,7 +12,7 @@ from data_prep.encode import Encoding
 from data_prep.media import Unusable
 from data_prep.pack import Report
 from data_prep.probe import probe
-from data_prep.records import Caption, Failure, Sample, Source
+from data_prep.records import FROM_NAME, Caption, Failure, Sample, Source
 from data_prep.shots import CutFinder, Cutting, spans
 from data_prep.stills import still
 from data_prep.transcode import transcode
@@ -107,8 +107,8 @@ class FileWork:
             yield self.counted(sample)
 
     def captions(self, clips: int) -> tuple[Caption, ...]:
-        """Return the captions for each clip: those of the file, if the clip is the file."""
-        if clips > 1 and self.source.captions:
+        """Return the captions for each clip: those of the file, if the clip is the file or it is only a name."""
+        if clips > 1 and any(caption.model != FROM_NAME for caption in self.source.captions):
             reason = f"its caption describes the whole file, which became {clips} clips"
             self.report.failures.append(Failure(self.source.uri, "shots", reason, "the clips without that caption"))
             return ()

@@ -6,11 +6,13 @@ import glob
 import hashlib
 import json
 import os
+import re
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_prep.pack import Report
-from data_prep.records import Caption, Failure, Kind, Source
+from data_prep.records import FROM_NAME, Caption, Failure, Kind, Source
 from soratrain.errors import DataError
 
 VIDEOS = frozenset(
@@ -19,6 +21,7 @@ VIDEOS = frozenset(
 )
 IMAGES = frozenset(("jpg", "jpeg", "png", "webp"))
 CAPTIONS = (".txt", ".json")
+CAMERA_NAMES = frozenset(("IMG", "VID", "MOV", "DSC", "DSCN", "PXL", "GOPR", "CLIP", "VIDEO", "UNTITLED"))
 
 
 def find(where: str, report: Report) -> tuple[list[Source], str]:
@@ -57,7 +60,7 @@ def find(where: str, report: Report) -> tuple[list[Source], str]:
             if item.suffix.lower() not in CAPTIONS:
                 tally.how["other files left out"] += 1
             continue
-        captions = tuple(sidecars(item, uri, report))
+        captions = tuple(sidecars(item, uri, report)) or from_name(item)
         size = item.stat().st_size if item.is_file() else -1
         digest.update(f"{uri}\x1f{size}\x1f{captions}\x1e".encode("utf-8", "replace"))
         sources.append(Source(uri, item, kind, captions))
@@ -119,6 +122,18 @@ def sidecars(path: Path, uri: str, report: Report) -> Iterator[Caption]:
         except (OSError, ValueError) as error:
             reason = f"the caption beside it, {beside.name}, cannot be read: {str(error).splitlines()[0]}"
             report.failures.append(Failure(uri, "ingest", reason, used="the file without that caption"))
+
+
+def from_name(path: Path) -> tuple[Caption, ...]:
+    """Return the words of a file's name as its caption, for want of a better one; none where it holds no word.
+
+    `train_running.mp4` says something, `IMG_20210304.mp4` and `a3f09c.mp4` do not: what holds a digit is no word.
+    """
+    parts = re.split(r"[\s_.+-]+", unicodedata.normalize("NFC", path.stem))
+    words = [part for part in parts if part.isalpha() and (len(part) > 2 or not part.isascii())]
+    if not words or words[0].upper() in CAMERA_NAMES:
+        return ()
+    return (Caption("gt", " ".join(words), model=FROM_NAME),)
 
 
 def read_text(path: Path) -> list[str]:

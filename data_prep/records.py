@@ -19,6 +19,9 @@ SCHEMA = 1  # of K.json, dataset.json and stats.json
 Kind = Literal["video", "image"]
 
 
+FROM_NAME = "filename"  # the `model` of a caption that is only the words of a file's name
+
+
 @dataclass(frozen=True)
 class Caption:
     """One text about a sample; `type` is one of gt, short, long, camera, tags."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -83,7 +83,9 @@ class Batch:
                 return tuple(item.to(device, non_blocking=non_blocking) for item in value)
             return value
 
-        moved = {item.name: move(getattr(self, item.name)) for item in fields(self) if item.name != "draws"}
+        moved: dict[str, Any] = {
+            item.name: move(getattr(self, item.name)) for item in fields(self) if item.name != "draws"
+        }
         return replace(self, **moved)
 
     def pin_memory(self) -> Self:
@@ -96,7 +98,8 @@ class Batch:
                 return tuple(item.pin_memory() for item in value)
             return value
 
-        return replace(self, **{field.name: pin(getattr(self, field.name)) for field in fields(self)})
+        pinned: dict[str, Any] = {field.name: pin(getattr(self, field.name)) for field in fields(self)}
+        return replace(self, **pinned)
 
     def normal(self, stream: str, shapes: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> list[Tensor]:
         """Return one normal tensor a sample, of the given shapes."""

@@ -73,7 +73,8 @@ def read_members(reader: ShardReader, row: Row) -> tuple[dict[str, Any], bytes]:
     if zlib.crc32(media) != row.crc32:
         raise DataError("its bytes are not those that the manifest knows (CRC-32)")
     try:
-        header = json.loads(data[row.json_offset - start : row.json_offset - start + row.json_length])
+        # a foreign sample may have no JSON: nothing is known of it but what the manifest says
+        header = json.loads(data[row.json_offset - start : row.json_offset - start + row.json_length] or b"{}")
     except ValueError as error:
         raise DataError(f"its K.json cannot be read: {error}") from error
     if not isinstance(header, dict):

@@ -212,7 +212,9 @@ def read_captions(folder: str | Path) -> dict[str, list[dict[str, str]]]:
     `folder` is one revision (`captions/<rev>`), a folder of revisions, or the output folder of a stage that holds
     `captions/`. Raises DataError where there is none.
     """
-    table = _read(folder, ["*.parquet", "*/*.parquet", "captions/*/*.parquet"], CAPTION_SCHEMA)
+    table = _read(folder, ["captions/*/*.parquet"], CAPTION_SCHEMA)
+    if table is None:
+        table = _read(folder, ["*.parquet", "*/*.parquet"], CAPTION_SCHEMA)
     if table is None:
         raise DataError(f"{folder} has no captions (*.parquet); make them with `python -m soratrain stage=recaption`")
     found: dict[str, list[dict[str, str]]] = {}

@@ -21,7 +21,9 @@ EDGE = 1e-4  # levels stay this far from 0 and 1, where a conversion would divid
 class Objective(Protocol):
     """What a stage and a sampler need to know of an objective."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What config and weights call it."""
 
     def levels(self, uniform: Tensor, tokens: Tensor) -> Tensor:
         """Return the noise level of each sample, from numbers in [0, 1) and the samples' token counts."""

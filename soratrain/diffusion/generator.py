@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from soratrain.batch import draw_of, keyed_normal, to_uint8
 from soratrain.diffusion.flow import Flow, Objective
@@ -19,6 +19,7 @@ from soratrain.models import weights
 from soratrain.models.dit import DiT
 from soratrain.models.patchify import STRIDE
 from soratrain.models.text import ByteTextEncoder
+from soratrain.models.vae import VAE
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +36,10 @@ class Generator:
     """
 
     def __init__(
-        self, vae: nn.Module, dit: DiT, text: ByteTextEncoder, *, objective: Objective | None = None, batch: int = 16
+        self, vae: VAE, dit: DiT, text: ByteTextEncoder, *, objective: Objective | None = None, batch: int = 16
     ) -> None:
         self.vae, self.dit, self.text, self.batch = vae, dit, text, batch
-        self.objective: Objective = objective or Flow()
+        self.objective: Objective = Flow() if objective is None else objective
 
     @classmethod
     def load(
@@ -57,7 +58,7 @@ class Generator:
             raise DataError(
                 f"the weights in {dit} are of the objective {extra['objective']['name']!r}; this samples flow"
             )
-        assert isinstance(dit_net, DiT) and isinstance(text_net, ByteTextEncoder)
+        assert isinstance(dit_net, DiT) and isinstance(text_net, ByteTextEncoder) and isinstance(vae_net, VAE)
         if dit_net.channels != vae_net.latent_channels:
             raise DataError(
                 f"the DiT in {dit} draws {dit_net.channels} latent channels, the VAE in {vae} has"
@@ -126,7 +127,7 @@ class Generator:
             flat = flatten([[Segment(latent, level, fps)] for latent in both], self.dit.patch, self.dit.rope_time)
             out = flat.unflatten(self.dit(flat.tokens, text, packing).float())
             speed = self.objective.to_velocity(both, torch.stack([segments[0] for segments in out]), level)
-            return guided(*speed.chunk(2), guidance_scale) if guide else speed
+            return guided(speed[: len(x)], speed[len(x) :], guidance_scale) if guide else speed
 
         return euler(velocity, noise.to(device), self.objective.grid(steps, tokens))
 

@@ -150,7 +150,9 @@ def _varlen(q_NHK: Tensor, k_MHK: Tensor, v_MHK: Tensor, q: Packing, k: Packing)
     from torch.nn.attention.varlen import varlen_attn
 
     device = q_NHK.device
-    return varlen_attn(q_NHK, k_MHK, v_MHK, q.cu_seqlens(device), k.cu_seqlens(device), q.longest, k.longest)
+    out = varlen_attn(q_NHK, k_MHK, v_MHK, q.cu_seqlens(device), k.cu_seqlens(device), q.longest, k.longest)
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _dense(q_NHK: Tensor, k_MHK: Tensor, v_MHK: Tensor, q: Packing, k: Packing) -> Tensor:
@@ -162,8 +164,8 @@ def _dense(q_NHK: Tensor, k_MHK: Tensor, v_MHK: Tensor, q: Packing, k: Packing) 
 
 def _loop(q_NHK: Tensor, k_MHK: Tensor, v_MHK: Tensor, q: Packing, k: Packing) -> Tensor:
     parts = zip(q_NHK.split(q.lengths), k_MHK.split(k.lengths), v_MHK.split(k.lengths), strict=True)
-    outs = [_attend_batch(*(x.transpose(0, 1)[None] for x in part), None)[0].transpose(0, 1) for part in parts]
-    return torch.cat(outs)
+    heads = ([x.transpose(0, 1)[None] for x in part] for part in parts)
+    return torch.cat([_attend_batch(q, k, v, None)[0].transpose(0, 1) for q, k, v in heads])
 
 
 def _attend_batch(q_BHLK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: Tensor | None) -> Tensor:

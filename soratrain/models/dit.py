@@ -235,8 +235,8 @@ class DiT(nn.Module):
             nn.init.zeros_(block.cross.out.weight)
         for layer in (self.condition, self.head, self.embed_flags):
             nn.init.zeros_(layer.weight)
-        for layer in (self.embed_sigma[0], self.embed_sigma[2]):
-            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+        for linear in (self.embed_sigma[0], self.embed_sigma[2]):
+            nn.init.normal_(linear.weight, std=0.02)  # type: ignore[arg-type]
         if self.embed_pooled is not None:
             nn.init.normal_(self.embed_pooled.weight, std=0.02)
         for parameter in (self.modulation, self.embed_flags.weight, self.head.weight):
@@ -268,10 +268,10 @@ class DiT(nn.Module):
     def _embed_condition(self, tokens: Tokens, text_ME: Tensor, text_packing: Packing) -> Tensor:
         """Return each row's condition `[R, D]`: its noise level and perhaps its clip's mean text; never autocast."""
         with torch.autocast(text_ME.device.type, enabled=False):
-            weight = self.embed_sigma[0].weight
-            sigma_RD = self.embed_sigma(sinusoid(tokens.sigma).to(weight.dtype))
+            dtype = self.condition.weight.dtype
+            sigma_RD = self.embed_sigma(sinusoid(tokens.sigma).to(dtype))
             if self.embed_pooled is not None:
-                pooled_BD = self.embed_pooled(text_packing.mean(text_ME).to(weight.dtype))
+                pooled_BD = self.embed_pooled(text_packing.mean(text_ME).to(dtype))
                 sigma_RD = sigma_RD + pooled_BD.index_select(0, tokens.row_clips)
             return sigma_RD
 

@@ -170,6 +170,7 @@ class ByteTextEncoder(nn.Module):
         self.norm_out = nn.RMSNorm(dim)
         nn.init.normal_(self.embed.weight, std=0.3)
         for block in self.blocks:
+            assert isinstance(block, TextBlock)
             nn.init.zeros_(block.out.weight)
             nn.init.zeros_(block.down.weight)
             nn.init.zeros_(block.down.bias)

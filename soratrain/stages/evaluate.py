@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from data_prep.world import Prompt, Seen, World, agreement, measure, read_caption, render
 from soratrain.batch import to_pixels, to_uint8
@@ -21,6 +20,8 @@ from soratrain.data.atomic import replacing
 from soratrain.diffusion.generator import Generator
 from soratrain.media import write_video
 from soratrain.models import weights
+from soratrain.models.captioner import Captioner
+from soratrain.models.vae import VAE
 from soratrain.sheet import Row, contact_sheet
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Evaluate:
         """Return and store every figure: the share of clips that is right, by part, split and attribute."""
         generate = Generator.load(self.vae, self.dit)
         captioner = weights.load(self.captioner, "captioner")[0]
+        assert isinstance(captioner, Captioner)
         report: dict[str, Any] = {"chance": self.world.chance()}
         for split in SPLITS:
             scenes = [self.world.scene(index, split) for index in range(self.clips)]
@@ -115,7 +117,7 @@ class Evaluate:
         return [measure(clip, preset=self.world.preset) for clip in clips]
 
     @torch.inference_mode()
-    def reconstruct(self, vae: nn.Module, frames: Sequence[np.ndarray], truth: Sequence[Seen]) -> dict[str, float]:
+    def reconstruct(self, vae: VAE, frames: Sequence[np.ndarray], truth: Sequence[Seen]) -> dict[str, float]:
         """Return what the oracle reads from the autoencoder's reconstructions, and their PSNR in dB."""
         decoded = []
         for clip in frames:
@@ -125,7 +127,7 @@ class Evaluate:
         return {**mean_agreement(self.see(decoded), truth), "psnr": quality}
 
     @torch.inference_mode()
-    def caption(self, captioner: nn.Module, frames: Sequence[np.ndarray], truth: Sequence[Seen]) -> dict[str, float]:
+    def caption(self, captioner: Captioner, frames: Sequence[np.ndarray], truth: Sequence[Seen]) -> dict[str, float]:
         """Return how far the captioner's short captions agree with the truth."""
         texts = [""] * len(frames)
         for same in by_shape(frames):

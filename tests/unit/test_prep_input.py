@@ -11,7 +11,7 @@ from prep_clips import PREP, close, frames_of, moving, picture, prepared, set_tu
 
 from data_prep.encode import Encoding
 from data_prep.files import FileUnit
-from data_prep.ingest import find
+from data_prep.ingest import find, from_name
 from data_prep.pack import Report
 from data_prep.shots import Cutting
 from soratrain.errors import DataError
@@ -237,3 +237,20 @@ def test_a_quarter_turn_of_a_damaged_file_is_still_baked_in(tmp_path: Path) -> N
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     (sample,), _ = prepared(path)
     assert frames_of(sample.media)[0].shape == (64, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("train_running.mp4", "train running"),
+        ("a stylish-woman.walks.mov", "stylish woman walks"),
+        ("三只猫.mp4", "三只猫"),
+        ("IMG_20210304.mp4", None),
+        ("a3f09c11.mp4", None),
+        ("0001.mp4", None),
+    ],
+)
+def test_a_file_without_a_caption_is_captioned_by_the_words_of_its_name(name, caption):
+    found = from_name(Path(name))
+    assert [item.text for item in found] == ([caption] if caption else [])
+    assert all(item.type == "gt" and item.model == "filename" for item in found)
