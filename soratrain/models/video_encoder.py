@@ -40,6 +40,21 @@ def sample_frames(frames: int, fps: Tensor, rate: float, limit: int) -> tuple[Te
     return (places * stride[:, None]).round().long().clamp(max=frames - 1), count
 
 
+def normalized(frames: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return clips `[B, n, 3, H, W]` without their mean colour and at unit contrast, the mean `[B, 3]` and the contrast
+    `[B, 1]`.
+
+    A shape is then the same whatever it and its background are coloured in, and is learned from all colours at once.
+
+    Args:
+        share: weight of each frame `[B, n]`, summing to 1; a repeated frame has none.
+    """
+    mean = torch.einsum("bn,bnc->bc", share, frames.mean((3, 4)))
+    square = torch.einsum("bn,bnc->bc", share, frames.square().mean((3, 4)))
+    contrast = (square - mean.square()).clamp(min=0).mean(1, keepdim=True).sqrt() + 0.05
+    return (frames - mean[:, None, :, None, None]) / contrast[:, None, :, None, None], mean, contrast
+
+
 class Stem(nn.Module):
     """Convolutions of stride 2 before frames are cut: what a shape is, need not be learned for every place anew.
 
@@ -91,13 +106,13 @@ class VideoEncoder(nn.Module):
         self.patch, self.frame_rate, self.max_frames = tuple(patch), frame_rate, max_frames
         self.channels = split_axes(dim // num_heads)
         self.embed = nn.Linear(self.stem.out_channels * math.prod(self.patch) // self.stem.stride**2, dim)
-        self.place = nn.Linear(5, dim)
+        self.place = nn.Linear(9, dim)
         self.norm_in, self.norm_out = norm(dim), norm(dim)
         self.blocks = nn.ModuleList(Block(dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
 
     def cut(self, pixels: Tensor, fps: Tensor) -> tuple[Tensor, Tensor, Tensor, Packing]:
-        """Return patches `[N, P]`, their coordinates `[N, 3]` (t, y, x), where they stand in their clip `[N, 5]`, and
-        the packing of the clips.
+        """Return patches `[N, P]`, their coordinates `[N, 3]` (t, y, x), where they stand in their clip, with its mean
+        colour and contrast, `[N, 9]`, and the packing of the clips.
         """
         batch, _, frames, height, width = pixels.shape
         if not frames:
@@ -107,6 +122,8 @@ class VideoEncoder(nn.Module):
         pt, ph, pw = self.patch
         index = torch.cat([index, index[:, -1:].expand(-1, -index.shape[1] % pt)], dim=1)
         taken = pixels[torch.arange(batch, device=pixels.device)[:, None], :, index]  # B, n, C, H, W
+        real = (torch.arange(index.shape[1], device=fps.device)[None] < count[:, None]) / count[:, None]
+        taken, mean, contrast = normalized(taken, real)
         taken = F.pad(taken.flatten(0, 1), (0, -width % pw, 0, -height % ph), mode="replicate")
         taken = self.stem(taken).unflatten(0, (batch, -1))
         ph, pw = ph // self.stem.stride, pw // self.stem.stride
@@ -122,7 +139,8 @@ class VideoEncoder(nn.Module):
         last = ((count - 1).clamp(min=0) / (count - 1).clamp(min=1)).float()[:, None, None, None].expand(shape)
         duration = (index[:, -1] / fps).float()[:, None, None, None].expand(shape)
         middle = [(y + 0.5) * (2 / rows) - 1, (x + 0.5) * (2 / columns) - 1]
-        places = torch.stack([seconds - duration / 2, duration, last, *middle], dim=-1)
+        overall = torch.cat([mean, contrast], dim=1)[:, None, None, None].expand(*shape, -1)
+        places = torch.cat([torch.stack([seconds - duration / 2, duration, last, *middle], dim=-1), overall], dim=-1)
         lengths = (-(count // -pt)).tolist()
         packing = Packing.of([length * rows * columns for length in lengths])
         flat = [cut.flatten(4).flatten(1, 3), coords.flatten(1, 3), places.flatten(1, 3)]
