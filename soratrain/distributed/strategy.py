@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy as LightningStrategy
 
 NAMES = ("single", "ddp", "zero1", "zero2", "zero3")
+COUNTER = "step"  # the one state of torch's optimizers that is a single number, whatever the parameter's shape
 NOT_SAVED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "epoch")  # fragments and `step` replace them
 
 
@@ -116,10 +117,10 @@ class Restorable:
         for fragment in fragments:
             keep(f"weight/{fragment.name}", fragment, fragment.read())
         for key, fragment, value in optimizer_states(self.base_optimizer(), fragments):
-            if value.numel() == fragment.holder.numel() and value.dim():
-                keep(f"{key}/{fragment.name}", fragment, fragment.read(value))
-            else:
+            if key == COUNTER:
                 scalars.setdefault(key, {})[fragment.name] = float(value)
+            else:
+                keep(f"{key}/{fragment.name}", fragment, fragment.read(value))
         trained = [fragment for fragment in fragments if fragment.trained]
         for fragment, average in zip(trained, self.averages or [], strict=False):
             keep(f"average/{fragment.name}", fragment, average)
