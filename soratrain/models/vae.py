@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from soratrain.errors import ConfigError
 from soratrain.models.layers import CausalConv3d, Chain, Down, Front, Head, ResidualBlock, State, Up
 
+SMALLEST_SHARE = 0.01  # a direction with less of a channel's variance is noise, and is not raised to 1
+
 
 class VAE(nn.Module):
     """Causal 3D convolutional variational autoencoder.
@@ -36,6 +38,9 @@ class VAE(nn.Module):
     Attributes:
         stride: (time, height, width), pixels per latent position.
         latent_mean, latent_std: `[C]` buffers by which `encode` and `decode` normalise.
+        latent_mix, latent_unmix: `[C, C]` buffers, each the other's inverse, which then take the channels' correlations
+            out and put them back. What channels share is mostly colour and background; left in, it drowns shape and
+            motion in a diffusion model's loss.
 
     Raises:
         ConfigError: lists of unequal length, or values that do not go together.
@@ -43,6 +48,8 @@ class VAE(nn.Module):
 
     latent_mean: Tensor
     latent_std: Tensor
+    latent_mix: Tensor
+    latent_unmix: Tensor
 
     def __init__(
         self,
@@ -96,6 +103,8 @@ class VAE(nn.Module):
         self.encoder, self.decoder = Chain(down), Chain(up)
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
+        self.register_buffer("latent_mix", torch.eye(latent_channels))
+        self.register_buffer("latent_unmix", torch.eye(latent_channels))
 
     def check_size(self, frames: int, height: int, width: int) -> None:
         """Raise ConfigError, naming the nearest sizes, unless a whole clip of this size can be encoded."""
@@ -132,14 +141,30 @@ class VAE(nn.Module):
         return self.front.inverse(y, state is None), after
 
     def normalise(self, latent: Tensor) -> Tensor:
-        """Return the latent with each channel's mean taken off and divided by its standard deviation."""
+        """Return the latent with mean 0, variance 1 and uncorrelated channels, fp32."""
         shape = (-1, 1, 1, 1)
-        return (latent.float() - self.latent_mean.view(shape)) / self.latent_std.view(shape)
+        latent = (latent.float() - self.latent_mean.view(shape)) / self.latent_std.view(shape)
+        return torch.einsum("dc,bcthw->bdthw", self.latent_mix, latent)
 
     def denormalise(self, latent: Tensor) -> Tensor:
         """Undo `normalise`."""
         shape = (-1, 1, 1, 1)
-        return latent.float() * self.latent_std.view(shape) + self.latent_mean.view(shape)
+        latent = torch.einsum("dc,bcthw->bdthw", self.latent_unmix, latent.float())
+        return latent * self.latent_std.view(shape) + self.latent_mean.view(shape)
+
+    def set_statistics(self, mean: Tensor, covariance: Tensor) -> None:
+        """Make latents of this mean `[C]` and covariance `[C, C]` uncorrelated and of variance 1.
+
+        The mix is the inverse root of the correlations, which keeps every channel as close to itself as can be
+        (ZCA-cor: Kessy et al., 2018).
+        """
+        std = covariance.diagonal().clamp(min=1e-12).sqrt()
+        values, vectors = torch.linalg.eigh(covariance / std[:, None] / std)
+        roots = values.clamp(min=SMALLEST_SHARE).sqrt()
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+        self.latent_mix.copy_((vectors / roots) @ vectors.T)
+        self.latent_unmix.copy_((vectors * roots) @ vectors.T)
 
     def encode(self, x: Tensor) -> Tensor:
         """Return the normalised latent `[B, C, t, h, w]`, fp32, of pixels `[B, 3, T, H, W]` in [-1, 1].

@@ -125,29 +125,30 @@ class VAEStage(TrainStage):
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """Set the latents' mean and deviation, over micro-batches that follow those trained on."""
+        """Set the latents' mean and covariance, over micro-batches that follow those trained on."""
         loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         self.set_statistics(islice(iter(loader), self.statistics_batches))
 
     @torch.no_grad()
     def set_statistics(self, batches: Iterable[VideoBatch]) -> None:
-        """Set the VAE's `latent_mean` and `latent_std` from clips, over all ranks.
+        """Measure the latents' mean and covariance from clips, over all ranks, for the VAE to normalise by.
 
         Raises:
             DataError: there is no clip.
         """
-        totals = torch.zeros(3, self.vae.latent_channels, dtype=torch.float64, device=self.device)
+        channels = self.vae.latent_channels
+        totals = torch.zeros(channels + 1, channels + 1, dtype=torch.float64, device=self.device)
         for batch in batches:
             mean = self.vae.posterior(batch.to(self.device).pixels())[0].double().transpose(0, 1).flatten(1)
-            totals += torch.stack([torch.full_like(totals[0], mean.shape[1]), mean.sum(1), mean.square().sum(1)])
+            mean = torch.cat((mean, torch.ones_like(mean[:1])))  # its last row and column sum the others, and count
+            totals += mean @ mean.T
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(totals)
-        count, first, second = totals
-        if not count[0] > 1:
+        count = totals[-1, -1]
+        if not count > 1:
             raise DataError("no clip from which to measure the latents' statistics; the data have no batch left")
-        average = first / count
-        self.vae.latent_mean.copy_(average)
-        self.vae.latent_std.copy_((second / count - average.square()).clamp(min=1e-12).sqrt())
+        average = totals[-1, :-1] / count
+        self.vae.set_statistics(average, totals[:-1, :-1] / count - torch.outer(average, average))
 
 
 def random_crop(batch: VideoBatch, size: int) -> Tensor:
