@@ -96,6 +96,7 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         experiment = choices.get("experiment")
         if experiment and not any(split_override(item)[0] == "out" for item in overrides):
             composed.out = f"outputs/{composed.run}/{composed.stage.name}/{folder_name(experiment)}"
+        composed.run = str(composed.run)  # run=2024 is a name too
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError(f"{missing[0]}: has no value; give {missing[0]}=…")

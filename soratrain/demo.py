@@ -6,7 +6,6 @@ Run again it goes on: every stage skips or resumes what is done.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,8 @@ from typing import Any
 import psutil
 from rich.console import Console
 from rich.table import Table
+
+from soratrain.children import run_child
 
 SHARDS = Path("data/world")
 OUT = Path("outputs/default")
@@ -37,7 +38,10 @@ def steps() -> list[Step]:
     """Return the chain; every step is a command of its own."""
     world = Step("world", ("data_prep", "input=world", f"output={SHARDS}"), SHARDS)
     stages = ("vae", "captioner", "recaption", "encode", "dit", "sample", "evaluate")
-    return [world, *(Step(name, ("soratrain", f"stage={name}"), OUT / name / "base") for name in stages)]
+    return [
+        world,
+        *(Step(name, ("soratrain", f"stage={name}", "machine=laptop"), OUT / name / "base") for name in stages),
+    ]
 
 
 class PeakMemory(threading.Thread):
@@ -135,7 +139,7 @@ def main() -> int:
     for number, step in enumerate(chain, 1):
         console.rule(f"[bold]{number}/{len(chain)} {step.name}[/]  python -m {' '.join(step.words)}", align="left")
         start, watch.peak = time.monotonic(), 0
-        code = subprocess.run([sys.executable, "-m", *step.words], check=False).returncode
+        code = run_child([sys.executable, "-m", *step.words])
         if code:
             console.print(
                 f"stage {step.name} ended with exit code {code}; mend it and run the demo again: it goes on here"
@@ -155,4 +159,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: make demo goes on from here\n")
+        sys.exit(130)

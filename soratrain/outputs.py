@@ -119,9 +119,32 @@ def finish(out: Path, result: Mapping[str, Any]) -> None:
         path.write_text(document, encoding="utf-8")
 
 
-def fingerprint(path: Path) -> str:
+def fingerprint(place: str | Path) -> str:
     """Return a short hash of what an upstream folder holds, from the file that its maker writes last."""
     for name in ("result.json", "dataset.json"):
-        if (path / name).is_file():
-            return hashlib.blake2b((path / name).read_bytes(), digest_size=8).hexdigest()
+        file = Path(place) / name
+        if file.is_file():
+            return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
     return "unknown"
+
+
+def stored_upstream(out: Path) -> dict[str, dict[str, str]]:
+    """Return what `out` was made from, by key of `inputs`: the path, and its fingerprint at that time."""
+    file = out / "upstream.yaml"
+    return (yaml.safe_load(file.read_text()) if file.is_file() else None) or {}
+
+
+def bind_upstream(out: Path, inputs: Mapping[str, str]) -> None:
+    """Write down what `out` is made from; a folder that has begun goes on from the very same only.
+
+    Raises:
+        ConfigError: names the input that was made anew since `out` began.
+    """
+    now = {key: {"path": str(place), "fingerprint": fingerprint(place)} for key, place in inputs.items()}
+    for key, before in stored_upstream(out).items():
+        if key in now and now[key] != before:
+            raise ConfigError(
+                f"inputs.{key}={inputs[key]}: was made anew since {out} began from it; use fresh=true, or run=NAME"
+            )
+    with replacing(out / "upstream.yaml") as path:
+        path.write_text(yaml.safe_dump(now), encoding="utf-8")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from soratrain import outputs, upstream
 from soratrain.compose import compose, split_override
@@ -43,6 +42,8 @@ def prepare(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """
     asked = [split_override(item)[1] for item in overrides if split_override(item)[0] == "machine"]
     settled = [item for item in overrides if split_override(item)[0] != "machine"]
+    if "SLURM_JOB_ID" in os.environ and not any(split_override(item)[0] == "upstream" for item in settled):
+        settled.append("upstream=fail")  # a job's GPUs do not wait while one of them makes something else
     chosen = [item for item in asked[-1:] if item != "auto"]
     machine, why = (chosen[0], "as asked") if chosen else detect_machine(overrides)
     config, _ = compose([*settled, f"machine={machine}"])
@@ -75,18 +76,21 @@ def global_rank() -> int:
     return 0
 
 
-def start_logging(out: Path) -> None:
-    """Say what happens on the terminal and in `log.txt`."""
+def start_logging() -> None:
+    """Say on the terminal what happens."""
     root = logging.getLogger("soratrain")
     root.setLevel(logging.INFO)
     root.propagate = False
     console = logging.StreamHandler()
     console.setFormatter(logging.Formatter("%(message)s"))
     root.handlers = [console]
-    if out.is_dir():
-        file = logging.FileHandler(out / "log.txt", encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        root.handlers.append(file)
+
+
+def log_to(path: Path) -> None:
+    """Say it in a file as well."""
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger("soratrain").addHandler(file)
 
 
 def instantiate(node: Mapping[str, Any]) -> Any:
@@ -109,60 +113,43 @@ def instantiate(node: Mapping[str, Any]) -> Any:
         raise
 
 
-def unchanged_upstream(out: Path, config: Mapping[str, Any]) -> None:
-    """Refuse to go on from upstream results that were made anew since this folder was begun.
-
-    Raises:
-        ConfigError: names the input that changed.
-    """
-    file = out / "upstream.yaml"
-    now = {
-        key: outputs.fingerprint(Path(config["inputs"][key]))
-        for key in config["stage"]["needs"]
-        if config["inputs"][key]
-    }
-    before = yaml.safe_load(file.read_text()) if file.is_file() else now
-    for key in sorted(now.keys() & before.keys()):
-        if now[key] != before[key]:
-            raise ConfigError(
-                f"inputs.{key}={config['inputs'][key]}: was made anew since {out} began from it; use fresh=true,"
-                " or run=NAME"
-            )
-    file.write_text(yaml.safe_dump(now))
-
-
 def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Run the stage that `config` describes, or go on with it; return its result.
+
+    What the values themselves make impossible is found first: before anything upstream is made, before the folder is
+    touched.
 
     Raises:
         UserError: something that the user can mend.
     """
     out, stage, first = Path(config["out"]), config["stage"], global_rank() == 0
     once = stage.get("once", True)
-    start_logging(out)
+    start_logging()
+    work = training(config) if stage["kind"] == "fit" else instantiate(stage["job"])
     if first:
         log.info("machine: %s", config["machine"]["chosen"])
         upstream.ensure(config, overrides)
         outputs.claim(out, config, compare=once)
-        start_logging(out)
+        log_to(out / "log.txt")
         if once:
-            unchanged_upstream(out, config)
+            inputs = {key: config["inputs"][key] for key in stage["needs"]}
+            outputs.bind_upstream(out, {key: place for key, place in inputs.items() if place})
     done = outputs.stored_result(out) if once else None
     if done is not None:
         log.info("stage=%s is done in %s (fresh=true would start it over)", stage["name"], out)
         return done
+    if stage["kind"] != "fit" and not first:
+        return {}  # a job is one process's work
     began = time.monotonic()
     try:
-        metrics = fit(config, out) if stage["kind"] == "fit" else instantiate(stage["job"])()
+        metrics = work()
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
     result = {**metrics, "stage": stage["name"], "seconds": round(time.monotonic() - began, 1)}
     if first:
         outputs.finish(out, result)
-        log.info(
-            "%s",
-            "  ".join(f"{key} {shown(value)}" for key, value in result.items() if not isinstance(value, dict | list)),
-        )
+        figures = {key: value for key, value in result.items() if not isinstance(value, dict | list)}
+        log.info("%s", "  ".join(f"{key} {shown(value)}" for key, value in figures.items()))
     return result
 
 
@@ -171,8 +158,8 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def fit(config: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """Train the stage's nets, from the newest checkpoint if there is one, and return the last metrics."""
+def training(config: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
+    """Build a training run; calling it trains, from the newest checkpoint if there is one, to the last metrics."""
     import lightning as L
 
     from soratrain.distributed import trainer as engine
@@ -180,8 +167,21 @@ def fit(config: Mapping[str, Any], out: Path) -> dict[str, Any]:
     L.seed_everything(config["seed"], verbose=False)
     module = instantiate(config["stage"]["module"])
     data = instantiate(config["stage"]["data"])
-    if config["init"]:
-        for name in module.factories:
-            module.start_from(name, config["init"])
     trainer = instantiate(config["trainer"])()
-    return engine.fit(trainer, module, data)
+
+    def train() -> dict[str, Any]:
+        if config["init"]:
+            for name in module.factories:
+                module.start_from(name, config["init"])
+        return engine.fit(trainer, module, data) or last_row(Path(config["out"]) / "metrics.csv")
+
+    return train
+
+
+def last_row(file: Path) -> dict[str, float]:
+    """Return the last row of a run's metrics, for a run that had nothing left to do but to say that it is done."""
+    if not file.is_file():
+        return {}
+    with file.open(newline="", encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    return {key: float(value) for key, value in rows[-1].items() if value} if rows else {}

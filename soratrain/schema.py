@@ -227,6 +227,8 @@ def check_across(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"upstream={config['upstream']!r}: must be make or fail")
     if not re.fullmatch(r"[\w.-]+", config["run"]) or config["run"].startswith("."):
         raise ConfigError(f"run={config['run']!r}: must be a folder name of letters, digits, '_', '-' and '.'")
+    if not 0 <= config["seed"] < 2**32:
+        raise ConfigError(f"seed={config['seed']}: must lie between 0 and {2**32 - 1}")
     if config["optimizer"].get("name") == "muon" and config["strategy"].get("name") in STRATEGIES_WITHOUT_MUON:
         raise ConfigError(
             f"optimizer=muon with strategy={config['strategy']['name']}: ZeRO flattens gradients, which Muon needs as"

@@ -6,23 +6,30 @@ A job's folder is named by a hash of its overrides, so a sweep can be widened an
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
+from soratrain.children import run_child
 from soratrain.compose import TEXT_KEYS, check_overrides, split_override
 from soratrain.errors import ConfigError
 from soratrain.quoting import quote
-from soratrain.run import detect_machine
+from soratrain.run import detect_machine, prepare
 from soratrain.schema import CONF
 
-METRICS = ("loss", "accuracy")  # the first one that a stage reports is what a sweeper minimises
+METRICS = (
+    "loss",
+    "clips_per_s",
+    "captions_per_s",
+    "samples",
+)  # the first one that a stage reports is what a sweeper minimises
 
 
 def folder_hash(overrides: Sequence[str]) -> str:
@@ -37,11 +44,29 @@ def job(config: DictConfig) -> float:
     out = Path("outputs") / config.run / config.stage.name / "sweep" / folder_hash(overrides)
     words = [sys.executable, "-m", "soratrain", *overrides, f"out={out}"]
     sys.stderr.write(f"sweep: {' '.join(overrides)} → {out}\n")
-    code = subprocess.run(words, check=False).returncode
+    code = run_child(words)
     if code:
         sys.exit(code)
     result = json.loads((out / "result.json").read_text())
-    return float(next((result[key] for key in METRICS if key in result), 0.0))
+    metric = next((result[key] for key in METRICS if key in result), None)
+    if metric is None:
+        raise ConfigError(
+            f"stage={config.stage.name}: reports none of {', '.join(METRICS)}, so it cannot be swept over"
+        )
+    return float(metric)
+
+
+def combinations(overrides: Sequence[str], most: int = 256) -> list[list[str]]:
+    """Return the first `most` single runs that a sweep of plain choices and ranges consists of."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    choices = [
+        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+        if item.is_sweep_override() and item.is_discrete_sweep()
+        else [item.input_line or ""]
+        for item in parsed
+        if not item.is_hydra_override()
+    ]
+    return [list(run) for run in itertools.islice(itertools.product(*choices), most)]
 
 
 def sweep(overrides: Sequence[str]) -> int:
@@ -63,6 +88,8 @@ def sweep(overrides: Sequence[str]) -> int:
         sys.stderr.write(f"machine={machine} (auto: {why})\n")
     if any(item.startswith("hydra/launcher=") for item in words) and "upstream" not in keys:
         words.append("upstream=fail")  # jobs that run at once would all make the same thing
+    for run in combinations(words):
+        prepare(run)
     sys.argv[1:] = ["--multirun", *words]
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     return 0

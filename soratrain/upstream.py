@@ -2,35 +2,62 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from soratrain import outputs
+from soratrain.children import run_child
 from soratrain.compose import split_override
 from soratrain.errors import DataError
 
 log = logging.getLogger(__name__)
 
+WORLD = "data/world"  # where the embedded world lies by default
 MAKERS = {"captions": "recaption", "vae": "vae", "captioner": "captioner", "latents": "encode", "dit": "dit"}
 PASSED_ON = ("run", "seed", "machine", "upstream", "inputs", "vae", "captioner", "text", "logger")
 
 
-def holds(key: str, path: Path) -> bool:
-    """Return whether `path` holds a whole upstream result of kind `key`."""
+def holds(key: str, place: str) -> bool:
+    """Return whether `place` holds a whole upstream result of kind `key`; of a URL the reader itself will tell."""
+    if "://" in place:
+        return True
+    path = Path(place)
     if key == "captions":
-        return any(path.glob("captions/*/*.parquet")) or any(path.glob("*.parquet")) or any(path.glob("*/*.parquet"))
+        return any(any(path.glob(pattern)) for pattern in ("captions/*/*.parquet", "*.parquet", "*/*.parquet"))
     if key in ("shards", "latents"):
-        return (path / "dataset.json").is_file()
+        file = path / "dataset.json"
+        return file.is_file() and json.loads(file.read_text()).get("complete", True)
     return any((folder / f"{key}.safetensors").is_file() for folder in (path / "weights", path))
 
 
-def ready(key: str, path: Path, *, own: bool) -> bool:
-    """Return whether upstream `key` can be used; a folder of this same run (`own`) must be finished as well."""
-    return holds(key, path) and (not own or key == "shards" or (path / "result.json").is_file())
+def ready(key: str, place: str) -> bool:
+    """Return whether upstream `key` can be used: it is there, and a stage whose folder it is has finished."""
+    path = Path(place)
+    finished = not (path / "config.yaml").is_file() or (path / "result.json").is_file()
+    return holds(key, place) and finished
+
+
+def check_current(place: str) -> None:
+    """Refuse an upstream folder that was made from something that has been made anew since, at any depth.
+
+    Raises:
+        DataError: names both folders and the command that makes the older one again.
+    """
+    path = Path(place)
+    for key, origin in outputs.stored_upstream(path).items():
+        if outputs.fingerprint(origin["path"]) != origin["fingerprint"]:
+            old = outputs.stored_config(path) or {}
+            stage = old.get("stage", {}).get("name", "?")
+            raise DataError(
+                f"{path} was made from inputs.{key}={origin['path']}, which has been made anew since; make it again:"
+                f" python -m soratrain stage={stage} run={old.get('run')} fresh=true"
+            )
+        check_current(origin["path"])
 
 
 def command(key: str, config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
@@ -55,29 +82,38 @@ def shown(words: Sequence[str]) -> str:
 
 
 def ensure(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
-    """See that everything `stage.needs` is there; what is missing is made, or named with the command that makes it.
+    """See that everything `stage.needs` is there and current; what is missing is made, or named with its command.
 
     Raises:
-        DataError: something is missing and may not, or could not, be made.
+        DataError: something is missing and may not, or could not, be made; or it is out of date.
     """
     given = {split_override(item)[0] for item in overrides}
     for key in config["stage"]["needs"]:
-        value = config["inputs"][key]
-        if value is None:
+        place = config["inputs"][key]
+        if place is None:
             continue
-        path, own = Path(value), f"inputs.{key}" not in given
-        if ready(key, path, own=own):
-            continue
-        words = command(key, config, overrides)
-        if not own and not (key == "shards" and value == "data/world"):
-            if key == "shards":
-                words = [sys.executable, "-m", "data_prep", "input=VIDEOS", f"output={value}"]
-            raise DataError(f"inputs.{key}={value}: holds no {key}; give another path, or make it: {shown(words)}")
-        if config["upstream"] == "fail":
-            raise DataError(f"inputs.{key}={value}: missing or unfinished; make it first: {shown(words)}")
-        log.info("%s is missing: making it with  %s", key, shown(words))
-        code = subprocess.run(words, check=False).returncode
-        if code in (130, -2):
-            raise KeyboardInterrupt
-        if code or not ready(key, path, own=own):
-            raise DataError(f"inputs.{key}={value}: could not be made (exit code {code}); run it alone: {shown(words)}")
+        if not ready(key, place):
+            make(key, place, config, overrides, own=f"inputs.{key}" not in given)
+        check_current(place)
+
+
+def make(key: str, place: str, config: Mapping[str, Any], overrides: Sequence[str], *, own: bool) -> None:
+    """Make what is missing with the command that anyone would type.
+
+    Args:
+        own: the place is this run's own, and was not given on the command line.
+
+    Raises:
+        DataError: it may not be made, or could not be.
+    """
+    words = command(key, config, overrides)
+    if not own and not (key == "shards" and place == WORLD):
+        if key == "shards":
+            words = [sys.executable, "-m", "data_prep", "input=VIDEOS", f"output={place}"]
+        raise DataError(f"inputs.{key}={place}: holds no finished {key}; give another path, or make it: {shown(words)}")
+    if config["upstream"] == "fail":
+        raise DataError(f"inputs.{key}={place}: missing or unfinished; make it first: {shown(words)}")
+    log.info("%s is missing: making it with  %s", key, shown(words))
+    code = run_child(words)
+    if code or not ready(key, place):
+        raise DataError(f"inputs.{key}={place}: could not be made (exit code {code}); run it alone: {shown(words)}")

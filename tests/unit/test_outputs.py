@@ -81,3 +81,15 @@ def test_the_fingerprint_follows_what_the_maker_wrote(tmp_path):
     first = outputs.fingerprint(tmp_path)
     outputs.finish(tmp_path, {"loss": 0.4})
     assert outputs.fingerprint(tmp_path) != first
+
+
+def test_a_run_goes_on_only_from_the_upstream_that_it_began_with(tmp_path):
+    shards, out = tmp_path / "shards", tmp_path / "vae"
+    shards.mkdir()
+    out.mkdir()
+    outputs.finish(shards, {"clips": 1})
+    outputs.bind_upstream(out, {"shards": str(shards)})
+    outputs.bind_upstream(out, {"shards": str(shards)})
+    outputs.finish(shards, {"clips": 2})
+    with pytest.raises(ConfigError, match=r"inputs\.shards=.* was made anew since"):
+        outputs.bind_upstream(out, {"shards": str(shards)})

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
 import pytest
 
-from soratrain import upstream
+from soratrain import outputs, upstream
 from soratrain.errors import DataError
 
 
@@ -21,23 +20,22 @@ def config(tmp_path, **changes):
     return {**base, **changes}
 
 
-def make_vae(folder, *, finished=True):
+def make_vae(folder):
     (folder / "weights").mkdir(parents=True)
     (folder / "weights" / "vae.safetensors").write_bytes(b"")
-    if finished:
-        (folder / "result.json").write_text(json.dumps({}))
+    (folder / "result.json").write_text(json.dumps({}))
 
 
 @pytest.fixture
 def calls(monkeypatch, tmp_path):
     made = []
 
-    def run(words, check):
+    def run(words):
         made.append(words)
         make_vae(tmp_path / "vae")
-        return subprocess.CompletedProcess(words, 0)
+        return 0
 
-    monkeypatch.setattr(upstream.subprocess, "run", run)
+    monkeypatch.setattr(upstream, "run_child", run)
     return made
 
 
@@ -48,9 +46,8 @@ def test_what_is_there_is_not_made_again(tmp_path, calls):
 
 
 def test_an_unfinished_result_of_this_run_is_gone_on_with(tmp_path, calls):
-    make_vae(tmp_path / "vae", finished=False)
-    (tmp_path / "vae" / "weights" / "vae.safetensors").unlink()
-    (tmp_path / "vae" / "weights").rmdir()
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.yaml").write_text("stage: {name: vae}")
     upstream.ensure(config(tmp_path), [])
     assert calls[0][1:] == ["-m", "soratrain", "stage=vae"]
 
@@ -68,15 +65,36 @@ def test_upstream_fail_names_the_command_and_starts_nothing(tmp_path, calls):
 
 
 def test_a_path_that_was_given_and_is_empty_is_an_error_even_where_things_may_be_made(tmp_path, calls):
-    with pytest.raises(DataError, match=r"inputs\.vae=.*holds no vae"):
+    with pytest.raises(DataError, match=r"inputs\.vae=.*holds no finished vae"):
         upstream.ensure(config(tmp_path), [f"inputs.vae={tmp_path / 'vae'}"])
     assert calls == []
 
 
 def test_a_maker_that_fails_is_named_with_its_exit_code(tmp_path, monkeypatch):
-    monkeypatch.setattr(upstream.subprocess, "run", lambda words, check: subprocess.CompletedProcess(words, 2))
+    monkeypatch.setattr(upstream, "run_child", lambda words: 2)
     with pytest.raises(DataError, match=r"could not be made \(exit code 2\)"):
         upstream.ensure(config(tmp_path), [])
+
+
+def test_what_was_made_from_something_older_is_refused_at_any_depth(tmp_path, calls):
+    make_vae(tmp_path / "shards")
+    make_vae(tmp_path / "vae")
+    (tmp_path / "vae" / "config.yaml").write_text("stage: {name: vae}\nrun: mine\n")
+    outputs.bind_upstream(tmp_path / "vae", {"shards": str(tmp_path / "shards")})
+    upstream.ensure(config(tmp_path), [])
+    (tmp_path / "latents").mkdir()
+    outputs.bind_upstream(tmp_path / "latents", {"vae": str(tmp_path / "vae")})
+    (tmp_path / "shards" / "result.json").write_text('{"made": "anew"}')
+    for place in ("vae", "latents"):
+        with pytest.raises(DataError, match=r"shards, which has been made anew.*stage=vae run=mine fresh=true"):
+            upstream.check_current(str(tmp_path / place))
+
+
+def test_latents_that_are_not_complete_are_no_upstream(tmp_path):
+    (tmp_path / "dataset.json").write_text('{"complete": false}')
+    assert not upstream.holds("latents", str(tmp_path))
+    (tmp_path / "dataset.json").write_text('{"complete": true}')
+    assert upstream.holds("latents", str(tmp_path))
 
 
 def test_shards_are_made_by_data_prep_at_the_machines_size(tmp_path):
