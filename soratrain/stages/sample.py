@@ -60,6 +60,7 @@ class Sample:
         fps: frames per second of the clip.
         seed: with the prompt, settles the noise.
         steps, guidance_scale: of the sampler.
+        patch: latent positions of a token, so that a wrong size is refused before the weights are read.
         batch: most clips drawn at once.
     """
 
@@ -76,12 +77,16 @@ class Sample:
         seed: int,
         steps: int,
         guidance_scale: float,
+        patch: Sequence[int] = (1, 2, 2),
         batch: int = 16,
     ) -> None:
         if prompt is None or prompt == []:
             raise ConfigError('prompt is not set: say what to draw, for instance prompt="a red circle moves left"')
         self.prompts = [prompt] if isinstance(prompt, str) else [str(item) for item in prompt]
         self.height, self.width = parse_size(size)
+        check_size(self.height, self.width, frames, patch)
+        for text in self.prompts:
+            check_prompt(text, guidance_scale)
         if steps < 1:
             raise ConfigError(f"sampler.steps={steps} must be at least 1")
         if fps <= 0:
@@ -99,8 +104,6 @@ class Sample:
     def __call__(self) -> dict[str, Any]:
         """Draw every prompt that is not drawn yet with these settings; return how many, and where the clips are."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        for prompt in self.prompts:
-            check_prompt(prompt, self.settings["guidance_scale"])
         generate = Generator.load(self.vae, self.dit, device=device, batch=self.batch)
         check_size(self.height, self.width, self.settings["frames"], generate.dit.patch)
         notes = {name: weights.resolve(place, name) for name, place in (("vae", self.vae), ("dit", self.dit))}
@@ -108,25 +111,33 @@ class Sample:
         documents = {
             self.path(prompt): {"prompt": prompt, **self.settings, "weights": print_of} for prompt in self.prompts
         }
-        missing = {path: document for path, document in documents.items() if read_json(path) != document}
+        missing = {
+            path: document
+            for path, document in documents.items()
+            if read_json(path) != document or not self.clip(path).is_file()
+        }
         began = time.monotonic()
         texts = [document["prompt"] for document in missing.values()]
         settings = {key: self.settings[key] for key in ("frames", "fps", "seed", "steps", "guidance_scale")}
         clips = generate(texts, height=self.height, width=self.width, **settings) if texts else []
         for (path, document), clip in zip(missing.items(), clips, strict=True):
             write_clip(path, clip, self.settings["fps"], document)
-            log.info("%s: %s", path.with_suffix(".png" if len(clip) == 1 else ".mp4"), document["prompt"][:80])
+            log.info("%s: %s", self.clip(path), document["prompt"][:80])
         return {
             "samples": len(documents),
             "drawn": len(missing),
             "seconds": round(time.monotonic() - began, 1),
-            "files": [str(path.with_suffix(".png" if self.settings["frames"] == 1 else ".mp4")) for path in documents],
+            "files": [str(self.clip(path)) for path in documents],
         }
 
     def path(self, prompt: str) -> Path:
         """Return where the notes on a prompt's clip lie; the clip is beside them."""
         settings = hashlib.blake2b(json.dumps(self.settings, sort_keys=True).encode(), digest_size=3).hexdigest()
         return self.out / "samples" / f"{slug(prompt)}-{settings}.json"
+
+    def clip(self, path: Path) -> Path:
+        """Return the file of the clip whose notes lie at `path`."""
+        return path.with_suffix(".png" if self.settings["frames"] == 1 else ".mp4")
 
 
 def write_clip(path: Path, clip: np.ndarray, fps: float, document: dict[str, Any]) -> None:
