@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -101,6 +102,8 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         if missing:
             raise ConfigError(f"{missing[0]}: has no value; give {missing[0]}=…")
         config = OmegaConf.to_container(composed, resolve=True)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"a file in {CONF} is not valid YAML: {one_line(error)}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(unknown_key(error, overrides) or one_line(error)) from error
     assert isinstance(config, dict)

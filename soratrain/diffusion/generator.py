@@ -145,11 +145,11 @@ def check_size(height: int, width: int, frames: int, patch: Sequence[int]) -> No
                 f"size={width}x{height}: {name} {value} is no multiple of {unit}; the nearest are {below} and"
                 f" {below + unit}"
             )
-    unit = STRIDE[0] * patch[0]
-    if frames < 1 or (frames - 1) % unit:
-        below = max((frames - 1) // unit, 0) * unit + 1
+    unit, least = STRIDE[0] * patch[0], 1 + STRIDE[0] * (patch[0] - 1)  # latent frames fill whole patches
+    if frames < least or (frames - least) % unit:
+        below = least + max((frames - least) // unit, 0) * unit
         raise ConfigError(
-            f"frames={frames} is not 1 + a multiple of {unit}; the nearest are {below} and {below + unit}"
+            f"frames={frames} is not {least} + a multiple of {unit}; the nearest are {below} and {below + unit}"
         )
 
 

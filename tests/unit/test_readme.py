@@ -1,0 +1,44 @@
+"""The README's commands are commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from data_prep import schema as prep_schema
+from soratrain.compose import TEXT_KEYS
+from soratrain.quoting import quote
+from soratrain.run import prepare
+from soratrain.sweep import combinations
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"python -m ((?:soratrain|data_prep) [^`\n]*?=[^`\n]*?)(?:`|\s+#|\s*\n)", README)))
+
+
+def test_the_readme_shows_every_stage():
+    shown = " ".join(COMMANDS)
+    assert len(COMMANDS) > 15
+    for stage in ("vae", "captioner", "recaption", "encode", "dit", "sample", "evaluate"):
+        assert f"stage={stage}" in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_composes(command):
+    module, *words = shlex.split(command)
+    if module == "data_prep":
+        assert prep_schema.compose(quote(words, prep_schema.PATHS)).output
+        return
+    words = [word for word in words if word != "--cfg"]
+    runs = combinations(quote(words[1:], TEXT_KEYS)) if words[0] == "-m" else [quote(words, TEXT_KEYS)]
+    for run in runs:
+        config, _ = prepare(["machine=laptop", *run] if "machine=gpu" not in run else run)
+        assert config["stage"]["name"] in command
+
+
+def test_the_make_targets_that_the_readme_names_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"make ([a-z-]+)", README)) - {"it"} <= targets
