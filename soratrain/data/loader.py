@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from soratrain.batch import Batch
 from soratrain.data.dataset import MicroBatches
+from soratrain.errors import UserError
 
 
 class Span(Sampler[int]):
@@ -25,17 +27,47 @@ class Span(Sampler[int]):
         return self.end
 
 
+class Outcomes(Dataset):
+    """Micro-batches by number, or the error that the user can mend: raised in a worker it would lose its message."""
+
+    def __init__(self, items: MicroBatches) -> None:
+        self.items = items
+
+    def __getitem__(self, number: int) -> Batch | UserError:
+        try:
+            return self.items[number]
+        except UserError as error:
+            return error
+
+
+class Loader(DataLoader[Batch]):
+    """A DataLoader that raises in this process what a worker hands over as an error."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for outcome in super().__iter__():
+            if isinstance(outcome, UserError):
+                raise outcome
+            yield outcome
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to every process, to the one that trains: it still wants its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def make_loader(items: MicroBatches, start: int, end: int, *, workers: int, prefetch: int) -> DataLoader[Batch]:
     """Return a loader of micro-batches `start` up to `end`, in order, whatever the number of `workers`."""
     if workers:  # import once, before workers fork off
         multiprocessing.set_forkserver_preload([MicroBatches.__module__])
-    return DataLoader(
-        items,
+    return Loader(
+        Outcomes(items),  # type: ignore[arg-type]
         batch_size=None,
         sampler=Span(start, end),
         num_workers=workers,
         persistent_workers=workers > 0,
         prefetch_factor=prefetch if workers else None,
         multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=ignore_interrupts if workers else None,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, or the loader would move on the global one
     )

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -191,6 +193,24 @@ def test_workers_change_nothing(clips, latents, kind):
     batches = [list(data.loader(2, 9)) for data in made]
     assert all(len(found) == 7 for found in batches)
     assert all(same(a, b) and same(a, c) for a, b, c in zip(*batches, strict=True))
+
+
+def test_ctrl_c_is_the_training_process_own_affair(latents):
+    loader = cached(latents, workers=1, prefetch=1).loader(0, 8)
+    batches = iter(loader)
+    found = [next(batches)]
+    os.kill(loader._iterator._workers[0].pid, signal.SIGINT)  # as a terminal does to all processes of a command
+    found += batches
+    assert all(same(a, b) for a, b in zip(found, cached(latents).loader(0, 8), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_a_worker_keeps_its_own_one_line(tmp_path, workers):
+    folder = write_clips(tmp_path / "shards", SHAPES)
+    damage(folder, list(range(len(SHAPES))))
+    with pytest.raises(DataError) as caught:
+        list(video(str(folder), workers=workers, max_bad=1.0).loader(0, 2))
+    assert str(caught.value).startswith("no sample of bucket") and "\n" not in str(caught.value)
 
 
 def test_ranks_change_nothing_but_who_computes(clips):
