@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from soratrain.data.atomic import sync
 from soratrain.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -40,15 +41,6 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def crc32(path: Path) -> int:
@@ -80,18 +72,21 @@ def save_checkpoint(
     """
     rank = dist.get_rank() if dist.is_initialized() else 0
     part = folder.with_name(f".{folder.name}.part")
-    if rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True, exist_ok=True)
-    gather(None)
     report: dict[str, Any] = {}
     try:
-        if tensors:
+        if rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        report = {"error": f"rank {rank}: {error}"}
+    ready = not any(gather(report))
+    try:
+        if tensors and ready:
             path = part / f"rank-{rank:05d}.safetensors"
             save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, str(path))
             sync(path)
             report = {"file": path.name, "bytes": path.stat().st_size, "crc32": crc32(path), "starts": dict(starts)}
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors has its own for a full disk
         report = {"error": f"rank {rank}: {error}"}
     reports = gather(report)
     if rank == 0 and not any("error" in item for item in reports):

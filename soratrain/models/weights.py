@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -66,23 +67,40 @@ def save(
         module: the network, or its state dict.
         factory: what built it; its plain keyword arguments are stored.
         extra: plain values kept beside the weights (what they were trained on, say).
+
+    Raises:
+        DataError: they cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = module.state_dict() if isinstance(module, nn.Module) else module
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
     document = yaml.safe_dump({**spec_of(factory), "extra": dict(extra)}, sort_keys=False, allow_unicode=True)
-    with replacing(folder / f"{name}.safetensors") as path:
-        save_file(tensors, str(path))
-    with replacing(folder / f"{name}.yaml") as path:
-        path.write_text(document, encoding="utf-8")
+    try:
+        with replacing(folder / f"{name}.safetensors") as path:
+            save_file(tensors, str(path))
+        with replacing(folder / f"{name}.yaml") as path:
+            path.write_text(document, encoding="utf-8")
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"weights {folder / name}.safetensors were not written ({error}); free space there") from error
 
 
 def load_state(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state dict and the YAML document of `name`."""
+    """Return the state dict and the YAML document of `name`.
+
+    Raises:
+        DataError: they are not there, or damaged.
+    """
     place = resolve(folder, name)
-    document = yaml.safe_load((place / f"{name}.yaml").read_text())
-    return load_file(str(place / f"{name}.safetensors")), document
+    path = place / f"{name}.yaml"
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict):
+            raise ValueError(f"it holds a {type(document).__name__}, not a mapping")
+        path = place / f"{name}.safetensors"
+        return load_file(str(path)), document
+    except (OSError, ValueError, yaml.YAMLError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"weights {path} cannot be read ({reason}); copy or train them again") from error
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from soratrain.distributed import checkpoint as module
 from soratrain.distributed.checkpoint import (
@@ -32,8 +32,6 @@ def write(root: Path, step: int = 1, **state: object) -> Path:
 def in_two_files(root: Path) -> Path:
     """Return a checkpoint as two ranks would leave it: numbers 0 to 5 in one file, 6 to 9 in the other."""
     import json
-
-    from safetensors.torch import save_file
 
     folder = folder_of(root, 1)
     folder.mkdir()
@@ -72,14 +70,21 @@ def test_a_failed_write_leaves_the_last_good_one_and_nothing_half_written(
 ) -> None:
     good = write(tmp_path, 1)
 
-    def full(*_: object) -> None:
-        raise OSError(28, os.strerror(28))
+    def full(tensors: dict[str, torch.Tensor], path: str) -> None:
+        Path(path).write_bytes(b"half")
+        save_file(tensors, str(Path(path) / "no folder"))  # fails with the library's own error, as a full disk does
 
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(DataError, match="step-00000002 was not written .*No space left.*free space"):
+    with pytest.raises(DataError, match="step-00000002 was not written .*rank 0.*free space"):
         write(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [good.name]
     assert latest_checkpoint(tmp_path) == good
+
+
+def test_a_place_where_no_folder_can_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="step-00000001 was not written .*rank 0"):
+        write(tmp_path / "file", 1)
 
 
 def test_a_write_that_was_killed_is_not_seen_and_does_not_hinder_the_next(tmp_path: Path) -> None:

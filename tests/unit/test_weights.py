@@ -53,3 +53,16 @@ def test_reading_weights_never_runs_foreign_code(tmp_path):
 def test_missing_weights_are_named_with_the_folder(tmp_path):
     with pytest.raises(DataError, match="no weights of 'vae' in"):
         weights.load(tmp_path, "vae")
+
+
+def test_damaged_weights_and_a_place_that_takes_none_are_one_line(tmp_path):
+    weights.save(tmp_path, "text", FACTORY(), FACTORY, {})
+    path = tmp_path / "text.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"text\.safetensors cannot be read .*; copy or train them again"):
+        weights.load(tmp_path, "text")
+    (tmp_path / "text.yaml").write_text("target: [")
+    with pytest.raises(DataError, match=r"text\.yaml cannot be read"):
+        weights.load(tmp_path, "text")
+    with pytest.raises(DataError, match="were not written"):
+        weights.save(path / "below a file", "text", FACTORY(), FACTORY, {})
