@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,20 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soratrain.callbacks.step import StepCallback
+from soratrain.data.atomic import replacing
 from soratrain.errors import UserError
 from soratrain.stages.base import COUNTS, TrainStage
 
+VITAL = {"loss": "loss", "grad_norm": "gradient's norm"}  # what must be finite, and what it is called
 NOT_REPEATABLE = ("seconds", "tokens_per_s", "samples_per_s")
 
 
 class DivergedError(UserError):
-    """The loss is no longer a number."""
+    """The loss or the gradient is no longer a number."""
 
 
 class Metrics(StepCallback):
-    """Writes a row every `every` steps and at the end, and stops a run whose loss is not finite.
+    """Writes a row every `every` steps and at the end, and stops a run whose loss or gradient is not finite.
 
     Args:
         file: the CSV; its columns may grow. On a resumed run, rows of steps that will be done again are dropped.
@@ -63,7 +66,7 @@ class Metrics(StepCallback):
         if self.step % self.every == 0:
             self.finish_row(trainer, stage)
         elif stage.device.type == "cpu" and trainer.world_size == 1:
-            self.check(float(values.get("loss", torch.zeros(()))))
+            self.check({key: float(value) for key, value in values.items()})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainStage)
@@ -74,10 +77,10 @@ class Metrics(StepCallback):
         """Reduce the sums over ranks and write them as a row.
 
         Raises:
-            DivergedError: on every rank, when the loss of any is not finite.
+            DivergedError: on every rank, when the loss or the gradient of any is not finite.
         """
         means, seconds = self.reduced(stage.device), time.monotonic() - self.began
-        self.check(means.get("loss", 0.0))
+        self.check(means)
         row: dict[str, float] = {"step": self.step}
         row |= {key: means[key] for key in sorted(means, key=lambda key: (key != "loss", key)) if key not in COUNTS}
         row["lr"] = stage.optimizer_factory.lr * stage.schedule(self.step - 1, stage.max_steps)
@@ -105,15 +108,22 @@ class Metrics(StepCallback):
             values = values / torch.tensor([1 if key in COUNTS else ranks for key in keys], device=values.device)
         return dict(zip(keys, (values / max(self.steps, 1)).tolist(), strict=True))
 
-    def check(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise DivergedError(
-                f"the loss is {loss} at step {self.step}; the last checkpoint stands: lower optimizer.lr, or set"
-                " trainer.precision=32-true"
-            )
+    def check(self, values: Mapping[str, float]) -> None:
+        for name, called in VITAL.items():
+            if not math.isfinite(values.get(name, 0.0)):
+                raise DivergedError(
+                    f"the {called} is {values[name]} at step {self.step}; the last checkpoint stands: lower"
+                    " optimizer.lr, or set trainer.precision=32-true"
+                )
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the unfinished row for a checkpoint.
+
+        Raises:
+            DivergedError: on every rank, before anything is written: the weights are spoilt, or are about to be.
+        """
         means = self.reduced(next(iter(self.sums.values())).device) if self.sums else {}
+        self.check(means)
         return {"means": means, "steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -144,9 +154,8 @@ def columns(rows: list[dict[str, str]]) -> list[str]:
 
 
 def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
-    """Write `rows` as a CSV."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", newline="", encoding="utf-8") as stream:
+    """Write `rows` as a CSV, whole or not at all."""
+    with replacing(file) as path, path.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns(rows))
         writer.writeheader()
         writer.writerows(rows)

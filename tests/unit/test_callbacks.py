@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
+import torch
 
 from soratrain.callbacks import loggers
-from soratrain.callbacks.metrics import DivergedError, Metrics, append_row, read_rows, shown
+from soratrain.callbacks.metrics import DivergedError, Metrics, append_row, read_rows, shown, write_rows
 from soratrain.callbacks.progress import duration, short
 from soratrain.errors import UserError
+
+
+class Unwritable:
+    """Stands for a disk that is full halfway."""
+
+    def __str__(self) -> str:
+        raise csv.Error("full")
 
 
 def test_rows_can_gain_columns_and_are_read_as_written(tmp_path: Path) -> None:
@@ -38,9 +47,28 @@ def test_a_loss_that_is_no_number_is_the_users_to_mend() -> None:
     metrics.step = 7
     for loss in (float("nan"), float("inf")):
         with pytest.raises(DivergedError, match=f"loss is {loss} at step 7"):
-            metrics.check(loss)
+            metrics.check({"loss": loss})
     assert issubclass(DivergedError, UserError)
-    metrics.check(1.0)
+    metrics.check({"loss": 1.0, "grad_norm": 2.0})
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+def test_no_checkpoint_is_written_of_a_step_that_went_wrong(name: str) -> None:
+    metrics = Metrics(Path("unused.csv"), every=10)
+    metrics.sums, metrics.steps = {"loss": torch.tensor(3.0), "grad_norm": torch.tensor(1.0)}, 2
+    assert metrics.state_dict() == {"means": {"loss": 1.5, "grad_norm": 0.5}, "steps": 2}
+    metrics.sums[name] = torch.tensor(float("nan"))
+    with pytest.raises(DivergedError, match="nan at step"):
+        metrics.state_dict()
+
+
+def test_metrics_that_cannot_be_written_anew_stay_as_they_were(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.csv"
+    write_rows(file, [{"step": "1", "loss": "2"}])
+    before = file.read_text()
+    with pytest.raises(csv.Error):
+        write_rows(file, [{"step": "1"}, {"step": Unwritable()}])  # type: ignore[dict-item]
+    assert file.read_text() == before and list(tmp_path.iterdir()) == [file]
 
 
 def test_rates_and_times_read_well() -> None:
