@@ -18,6 +18,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         errors.print(f"error: {error}")
         return 2
+    except OSError as error:  # a full disk, a folder that may not be read: the message names it
+        errors.print(f"error: {error}; the same command continues when that is mended")
+        return 2
     except KeyboardInterrupt:
         errors.print("interrupted: the same command continues")
         return 130

@@ -58,10 +58,20 @@ def index(config: PrepConfig, console: Console) -> None:
         console.print(f"{folder} is indexed, by the same command; fresh=true indexes it again")
         return
     report = Report()
+    with output.held(folder):
+        try:
+            packed = make(config, folder, tars, identity, report)
+        except BaseException:
+            output.discard(folder)
+            raise
+    summary.show(console, folder, report, packed)
+
+
+def make(config: PrepConfig, folder: Path, tars: list[Path], identity: output.Identity, report: Report) -> Packed:
+    """Read the tars and publish what describes them. Raises DataError where nothing in them can be used."""
     building = folder / output.BUILDING / "shards"
     packed, rows, captions = read(tars, report)
     if not rows:
-        output.discard(folder)
         first = f": {report.failures[0].uri}: {report.failures[0].reason}" if report.failures else ""
         raise DataError(f"input={config.input}: no sample of {len(tars)} tars can be used{first}")
     write_manifest(building, rows)
@@ -72,7 +82,7 @@ def index(config: PrepConfig, console: Console) -> None:
     seconds = {"in": packed.totals["seconds"], "out": packed.totals["seconds"]}
     output.write_json(building / "stats.json", {"schema": SCHEMA, "funnel": funnel, "seconds": seconds})
     output.publish(folder, output.described(identity, packed), keep_shards=True)
-    summary.show(console, folder, report, packed)
+    return packed
 
 
 def find(config: PrepConfig) -> tuple[Path, list[Path]]:
@@ -82,7 +92,7 @@ def find(config: PrepConfig) -> tuple[Path, list[Path]]:
         raise DataError(f"output={config.output}: an index lies beside its shards; leave output out")
     if not folder.is_dir():
         raise DataError(f"input={config.input} is not a folder; task=index takes the folder that holds the tars")
-    tars = sorted(path for path in folder.glob("*.tar") if not path.name.startswith("."))
+    tars = sorted(path for path in folder.glob("*.tar") if path.is_file() and not path.name.startswith("."))
     if not tars:
         raise DataError(f"input={config.input} holds no *.tar; task=build makes shards from videos")
     return folder, tars

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,15 +91,20 @@ def described(identity: Identity, packed: Packed) -> dict[str, Any]:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Keep other runs out of an unfinished build. Raises DataError where one is at work already."""
-    try:
-        with open(folder / BUILDING / "lock", "w") as lock:
+    """Keep other runs out of an unfinished build.
+
+    Raises:
+        DataError: one is at work already, or the build is another user's.
+    """
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(open(folder / BUILDING / "lock", "w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except (BlockingIOError, FileNotFoundError) as error:
-        if (folder / BUILDING).is_dir() and isinstance(error, FileNotFoundError):
-            raise
-        raise DataError(f"output={folder}: another data_prep is at work there; wait for it") from error
+        except (BlockingIOError, FileNotFoundError) as error:
+            raise DataError(f"output={folder}: another data_prep is at work there; wait for it") from error
+        except PermissionError as error:
+            raise DataError(f"output={folder}: {error}; name a folder that you may write to") from error
+        yield
 
 
 def publish(folder: Path, dataset: dict[str, Any], *, keep_shards: bool = False) -> None:

@@ -12,6 +12,7 @@ from prep_clips import moving, picture, set_turn, write
 
 from data_prep.__main__ import main
 from data_prep.encode import encode_png
+from data_prep.index import read
 from soratrain.data.manifest import read_captions, read_manifest
 
 
@@ -112,3 +113,38 @@ def test_a_folder_without_usable_tars_is_one_line_and_left_as_it_is(
     error = capsys.readouterr().err
     assert error.startswith(f"error: input={tmp_path / where}") and error.count("\n") == 1
     assert [path.name for path in tmp_path.glob("*/*")] == ["a.tar"]
+
+
+def test_a_folder_with_the_name_of_a_tar_is_no_tar(foreign: Path) -> None:
+    (foreign / "folder.tar").mkdir()
+    assert main(["task=index", f"input={foreign}"]) == 0
+
+
+def test_a_failure_of_the_disk_is_one_line_and_leaves_nothing_begun(
+    foreign: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "manifest")
+
+    monkeypatch.setattr("data_prep.index.write_manifest", full)
+    assert main(["task=index", f"input={foreign}"]) == 2
+    error = capsys.readouterr().err
+    assert "No space left" in error and "manifest" in error and error.count("\n") == 1
+    assert not (foreign / ".building").exists() and (foreign / "00000.tar").exists()
+
+
+def test_an_index_waits_for_no_other_and_does_not_disturb_it(
+    foreign: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner: list[int] = []
+
+    def twice(*values: object) -> object:
+        if not inner:
+            inner.append(0)
+            inner.append(main(["task=index", f"input={foreign}"]))
+        return read(*values)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("data_prep.index.read", twice)
+    assert main(["task=index", f"input={foreign}"]) == 0
+    assert inner == [0, 2] and "another data_prep is at work" in capsys.readouterr().err
+    assert len(read_manifest(foreign)) == 3
