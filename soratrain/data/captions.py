@@ -12,14 +12,26 @@ SOURCES = ("synthetic", "original")
 
 
 def captions_of(header: dict[str, Any]) -> list[dict[str, str]]:
-    """Return the captions in a K.json. Raises DataError where they have no `type` and `text`."""
-    found = header.get("captions", [])
-    if not isinstance(found, list) or not all(
+    """Return the captions in a K.json, as mappings with `type` and `text`.
+
+    Another's may have them as strings, in `captions`, `caption` or `text`: these are of type `gt`.
+
+    Raises:
+        DataError: `captions` holds something else.
+    """
+    found = header.get("captions")
+    if found is None:
+        found = next((header[name] for name in ("caption", "text") if isinstance(header.get(name), str | list)), [])
+    found = [found] if isinstance(found, str) else found
+    if not isinstance(found, list):
+        raise DataError(f"its K.json has captions that are a {type(found).__name__}, not a list")
+    captions = [{"type": "gt", "text": " ".join(item.split())} if isinstance(item, str) else item for item in found]
+    if not all(
         isinstance(item, dict) and isinstance(item.get("type"), str) and isinstance(item.get("text"), str)
-        for item in found
+        for item in captions
     ):
         raise DataError("its K.json has captions without type and text")
-    return found
+    return captions
 
 
 class CaptionMix:
@@ -32,6 +44,7 @@ class CaptionMix:
         sources: weight of `synthetic` and `original`; 0.95 and 0.05 by default (Betker et al., 2023).
         types: weight by caption type; types that are not listed are never shown.
         made: synthetic captions by key, each a mapping with `type` and `text`.
+        beside: original captions by key, from a table beside the shards; they stand in for those in the shard.
 
     Raises:
         ConfigError: an unknown source, or a negative weight.
@@ -43,10 +56,11 @@ class CaptionMix:
         sources: Mapping[str, float] | None = None,
         types: Mapping[str, float] | None = None,
         made: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+        beside: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     ) -> None:
         self.sources = dict(sources or {"synthetic": 0.95, "original": 0.05})
         self.types = dict(types or {"long": 1.0, "short": 1.0, "gt": 1.0})
-        self.made = made or {}
+        self.made, self.beside = made or {}, beside or {}
         if unknown := sorted(set(self.sources) - set(SOURCES)):
             raise ConfigError(f"data.caption_mix.{unknown[0]}: no such source of captions; use {' and '.join(SOURCES)}")
         for name, weights in (("caption_mix", self.sources), ("caption_types", self.types)):
@@ -55,6 +69,7 @@ class CaptionMix:
 
     def choose(self, key: str, original: Sequence[Mapping[str, Any]], draw: int) -> tuple[str, str]:
         """Return (text, type) for sample `key`; `original` are the captions in its K.json."""
+        original = self.beside.get(key) or original
         found: dict[str, dict[str, list[str]]] = {}
         for source, captions in (("synthetic", self.made.get(key, ())), ("original", original)):
             for caption in captions:

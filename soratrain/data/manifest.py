@@ -217,6 +217,16 @@ def read_captions(folder: str | Path) -> dict[str, list[dict[str, str]]]:
         table = _read(folder, ["*.parquet", "*/*.parquet"], CAPTION_SCHEMA)
     if table is None:
         raise DataError(f"{folder} has no captions (*.parquet); make them with `python -m soratrain stage=recaption`")
+    return _by_key(table)
+
+
+def read_original_captions(folder: str | Path) -> dict[str, list[dict[str, str]]]:
+    """Return the captions that lie beside shards (`captions/<rev>`) by key; none where there are no such tables."""
+    table = _read(folder, ["captions/*/*.parquet"], CAPTION_SCHEMA)
+    return {} if table is None else _by_key(table)
+
+
+def _by_key(table: pa.Table) -> dict[str, list[dict[str, str]]]:
     found: dict[str, list[dict[str, str]]] = {}
     for row in table.sort_by([(name, "ascending") for name in table.column_names]).to_pylist():
         found.setdefault(row["key"], []).append(row)

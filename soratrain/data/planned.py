@@ -21,7 +21,7 @@ from soratrain.data.buckets import Buckets
 from soratrain.data.captions import CaptionMix
 from soratrain.data.dataset import MicroBatches, Source
 from soratrain.data.loader import make_loader
-from soratrain.data.manifest import Manifest, read_captions, read_manifest
+from soratrain.data.manifest import Manifest, read_captions, read_manifest, read_original_captions
 from soratrain.data.mixing import spread
 from soratrain.data.plan import Budget, Plan
 from soratrain.data.summary import remarks, summarise, table
@@ -91,9 +91,10 @@ class PlannedData(L.LightningDataModule, ABC):
         super().__init__()
         if batching != "bucket":
             raise ConfigError(f"data.batching={batching!r}: samples can only be batched by bucket; use bucket")
-        for name, value in (("workers", workers), ("cache", cache), ("max_steps", max_steps)):
-            if value < 0:
-                raise ConfigError(f"data.{name}={value}: must not be negative")
+        bounds = {"workers": (workers, 0), "prefetch": (prefetch, 1), "cache": (cache, 0), "max_steps": (max_steps, 0)}
+        for name, (value, least) in bounds.items():
+            if value < least:
+                raise ConfigError(f"data.{name}={value}: must be at least {least}")
         self.folder, self.buckets, self.seed, self.max_steps = shards, buckets, seed, max_steps
         self.budget = Budget(batch_size, tokens_per_batch, quadratic, max_batch_size)
         self.accumulate_blocks, self.canonical_ranks, self.gamma = accumulate_blocks, canonical_ranks, gamma
@@ -101,7 +102,7 @@ class PlannedData(L.LightningDataModule, ABC):
         self.captions, self.caption_mix, self.caption_types = captions, caption_mix, caption_types
         self.workers, self.prefetch, self.cache = workers, prefetch, cache
         self.quarantine, self.max_bad = quarantine, max_bad
-        self.place: tuple[int, int] | None = None  # (rank, ranks) that share the data, where Lightning's are not those
+        self.seat: tuple[int, int] | None = None  # (rank, ranks) that share the data, where Lightning's are not those
         self._manifest: Manifest | None = None
         self._plan: Plan | None = None
         self._items: MicroBatches | None = None
@@ -114,8 +115,8 @@ class PlannedData(L.LightningDataModule, ABC):
         """Return what reads this data's samples, keeping up to `cache` bytes of them."""
 
     def _world(self) -> tuple[int, int]:
-        if self.place is not None:
-            return self.place
+        if self.seat is not None:
+            return self.seat
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
 
     @property
@@ -171,11 +172,12 @@ class PlannedData(L.LightningDataModule, ABC):
                     log.info("%s", line)
                 for line in table(found):
                     log.debug("%s", line)
-            made = read_captions(self.captions) if self.captions else None
+            tables = {"made": read_captions(self.captions)} if self.captions else {}
+            tables["beside"] = read_original_captions(self.folder)
             self._items = MicroBatches(
                 plan=plan,
                 source=self.source(self.manifest, plan, self.cache // max(1, self.workers)),
-                captions=CaptionMix(sources=self.caption_mix, types=self.caption_types, made=made),
+                captions=CaptionMix(sources=self.caption_mix, types=self.caption_types, **tables),
                 rank=rank,
                 world_size=world_size,
                 quarantine=self.quarantine,

@@ -14,7 +14,7 @@ from data_tiny import key, write_clips, write_latents
 
 from soratrain.batch import draw_of
 from soratrain.data.buckets import Native, Table
-from soratrain.data.captions import CaptionMix
+from soratrain.data.captions import CaptionMix, captions_of
 from soratrain.data.datamodule import LatentData, VideoData
 from soratrain.data.manifest import write_captions
 from soratrain.errors import ConfigError, DataError
@@ -95,7 +95,7 @@ class StopAt(L.Callback):
 
 
 def train(data: LatentData, *, ranks: int = 1, ckpt_path=None, callbacks=(), steps: int = 8) -> Toy:
-    data.place = (0, ranks) if ranks > 1 else None
+    data.seat = (0, ranks) if ranks > 1 else None
     toy = Toy()
     trainer = L.Trainer(
         max_steps=steps,
@@ -161,11 +161,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(latents, tmp_path, before, a
 
 def test_the_first_start_fixes_the_canonical_ranks(latents, tmp_path):
     data = cached(latents, accumulate_blocks=2)
-    data.place = (0, 4)
+    data.seat = (0, 4)
     state = data.state_dict()
     assert state["canonical_ranks"] == 4
     other = cached(latents, accumulate_blocks=2)
-    other.place = (0, 2)
+    other.seat = (0, 2)
     other.load_state_dict(state)
     assert other.accumulation(2) == 4
     with pytest.raises(ConfigError, match="3 ranks"):
@@ -218,7 +218,7 @@ def test_ranks_change_nothing_but_who_computes(clips):
         found: Counter = Counter()
         for rank in range(ranks):
             data = video(clips, canonical_ranks=2, gamma=1.0)
-            data.place = (rank, ranks)
+            data.seat = (rank, ranks)
             for batch in data.loader(0, 16 // ranks):
                 found.update(zip(batch.keys, batch.captions, batch.draws.tolist(), batch.weights.tolist(), strict=True))
         return found
@@ -230,7 +230,7 @@ def test_every_rank_has_the_same_number_of_micro_batches(latents):
     lengths = set()
     for rank in range(2):
         data = cached(latents, canonical_ranks=2)
-        data.place = (rank, 2)
+        data.seat = (rank, 2)
         lengths.add(len(data.train_dataloader()))
     assert lengths == {8}
 
@@ -299,6 +299,27 @@ def test_captions_made_later_replace_those_in_the_shard(clips, tmp_path):
     for batch in batches:
         assert list(batch.captions) == [f"short original {int(name, 16)}" for name in batch.keys]
     assert {style for batch in batches for style in batch.styles} == {"short"}
+
+
+def test_captions_beside_the_shards_are_the_original_ones(tmp_path):
+    folder = write_clips(tmp_path, SHAPES)
+    rows = [
+        {"key": key(number), "type": "gt", "text": f"beside {number}", "model": "", "rev": "", "lang": ""}
+        for number in range(0, len(SHAPES), 2)
+    ]
+    write_captions(folder / "captions" / "gt" / "part-00000.parquet", rows)
+    data = video(str(folder), caption_types={"gt": 1.0, "short": 1.0})
+    for batch in data.loader(0, 6):
+        for name, caption in zip(batch.keys, batch.captions, strict=True):
+            assert caption == f"{'short original' if int(name, 16) % 2 else 'beside'} {int(name, 16)}"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"captions": ["a  dog"]}, {"captions": "a dog"}, {"caption": "a dog"}, {"text": "a dog\n", "caption": None}],
+)
+def test_plain_strings_of_another_program_are_captions(header):
+    assert captions_of(header) == [{"type": "gt", "text": "a dog"}]
 
 
 def test_captions_come_as_often_as_their_weights():
@@ -396,6 +417,7 @@ def test_the_summary_accounts_for_every_sample(tmp_path):
         (dict(batching="pack"), "data.batching='pack'"),
         (dict(tokens_per_batch=100), "set one of them"),
         (dict(workers=-1), "data.workers=-1"),
+        (dict(prefetch=0), "data.prefetch=0"),
         (dict(durations=[4]), "data.durations"),
         (dict(caption_mix={"made": 1.0}), "data.caption_mix.made"),
         (dict(caption_types={"long": -1.0}), "data.caption_types.long"),
