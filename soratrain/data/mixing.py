@@ -19,11 +19,14 @@ def spread(assignment: Assignment, durations: Sequence[int] | None, image_fracti
         durations: frame counts 1 + 4k; a clip is shown at each that it has, equally often. None: at its own.
         image_fraction: share of samples in [0, 1] that are single frames, of stills and of clips. None: as it comes.
 
-    Raises ConfigError for a duration off the grid, or a share that the data cannot give.
+    Raises ConfigError for a duration off the grid or longer than every clip, or a share that the data cannot give.
     """
     if durations is not None:
         if wrong := [count for count in durations if count < 1 or count % TIME != 1]:
             raise ConfigError(f"data.durations holds {wrong[0]}; use numbers of frames of the form 1+{TIME}k")
+        longest = max(bucket.frames for bucket in assignment.buckets)
+        if durations and max(durations) > longest:
+            raise ConfigError(f"data.durations holds {max(durations)}, but the longest clips have {longest} frames")
         pools: dict[Bucket, list[tuple[np.ndarray, float]]] = {}
         for bucket, members, rate in zip(assignment.buckets, assignment.members, assignment.rates, strict=True):
             options = sorted({count for count in durations if count <= bucket.frames}) or [bucket.frames]

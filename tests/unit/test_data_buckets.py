@@ -148,7 +148,13 @@ def test_image_fraction_sets_the_share_of_single_frames():
 
 
 @pytest.mark.parametrize(
-    "durations, fraction, message", [([4], None, "1\\+4k"), (None, 0.5, "no single"), (None, 2, "between")]
+    "durations, fraction, message",
+    [
+        ([4], None, "1\\+4k"),
+        ([5, 33], None, "33, but the longest clips have"),
+        (None, 0.5, "no single"),
+        (None, 2, "between"),
+    ],
 )
 def test_a_mix_that_the_data_cannot_give_is_refused(durations, fraction, message):
     found = Native().assign(manifest([(64, 64, 17)]), one)
