@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from soratrain.batch import VideoBatch
@@ -77,3 +79,16 @@ class CaptionerStage(TrainStage):
         loss = batch.mean(heard * (language + self.contrast_weight * contrast))
         self.report(loss=loss, language=language.mean(), contrast=contrast.mean(), samples=len(batch))
         return loss
+
+    def finalize(self) -> None:
+        """Remember the longest captions that any rank has seen."""
+        self.share_lengths()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Do so before a checkpoint too: only the first rank's buffers are saved."""
+        self.share_lengths()
+
+    def share_lengths(self) -> None:
+        """Take each style's longest caption over all ranks."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.captioner.longest, op=dist.ReduceOp.MAX)

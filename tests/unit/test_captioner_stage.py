@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from soratrain.batch import VideoBatch
 from soratrain.errors import DataError
@@ -127,3 +128,20 @@ def test_the_loss_reaches_every_parameter():
     # layers that start at zero hide those before them for one step
     for param in built.parameters():
         assert param.grad is not None and torch.isfinite(param.grad).all()
+
+
+@pytest.mark.parametrize("when", ["the end", "a checkpoint"])
+def test_the_longest_captions_of_all_ranks_are_remembered(when, monkeypatch):
+    here, there = stage(), stage()
+    here.captioner.teach(["a disc", "seen"], ["short", "long"])
+    there.captioner.teach(["a much longer caption", "x"], ["short", "long"])
+    expected = torch.maximum(here.captioner.longest, there.captioner.longest)
+
+    def reduce(value: torch.Tensor, op: object) -> None:
+        assert op == dist.ReduceOp.MAX
+        value.copy_(torch.maximum(value, there.captioner.longest))
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", reduce)
+    here.finalize() if when == "the end" else here.on_save_checkpoint({})
+    assert torch.equal(here.captioner.longest, expected) and not torch.equal(expected, there.captioner.longest)
