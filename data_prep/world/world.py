@@ -34,7 +34,7 @@ class World:
 
     Scene i of a split is a pure function of (preset, seed, split, i). The splits: "train"; "seen", new scenes of
     combinations that occur in training; "heldout", combinations that never occur in training. In the demo preset
-    combinations come in shuffled rounds, so that each occurs equally often.
+    combinations come in shuffled rounds of clips and of stills, so that all occur about equally often.
 
     Raises:
         ConfigError: the preset is not known.
@@ -69,7 +69,11 @@ class World:
         return demo.sample(rng, self.pick(choices, index, split), height, width, frames)
 
     def pick(self, choices: list[demo.Combination], index: int, split: str) -> demo.Combination:
-        """Return the choice whose turn it is: every choice once a round, in a new order each round."""
+        """Return the choice whose turn it is: rounds hold every choice once, in a new order each.
+
+        Clips and stills have rounds of their own, of different lengths, in which `index` skips the other's turns; so a
+        choice comes about as often as any other, not exactly so.
+        """
         turn, position = divmod(index, len(choices))
         return choices[self.rng(split, 1, len(choices), turn).permutation(len(choices))[position]]
 
