@@ -123,7 +123,8 @@ class Plan:
                 raise ConfigError(f"data.{name}={value}: must be at least 1")
         self.assignment, self.manifest_hash, self.seed, self.budget = assignment, manifest_hash, seed, budget
         self.accumulate_blocks, self.canonical_ranks, self.gamma = accumulate_blocks, canonical_ranks, gamma
-        # a bucket with fewer samples than a full block has smaller ones, so that a block shows none twice
+        # a bucket with fewer samples than a full block has smaller ones, so that a block shows none twice unless one
+        # pass over the bucket ends in it and the next begins; both then have the draw of that step and sample
         self.sizes = tuple(
             min(budget.samples(bucket), max(1, len(members) // canonical_ranks))
             for bucket, members in zip(assignment.buckets, assignment.members, strict=True)
@@ -196,12 +197,6 @@ class Plan:
         """Return the sample that replaces an unreadable one, which had `draw`."""
         members = self.assignment.members[bucket]
         return int(members[draw_of(draw, "substitute", attempt) % len(members)])
-
-    def epoch(self, step: int) -> float:
-        """Return how many times the data has been seen when `step` begins, on average."""
-        blocks = self.schedule.before(step * self.accumulate_blocks)
-        seen = sum(count * size for count, size in zip(blocks, self.sizes, strict=True)) * self.canonical_ranks
-        return seen / sum(self.assignment.rates)
 
     def _step_total(self, step: int) -> float:
         if step not in self._totals:

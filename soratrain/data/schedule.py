@@ -35,16 +35,6 @@ class Schedule:
             self._chunk = chunk, self._work_out(chunk)
         return self._chunk[1][place]
 
-    def before(self, number: int) -> list[int]:
-        """Return how many of the first `number` blocks are of each bucket."""
-        chunk, place = divmod(number, CHUNK)
-        counts = self._counts(self._time_of(chunk * CHUNK))
-        short = number - place - sum(counts)  # blocks that share their time with the chunk's first
-        events = self._between(self._time_of(chunk * CHUNK), self._time_of((chunk + 1) * CHUNK) + 1)
-        for bucket, _ in events[: short + place]:
-            counts[bucket] += 1
-        return counts
-
     def _counts(self, time: int) -> list[int]:
         """Return how many blocks of each bucket stand before `time`."""
         return [
