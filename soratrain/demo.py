@@ -92,9 +92,7 @@ def figure(step: Step) -> str:
         case "sample":
             return f"{result['samples']:.0f} clips"
         case "evaluate":
-            return "colour right in {}, shape {}, motion {}".format(
-                *(percent(overall(report, n)) for n in ATTRIBUTES[:3])
-            )
+            return "colour {}, shape {}, motion {}".format(*(percent(overall(report, n)) for n in ATTRIBUTES[:3]))
         case _:
             return f"loss {result['loss']:.3f}"
 
@@ -105,8 +103,11 @@ def overall(report: dict[str, Any], name: str) -> float:
 
 
 def accuracy_table(report: dict[str, Any]) -> Table:
-    """Return the oracle's readings: what is right, beside guessing and the oracle's own ceiling."""
-    table = Table(title="What the oracle reads (share of clips that is right)", title_justify="left")
+    """Return the oracle's readings: what is right, beside guessing and its reading of true renderings (ceiling).
+
+    `seen`: new scenes of combinations that occur in training; `held out`: combinations that never do.
+    """
+    table = Table(title="What the oracle reads: share of clips that is right", title_justify="left")
     table.add_column("")
     for name in ATTRIBUTES:
         table.add_column(name, justify="right")
@@ -117,12 +118,12 @@ def accuracy_table(report: dict[str, Any]) -> Table:
         table.add_row(label, *(percent(scores.get(name)) for name in ATTRIBUTES), quality)
 
     row("guessing", report["chance"])
-    for split, label in (("seen", "combinations seen in training"), ("heldout", "combinations held out")):
+    for split, label in (("seen", "seen"), ("heldout", "held out")):
         table.add_section()
         row(f"[bold]samples[/], {label}", report["samples"][split])
-        row("the captioner's captions", report["captioner"][split])
-        row("reconstructions by the VAE", report["reconstruction"][split])
-        row("true renderings (ceiling)", report["ceiling"][split])
+        row(f"captions, {label}", report["captioner"][split])
+        row(f"VAE's clips, {label}", report["reconstruction"][split])
+        row(f"ceiling, {label}", report["ceiling"][split])
     return table
 
 
@@ -153,8 +154,8 @@ def main() -> int:
     evaluation = stored(chain[-1])
     console.print(accuracy_table(evaluation["report"]))
     for file in sorted((OUT / "sample/base/samples").glob("*.mp4")):
-        console.print(f"  {file}")
-    console.print(f"  {OUT}/evaluate/base/samples/*.mp4\n  [bold]{evaluation['contact_sheet']}[/]")
+        console.print(f"  {file}", soft_wrap=True)
+    console.print(f"  {OUT}/evaluate/base/samples/*.mp4\n  [bold]{evaluation['contact_sheet']}[/]", soft_wrap=True)
     return 0
 
 
