@@ -95,6 +95,23 @@ def ensure(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
         if not ready(key, place):
             make(key, place, config, overrides, own=f"inputs.{key}" not in given)
         check_current(place)
+        check_nets(place, config, given)
+
+
+def check_nets(place: str, config: Mapping[str, Any], given: set[str]) -> None:
+    """Refuse an upstream folder that was made with another net than the one asked for on the command line.
+
+    Raises:
+        DataError: names the net and the two ways out.
+    """
+    old = outputs.stored_config(Path(place)) or {}
+    for net in ("vae", "captioner", "text"):
+        asked = any(key == net or key.startswith(net + ".") for key in given)
+        if asked and net in old and old[net] != config[net]:
+            raise DataError(
+                f"{net}: {place} was made with another one than you ask for; give run=NAME for a run beside it, or"
+                f" leave {net}= out"
+            )
 
 
 def make(key: str, place: str, config: Mapping[str, Any], overrides: Sequence[str], *, own: bool) -> None:

@@ -64,6 +64,8 @@ class Generator:
                 f"the DiT in {dit} draws {dit_net.channels} latent channels, the VAE in {vae} has"
                 f" {vae_net.latent_channels}; use the VAE that its latents were encoded with"
             )
+        if tuple(vae_net.stride) != STRIDE:
+            raise DataError(f"the VAE in {vae} has the stride {tuple(vae_net.stride)}; sampling is made for {STRIDE}")
         return cls(vae_net, dit_net, text_net, objective=Flow(**objective), batch=batch)
 
     def check(self, prompts: Sequence[str], height: int, width: int, frames: int, guidance_scale: float) -> None:

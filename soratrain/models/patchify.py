@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from soratrain.errors import ConfigError
+
 STRIDE = (4, 8, 8)  # frames, rows and columns of pixels under one latent position
 Patch = tuple[int, int, int]
 
@@ -17,11 +19,14 @@ def grid_of(latent: Tensor, patch: Patch) -> tuple[int, int, int]:
     """Return how many tokens a latent `[C, t, h, w]` has along t, y and x.
 
     Raises:
-        ValueError: the latent is no whole number of patches.
+        ConfigError: the latent is no whole number of patches.
     """
     size = tuple(latent.shape[-3:])
     if any(length % part for length, part in zip(size, patch, strict=True)):
-        raise ValueError(f"a latent of {size[0]}x{size[1]}x{size[2]} is no whole number of {patch} patches")
+        raise ConfigError(
+            f"a latent of {size[0]}x{size[1]}x{size[2]} is no whole number of dit.patch={list(patch)} patches; use"
+            " another patch, or encode with buckets whose sizes fit it"
+        )
     return size[0] // patch[0], size[1] // patch[1], size[2] // patch[2]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from soratrain.batch import LatentBatch
 from soratrain.diffusion.flow import Flow
 from soratrain.diffusion.segments import Segment, flatten
-from soratrain.errors import ConfigError
+from soratrain.errors import ConfigError, DataError
 from soratrain.models.dit import DiT
 from soratrain.models.patchify import patchify_target
 from soratrain.models.text import ByteTextEncoder
@@ -59,6 +59,11 @@ class DiTStage(TrainStage):
     def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
         """Return the micro-batch's loss: per sample the mean over its tokens, weighted as the batch says."""
         clean = [latent.float() for latent in batch.latents]
+        if clean[0].shape[0] != self.dit.channels:
+            raise DataError(
+                f"the latents have {clean[0].shape[0]} channels, the DiT takes {self.dit.channels}; set dit.channels,"
+                " or encode with the VAE that it is meant for"
+            )
         device = clean[0].device
         noise = batch.normal("noise", [latent.shape for latent in clean], device)
         counts = torch.tensor([latent[0].numel() for latent in clean]) // self.dit.patch_size

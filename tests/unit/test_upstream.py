@@ -100,3 +100,12 @@ def test_latents_that_are_not_complete_are_no_upstream(tmp_path):
 def test_shards_are_made_by_data_prep_at_the_machines_size(tmp_path):
     words = upstream.command("shards", config(tmp_path), [])
     assert words[1:] == ["-m", "data_prep", "input=world", f"output={tmp_path / 'shards'}", "world.clips=7"]
+
+
+def test_an_upstream_of_another_net_than_asked_for_is_refused(tmp_path, calls):
+    make_vae(tmp_path / "vae")
+    (tmp_path / "vae" / "config.yaml").write_text("stage: {name: vae}\nvae: {dim: 1}\n")
+    upstream.ensure(config(tmp_path, vae={"dim": 2}), [])
+    with pytest.raises(DataError, match="vae: .* was made with another one than you ask for"):
+        upstream.ensure(config(tmp_path, vae={"dim": 2}), ["vae=s"])
+    upstream.ensure(config(tmp_path, vae={"dim": 1}), ["vae=s"])
