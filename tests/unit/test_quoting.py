@@ -23,7 +23,7 @@ TEXTS = [
     'she said "hello, world"',
     "it's a dog's life",
     "a=b, c: d; e|f & g",
-    "back\\slash and \\\" escaped quote",
+    'back\\slash and \\" escaped quote',
     "ends with a backslash\\",
     "costs ${money} and $5 and \\${x}",
     "  spaces around  ",
