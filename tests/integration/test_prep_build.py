@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import av
@@ -91,11 +92,12 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(
 @pytest.mark.full
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_build_is_continued_to_the_same_bytes(tmp_path: Path, sent: signal.Signals) -> None:
-    argv = ["input=world", "world.clips=300", "workers=2"]
+    argv = ["input=world", "world.clips=1500", "workers=2"]  # enough that the signal comes in the middle
     assert run(*argv, "output=whole", cwd=tmp_path).returncode == 0
     command = [sys.executable, "-m", "data_prep", *argv, "output=broken"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite run in the background ignores Ctrl-C
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, preexec_fn=heeded)
     units = tmp_path / "broken/.building/units"
     until = time.monotonic() + 60
     while len(list(units.glob("*.json"))) < 3:
