@@ -128,6 +128,7 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     work = training(config) if stage["kind"] == "fit" else instantiate(stage["job"])
     if first:
         log.info("machine: %s", config["machine"]["chosen"])
+        warn_of_machine(config)
         upstream.ensure(config, overrides)
         outputs.claim(out, config, compare=once)
         log_to(out / "log.txt")
@@ -151,6 +152,14 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         figures = {key: value for key, value in result.items() if not isinstance(value, dict | list)}
         log.info("%s", "  ".join(f"{key} {shown(value)}" for key, value in figures.items()))
     return result
+
+
+def warn_of_machine(config: Mapping[str, Any]) -> None:
+    """Say so where the sizes meant for GPUs are about to run without one."""
+    import torch
+
+    if config["machine"]["name"] == "gpu" and not torch.cuda.is_available():
+        log.warning("machine=gpu, but no CUDA device is here: its sizes need days and tens of GB; use machine=laptop")
 
 
 def shown(value: Any) -> str:
