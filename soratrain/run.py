@@ -125,10 +125,10 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     out, stage, first = Path(config["out"]), config["stage"], global_rank() == 0
     once = stage.get("once", True)
     start_logging()
+    check_machine(config)
     work = training(config) if stage["kind"] == "fit" else instantiate(stage["job"])
     if first:
         log.info("machine: %s", config["machine"]["chosen"])
-        warn_of_machine(config)
         upstream.ensure(config, overrides)
         outputs.claim(out, config, compare=once)
         log_to(out / "log.txt")
@@ -154,12 +154,19 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def warn_of_machine(config: Mapping[str, Any]) -> None:
-    """Say so where the sizes meant for GPUs are about to run without one."""
+def check_machine(config: Mapping[str, Any]) -> None:
+    """Refuse the sizes meant for GPUs where there is none.
+
+    Raises:
+        ConfigError: says how to insist.
+    """
     import torch
 
-    if config["machine"]["name"] == "gpu" and not torch.cuda.is_available():
-        log.warning("machine=gpu, but no CUDA device is here: its sizes need days and tens of GB; use machine=laptop")
+    wants_gpu = config["machine"]["name"] == "gpu" and config["trainer"]["accelerator"] == "auto"
+    if wants_gpu and not torch.cuda.is_available():
+        raise ConfigError(
+            "machine=gpu: no CUDA device is here; use machine=laptop, or insist with trainer.accelerator=cpu"
+        )
 
 
 def shown(value: Any) -> str:

@@ -10,7 +10,6 @@ import difflib
 import importlib
 import inspect
 import re
-import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -21,6 +20,7 @@ from typing import Any
 import yaml
 
 from soratrain.errors import ConfigError
+from soratrain.kinds import fits, in_words
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_"}
@@ -59,6 +59,7 @@ class Root:
     frames: int | None = None
 
 
+KINDS = {"size": "WIDTHxHEIGHT, such as 64x48"}
 SOURCES = ("machine", "inputs", "trainer")  # groups that others interpolate: checked first, so that they are blamed
 ROOT_KEYS = tuple(field.name for field in fields(Root))
 
@@ -93,28 +94,6 @@ def locate(target: str) -> Any:
         ) from error
 
 
-def fits(value: Any, annotation: Any) -> bool:
-    """Return whether a plain config value can be passed for `annotation`; annotations of objects are not judged."""
-    if annotation in (inspect.Parameter.empty, Any):
-        return True
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, option) for option in typing.get_args(annotation))
-    if origin is typing.Literal:
-        return value in typing.get_args(annotation)
-    if annotation is type(None):
-        return value is None
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if annotation in (str, bool):
-        return isinstance(value, annotation)
-    if origin in (list, tuple, typing.Sequence):
-        return isinstance(value, list | tuple)
-    return True
-
-
 def check_target(path: str, node: Mapping[str, Any]) -> None:
     """Check a node with a `_target_` against the target's signature."""
     target = locate(str(node["_target_"]))
@@ -131,8 +110,7 @@ def check_target(path: str, node: Mapping[str, Any]) -> None:
             if not takes_any:
                 raise ConfigError(f"{path}.{key}={value!r}: no such key; {suggest(key, parameters)}")
         elif not fits(value, hints.get(key, Any)):
-            wanted = getattr(hints[key], "__name__", None) or str(hints[key])
-            raise ConfigError(f"{path}.{key}={value!r}: must be {wanted}")
+            raise ConfigError(f"{path}.{key}={value!r}: must be {in_words(hints[key])}")
     if not node.get("_partial_"):
         for name, parameter in parameters.items():
             required = parameter.default is inspect.Parameter.empty
@@ -214,7 +192,7 @@ def check_keys(config: Mapping[str, Any]) -> None:
                 raise ConfigError(f"{key}={value!r}: is a group; {suggest(str(value), groups().get(key, []))}")
             check_node(key, value, examples(key))
         elif not fits(value, hints[key]):
-            raise ConfigError(f"{key}={value!r}: must be {hints[key]}")
+            raise ConfigError(f"{key}={value!r}: must be {KINDS.get(key) or in_words(hints[key])}")
 
 
 def check_across(config: Mapping[str, Any]) -> None:

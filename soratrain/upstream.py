@@ -14,6 +14,7 @@ from soratrain import outputs
 from soratrain.children import run_child
 from soratrain.compose import split_override
 from soratrain.errors import DataError
+from soratrain.schema import groups
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,10 @@ def command(key: str, config: Mapping[str, Any], overrides: Sequence[str]) -> li
             f"world.clips={clips}",
         ]
     passed = [item for item in overrides if split_override(item)[0].split(".")[0] in PASSED_ON]
+    passed = [item for item in passed if split_override(item)[0] != f"inputs.{key}" and item != "upstream=fail"]
+    experiment = Path(config["inputs"][key]).name
+    if experiment in groups().get("experiment", []):
+        passed.append(f"+experiment={experiment}")
     return [sys.executable, "-m", "soratrain", f"stage={MAKERS[key]}", *passed]
 
 

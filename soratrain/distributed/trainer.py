@@ -23,6 +23,8 @@ from soratrain.distributed.strategy import StrategyOptions, build_strategy
 from soratrain.errors import ConfigError
 from soratrain.stages.base import TrainStage
 
+log = logging.getLogger(__name__)
+
 PRECISIONS = ("32-true", "bf16-mixed")  # fp16 needs loss scaling, and whatever has it and no bf16 is old
 # Warnings of Lightning and DeepSpeed that a user of this package can do nothing about.
 NOISE = (
@@ -187,6 +189,8 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
     metrics = next(item for item in callbacks if isinstance(item, Metrics))
     start = latest_checkpoint(checkpoint.folder)
     settle_accumulation(trainer, data, start)
+    if start is not None and trainer.is_global_zero:
+        log.info("going on from %s", start.name)
     try:
         trainer.fit(stage, datamodule=data, ckpt_path=None if start is None else str(start), weights_only=True)
     except (

@@ -8,7 +8,7 @@ import logging
 import re
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,8 @@ class Sample:
         notes = {name: weights.resolve(place, name) for name, place in (("vae", self.vae), ("dit", self.dit))}
         print_of = {name: fingerprint(folder / f"{name}.safetensors") for name, folder in notes.items()}
         documents = {
-            self.path(prompt): {"prompt": prompt, **self.settings, "weights": print_of} for prompt in self.prompts
+            self.path(prompt, print_of): {"prompt": prompt, **self.settings, "weights": print_of}
+            for prompt in self.prompts
         }
         missing = {
             path: document
@@ -130,9 +131,10 @@ class Sample:
             "files": [str(self.clip(path)) for path in documents],
         }
 
-    def path(self, prompt: str) -> Path:
-        """Return where the notes on a prompt's clip lie; the clip is beside them."""
-        settings = hashlib.blake2b(json.dumps(self.settings, sort_keys=True).encode(), digest_size=3).hexdigest()
+    def path(self, prompt: str, print_of: Mapping[str, str]) -> Path:
+        """Return where the notes on a prompt's clip lie: a place for each model and setting."""
+        identity = json.dumps([self.settings, dict(print_of)], sort_keys=True)
+        settings = hashlib.blake2b(identity.encode(), digest_size=3).hexdigest()
         return self.out / "samples" / f"{slug(prompt)}-{settings}.json"
 
     def clip(self, path: Path) -> Path:
