@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,7 +67,7 @@ def probe(source: Source, watch: Callable[[av.VideoFrame], None], cuts: Callable
             end=len(times) / float(rate) if constant else end,
             rate=rate,
             constant=constant,
-            gop=max(b - a for a, b in zip(starts, starts[1:], strict=False)),
+            gop=max(b - a for a, b in pairwise(starts)),
             headed=keys[:1] == [0],
             damage=damages[0] if damages else "",
             cuts=cuts(),
@@ -101,11 +102,11 @@ def shown_at(
     for column in (0, 1):
         values = [stamp[column] for stamp in stamps]
         known = [value for value in values if value is not None]
-        if len(known) == len(values) and all(b > a for a, b in zip(known, known[1:], strict=False)):
+        if len(known) == len(values) and all(b > a for a, b in pairwise(known)):
             times = [(value - known[0]) * tick for value in known]
             break
     if len(times) > 1:
-        step = median(b - a for a, b in zip(times, times[1:], strict=False))
+        step = median(b - a for a, b in pairwise(times))
     last = stamps[-1][2] * tick
     return times, times[-1] + (last if 0 < last < 10 * step else step)
 
@@ -127,7 +128,7 @@ def fit_rate(times: Sequence[float], tick: float, stated: Sequence[Fraction]) ->
         allowed = max(min(1.01 * tick, COARSE * period), JITTER * period)
         if all(abs(time - i * period) <= allowed for i, time in enumerate(times)):
             return rate, True
-    common = 1 / median(b - a for a, b in zip(times, times[1:], strict=False))
+    common = 1 / median(b - a for a, b in pairwise(times))
     near = min(STANDARD, key=lambda rate: abs(float(rate) - common))
     if abs(float(near) - common) > 0.03 * common:
         near = Fraction(common).limit_denominator(DENOMINATOR)

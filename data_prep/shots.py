@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 
 import av
 from av.video.reformatter import Interpolation, VideoReformatter
@@ -71,7 +72,7 @@ def spans(probe: Probe, cutting: Cutting) -> tuple[list[Span], Counter[str]]:
     bounds = [0, *believed(probe, cutting), count]
     kept: list[Span] = []
     dropped: Counter[str] = Counter()
-    for first, stop in zip(bounds, bounds[1:], strict=False):
+    for first, stop in pairwise(bounds):
         for begin, finish in divided(probe, first, stop, cutting):
             start, end = shown(probe, begin), shown(probe, finish)
             whole = (begin, finish) == (0, count) and not probe.damage
@@ -109,7 +110,7 @@ def divided(probe: Probe, first: int, stop: int, cutting: Cutting) -> list[tuple
         step = length / parts
     inner = [bisect_left(probe.times, start + part * step - EDGE, first, stop) for part in range(1, parts)]
     edges = sorted({first, *inner, stop})
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def shown(probe: Probe, frame: int) -> float:

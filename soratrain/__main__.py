@@ -16,11 +16,12 @@ python -m soratrain --cfg stage=STAGE …                                       
 
 def show_help() -> None:
     """Print the usage, the stages and every group's options."""
-    from soratrain.schema import groups
+    from soratrain.schema import groups, launchers
 
     sys.stdout.write(USAGE + "\n")
     for group, options in groups().items():
         sys.stdout.write(f"  {group:<14}{' '.join(options)}{' auto' if group == 'machine' else ''}\n")
+    sys.stdout.write(f"  {'hydra/launcher':<14}{' '.join(launchers())} (with -m)\n")
 
 
 def dispatch(argv: Sequence[str]) -> int:
@@ -40,6 +41,8 @@ def dispatch(argv: Sequence[str]) -> int:
         from soratrain.sweep import sweep
 
         return sweep(overrides)
+    if any(item.startswith("hydra/launcher=") for item in overrides):
+        raise UserError("hydra/launcher: starts the jobs of a sweep, of one job too; put -m before the words")
     from soratrain.run import prepare, run
 
     config, overrides = prepare(overrides)

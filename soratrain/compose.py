@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from soratrain.errors import ConfigError
-from soratrain.schema import CONF, ROOT_KEYS, groups, suggest
+from soratrain.schema import CONF, ROOT_KEYS, groups, launchers, suggest
 
 TEXT_KEYS = ("prompt", "input", "output", "inputs.*", "init", "out")  # values that may hold any text
 
@@ -42,6 +42,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
         except HydraException as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"{override!r}: cannot be read ({reason}); quote the value: key='\"…\"'") from error
+        if key == "hydra/launcher" and value not in launchers():
+            raise ConfigError(f"{key}={value}: no such option; {suggest(value, launchers())}")
         if key in known and key != "hydra":
             options = [*known[key], *(["auto"] if key == "machine" else [])]
             for choice in re.split(r"[,\[\]\s]+", value):

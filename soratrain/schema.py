@@ -72,6 +72,11 @@ def groups() -> dict[str, list[str]]:
     return found
 
 
+def launchers() -> list[str]:
+    """Return the options of `hydra/launcher`: how the jobs of a sweep are started."""
+    return ["basic", "submitit_local", "submitit_slurm", *(file.stem for file in CONF.glob("hydra/launcher/*.yaml"))]
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return a sentence that names the closest known words, or all of them."""
     options = sorted(str(item) for item in known if item not in SPECIAL)

@@ -9,8 +9,9 @@ import hashlib
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,7 +22,7 @@ from soratrain.children import run_child
 from soratrain.compose import TEXT_KEYS, check_overrides, split_override
 from soratrain.errors import ConfigError
 from soratrain.quoting import quote
-from soratrain.run import detect_machine, prepare
+from soratrain.run import detect_machine, global_rank, prepare
 from soratrain.schema import CONF
 
 METRICS = (
@@ -47,6 +48,8 @@ def job(config: DictConfig) -> float:
     code = run_child(words)
     if code:
         sys.exit(code)
+    if global_rank():
+        return 0.0  # the launcher takes the first rank's word, who alone writes the result
     result = json.loads((out / "result.json").read_text())
     metric = next((result[key] for key in METRICS if key in result), None)
     if metric is None:
@@ -69,6 +72,29 @@ def combinations(overrides: Sequence[str], most: int = 256) -> list[list[str]]:
     return [list(run) for run in itertools.islice(itertools.product(*choices), most)]
 
 
+def slurm_words(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what a job array still has to be told, since all its jobs are of one size.
+
+    Raises:
+        ConfigError: the jobs differ in size, or nobody said how many devices a node has.
+    """
+    sizes = {(config["trainer"]["num_nodes"], config["trainer"]["devices"]) for config in configs}
+    if len(sizes) > 1:
+        raise ConfigError(
+            "trainer.num_nodes, trainer.devices: the jobs of one SLURM array are of one size; sweep over them in"
+            " separate commands"
+        )
+    if {devices for _, devices in sizes} != {"auto"}:
+        return []
+    strategies = {config["strategy"]["name"] for config in configs}
+    if strategies != {"single"}:
+        raise ConfigError(
+            f"trainer.devices=auto with strategy={sorted(strategies)[-1]} under hydra/launcher=slurm: a login node"
+            " cannot see how many GPUs a node has; give trainer.devices=NUMBER"
+        )
+    return ["trainer.devices=1"]
+
+
 def sweep(overrides: Sequence[str]) -> int:
     """Run Hydra's multirun over `overrides` and return the exit code.
 
@@ -86,10 +112,12 @@ def sweep(overrides: Sequence[str]) -> int:
         machine, why = detect_machine(overrides)
         words = [item for item in words if item != "machine=auto"] + [f"machine={machine}"]
         sys.stderr.write(f"machine={machine} (auto: {why})\n")
-    if any(item.startswith("hydra/launcher=") for item in words) and "upstream" not in keys:
+    launched = [split_override(item)[1] for item in words if split_override(item)[0] == "hydra/launcher"]
+    if launched and "upstream" not in keys:
         words.append("upstream=fail")  # jobs that run at once would all make the same thing
-    for run in combinations(words):
-        prepare(run)
+    configs = [prepare(run)[0] for run in combinations(words)]
+    if "slurm" in launched:
+        words += slurm_words(configs)
     sys.argv[1:] = ["--multirun", *words]
     hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     return 0

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Tensor, free: Tensor | None = N
         free: bool, broadcasts against `x`; None where all of it is drawn.
     """
     levels = sigmas.tolist()
-    for now, after in zip(levels, levels[1:], strict=False):
+    for now, after in pairwise(levels):
         moved = x + (after - now) * velocity(x, now)
         x = moved if free is None else torch.where(free, moved, x)
     return x

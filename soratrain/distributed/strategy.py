@@ -99,6 +99,10 @@ class Restorable:
         """Return the optimizer whose state is keyed by the fragments' holders."""
         return self.optimizers[0]
 
+    def averaged(self, trained: list[Fragment]) -> list[tuple[Fragment, Tensor]]:
+        """Return each trained fragment with its average; nothing where weights are not averaged."""
+        return [] if self.averages is None else list(zip(trained, self.averages, strict=True))
+
     def publish(self) -> None:
         """Let the modules compute with what has been written to the fragments."""
 
@@ -122,7 +126,7 @@ class Restorable:
             else:
                 keep(f"{key}/{fragment.name}", fragment, fragment.read(value))
         trained = [fragment for fragment in fragments if fragment.trained]
-        for fragment, average in zip(trained, self.averages or [], strict=False):
+        for fragment, average in self.averaged(trained):
             keep(f"average/{fragment.name}", fragment, average)
         if first:
             for name, buffer in persistent_buffers(self.lightning_module).items():
@@ -158,7 +162,7 @@ class Restorable:
         trained = [fragment for fragment in fragments if fragment.trained]
         for fragment in fragments:
             fragment.write(reader.read(f"weight/{fragment.name}", fragment.start, fragment.numel))
-        for fragment, average in zip(trained, self.averages or [], strict=False):
+        for fragment, average in self.averaged(trained):
             average.copy_(reader.read(f"average/{fragment.name}", fragment.start, fragment.numel))
         for name, buffer in persistent_buffers(self.lightning_module).items():
             buffer.copy_(reader.read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))

@@ -7,6 +7,7 @@ import json
 import struct
 from collections import defaultdict
 from fractions import Fraction
+from itertools import islice, pairwise
 from pathlib import Path
 
 import av
@@ -74,7 +75,7 @@ def test_every_whole_file_gets_in_with_its_size_rate_and_length(clips: dict[str,
         assert sum(video["frames"] for video in videos) == frames, uri
         sources = [record["source"] for record, _ in clips[uri]]
         assert sources[0]["start_us"] == 0 and abs(sources[-1]["end_us"] / 1e6 - frames / rate) < 1e-3, uri
-        assert all(a["end_us"] == b["start_us"] for a, b in zip(sources, sources[1:], strict=False)), uri
+        assert all(a["end_us"] == b["start_us"] for a, b in pairwise(sources)), uri
 
 
 def test_every_clip_decodes_to_what_its_header_says(clips: dict[str, list[tuple[dict, bytes]]]) -> None:
@@ -152,10 +153,11 @@ def test_the_damaged_file_is_reported_and_its_leading_part_is_used(
     ((record, media),) = clips[DAMAGED]
     assert 25 <= record["video"]["frames"] < 50 and record["video"]["orig"]["damage"] == failures[0]["reason"]
     with av.open(str(MEDIA / DAMAGED)) as file:
-        sound = [frame.to_ndarray(format="rgb24") for frame, _ in zip(file.decode(video=0), range(25), strict=False)]
+        sound = [frame.to_ndarray(format="rgb24") for frame in islice(file.decode(video=0), 25)]
     with av.open(io.BytesIO(media)) as file:
         made = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-    assert all(np.abs(a.astype(int) - b).mean() < 6 for a, b in zip(made, sound, strict=False))
+    assert len(made) >= len(sound)
+    assert all(np.abs(a.astype(int) - b).mean() < 6 for a, b in zip(made[:25], sound, strict=True))
 
 
 def test_the_funnel_accounts_for_every_file_and_second(out: Path) -> None:

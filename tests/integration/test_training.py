@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ def test_each_update_is_made_at_the_rate_that_its_row_names(tmp_path: Path) -> N
         float(load_file(folder / "rank-00000.safetensors")["weight/net.enter.bias"][0])
         for folder in saved_checkpoints(tmp_path / "checkpoints")
     ]
-    for before, after, rate in zip(levels, levels[1:], rates[1:], strict=False):
-        assert before - after == pytest.approx(rate, rel=1e-5)
+    falls = [before - after for before, after in pairwise(levels)]
+    assert falls == pytest.approx(rates[1:], rel=1e-5)
 
 
 def test_a_row_is_the_mean_of_its_steps_and_the_sum_of_their_counts(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -39,9 +40,9 @@ def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(
     values = torch.linalg.svdvals(result)
     assert values.min() > 0.8 and values.max() < 1.2
     level = left.mT @ result @ right  # diagonal where the singular vectors are kept
-    assert (level - torch.diag_embed(level.diagonal(dim1=1, dim2=2))).abs().max() < (
-        1e-4 if dtype.itemsize == 4 else 0.1
-    )
+    # a Gram matrix squares the condition number, here 100, and with it what fp32 rounds away
+    allowed = torch.finfo(dtype).eps * 100**2 if dtype.itemsize == 4 else 0.1
+    assert (level - torch.diag_embed(level.diagonal(dim1=1, dim2=2))).abs().max() < allowed
 
 
 def test_the_gram_route_equals_the_direct_one() -> None:
@@ -158,7 +159,7 @@ def test_the_schedule_warms_up_to_one_and_ends_at_its_final_value() -> None:
         factors = [schedule(step, 20) for step in range(20)]
         assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
         assert factors[-1] == pytest.approx(0.25)
-        assert all(after <= before + 1e-12 for before, after in zip(factors[4:], factors[5:], strict=False))
+        assert all(after <= before + 1e-12 for before, after in pairwise(factors[4:]))
     assert Schedule(name="constant", warmup_steps=0)(1000, 20) == 1.0
 
 

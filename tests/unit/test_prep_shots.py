@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_long_shots_are_divided_without_loss() -> None:
 def test_dividing_covers_every_frame_once_and_stays_below_the_limit(count: int) -> None:
     parts = bounds(probed(count), max_seconds=3.1, min_seconds=0.7)
     assert parts[0][0] == 0 and parts[-1][1] == count
-    assert all(a[1] == b[0] for a, b in zip(parts, parts[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(parts))
     assert all(stop - first <= 31 for first, stop in parts)
 
 
