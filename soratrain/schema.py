@@ -81,6 +81,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
     """Return a sentence that names the closest known words, or all of them."""
     options = sorted(str(item) for item in known if item not in SPECIAL)
     close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    initials = "".join(part[:1] for part in word.split("_"))  # learning_rate is lr
+    close = close or [item for item in options if "_" in word and item == initials]
     return (f"did you mean {close[0]!r}? " if close else "") + f"known: {', '.join(options)}"
 
 

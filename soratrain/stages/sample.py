@@ -41,9 +41,9 @@ def parse_size(size: str) -> tuple[int, int]:
 
 
 def slug(prompt: str) -> str:
-    """Return a file name for a prompt in any script: its plain letters, and a hash that tells prompts apart."""
-    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
-    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:48].strip("-")
+    """Return a file name for a prompt in any script: its first words, and a hash that tells prompts apart."""
+    plain = unicodedata.normalize("NFC", prompt.encode("utf-8", "ignore").decode()).lower()
+    words = re.sub(r"[\W_]+", "-", plain).strip("-").encode()[:48].decode("utf-8", "ignore").strip("-")
     digest = hashlib.blake2b(prompt.encode("utf-8", "replace"), digest_size=4).hexdigest()
     return f"{words or 'prompt'}-{digest}"
 

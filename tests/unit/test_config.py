@@ -86,6 +86,7 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
         (["stage=dit", "trainer.max_stesp=3"], "trainer.max_stesp: no such key; did you mean 'max_steps'"),
         (["stage=dit", "dit.dim=wide"], "dit.dim='wide': must be a whole number"),
         (["stage=dit", "machine.workers=many"], "machine.workers='many': must be like"),
+        (["stage=dit", "optimizer.learning_rate=1"], "optimizer.learning_rate: no such key; did you mean 'lr'"),
         (["stage=dit", "seed=abc"], "seed='abc': must be a whole number"),
         (["stage=dit", "experiment=native_res"], r"write \+experiment=native_res"),
         (["stage=dit", "+experiment=nativ"], "experiment=nativ: no such option; did you mean 'native_res'"),

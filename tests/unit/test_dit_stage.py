@@ -240,4 +240,4 @@ def test_sizes_are_width_by_height_and_file_names_tell_prompts_of_any_script_apa
         parse_size("832")
     names = [slug(prompt) for prompt in ("三只猫", "三只狗", "café", "cafe", TOKYO, "../../etc")]
     assert len(set(names)) == len(names) and all(name.replace("-", "").isalnum() for name in names)
-    assert names[2].startswith("cafe-")
+    assert names[0].startswith("三只猫-") and names[2].startswith("café-")
