@@ -21,7 +21,7 @@ def config(tmp_path, **changes):
 
 
 def make_vae(folder):
-    (folder / "weights").mkdir(parents=True)
+    (folder / "weights").mkdir(parents=True, exist_ok=True)
     (folder / "weights" / "vae.safetensors").write_bytes(b"")
     (folder / "result.json").write_text(json.dumps({}))
 
@@ -46,7 +46,8 @@ def test_what_is_there_is_not_made_again(tmp_path, calls):
 
 
 def test_an_unfinished_result_of_this_run_is_gone_on_with(tmp_path, calls):
-    (tmp_path / "vae").mkdir()
+    make_vae(tmp_path / "vae")
+    (tmp_path / "vae" / "result.json").unlink()  # its weights are there: it was cut off just before its end
     (tmp_path / "vae" / "config.yaml").write_text("stage: {name: vae}")
     upstream.ensure(config(tmp_path), [])
     assert calls[0][1:] == ["-m", "soratrain", "stage=vae"]
