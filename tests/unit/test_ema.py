@@ -36,7 +36,7 @@ def test_the_average_follows_the_closed_form_with_warm_up() -> None:
         ema.on_step(trainer, module)  # type: ignore[arg-type]
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * weight.detach().double()
-    torch.testing.assert_close(ema.averages[0].view(2, 3).double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ema.averages[0].view(2, 3).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_only_trained_weights_are_averaged_and_in_fp32() -> None:
