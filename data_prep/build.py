@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import av
 from rich.console import Console
@@ -22,24 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import soratrain
 from data_prep import output, summary
 from data_prep.encode import Encoding
-from data_prep.pack import Packed, Report, clean, pack, read_report, unit_done, write_unit
-from data_prep.records import SCHEMA, Sample
+from data_prep.pack import Packed, Report, Unit, clean, pack, read_report, unit_done
+from data_prep.records import SCHEMA
 from data_prep.schema import PrepConfig
+from data_prep.workers import Limits, do_unit, do_units
 from soratrain.errors import DataError
 
 STEPS = ("ingest", "render", "probe", "shots", "transcode", "pack")
-QUEUE = 4  # units handed out ahead of each process
-
-
-class Unit(Protocol):
-    """Some of the input, which one process turns into samples; the same each time."""
-
-    @property
-    def size(self) -> int:
-        """How many files or scenes it is made of."""
-
-    def samples(self, report: Report) -> Iterator[Sample]:
-        """Yield its samples and count in `report` what entered and left each step."""
 
 
 def build(config: PrepConfig, console: Console) -> None:
@@ -72,7 +54,7 @@ def make(config: PrepConfig, console: Console, units: Sequence[Unit], report: Re
     if resumed:
         console.print(f"{config.folder}: continuing, {len(units) - len(pending)} of {len(units)} units were done")
     try:
-        work(building / "units", units, pending, config.processes)
+        work(building / "units", units, pending, config)
         for number in range(len(units)):
             report.add(read_report(building / "units", number))
         shutil.rmtree(building / "shards", ignore_errors=True)
@@ -101,60 +83,23 @@ def plan(config: PrepConfig) -> tuple[Sequence[Unit], Report, str]:
     return file_units(sources, cutting=cutting, encoding=encoding, license=config.license, prep=prep), report, listing
 
 
-def work(folder: Path, units: Sequence[Unit], pending: Sequence[int], processes: int) -> None:
+def work(folder: Path, units: Sequence[Unit], pending: Sequence[int], config: PrepConfig) -> None:
     """Do the pending units with a progress bar; an interruption loses only those that are under way."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        done = sum(unit.size for number, unit in enumerate(units) if number not in set(pending))
-        task = progress.add_task("data_prep", total=sum(unit.size for unit in units), completed=done)
-        if processes == 1 or len(pending) < 2:
+        total = sum(unit.size for unit in units)
+        task = progress.add_task("data_prep", total=total, completed=total - sum(units[n].size for n in pending))
+
+        def done(number: int) -> None:
+            progress.advance(task, units[number].size)
+
+        if config.processes == 1 and config.input == "world":  # nothing foreign is decoded, so nothing needs watching
             for number in pending:
-                do_unit(folder, number, units[number])
-                progress.advance(task, units[number].size)
+                do_unit(folder, number, units[number], {})
+                done(number)
             return
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(min(processes, len(pending)), mp_context=context, initializer=prepare_worker)
-        try:
-            waiting: dict[Future[None], int] = {}
-            queue = iter(pending)
-            while True:
-                for number in queue:
-                    waiting[pool.submit(do_unit, folder, number, units[number])] = number
-                    if len(waiting) >= processes * QUEUE:
-                        break
-                if not waiting:
-                    break
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    number = waiting.pop(future)
-                    future.result()
-                    progress.advance(task, units[number].size)
-        except BrokenProcessPool as error:
-            raise DataError("a worker process died (out of memory?); the same command continues") from error
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():  # what they are at is done again
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def do_unit(folder: Path, number: int, unit: Unit) -> None:
-    """Do one unit and leave its result in `folder`."""
-    report = Report()
-    write_unit(folder, number, unit.samples(report), report)
-
-
-def prepare_worker() -> None:
-    """Let Ctrl-C reach only the process that waits, which ends the others; let none outlive it, whatever ends it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+        limits = Limits(**asdict(config.limits))
+        do_units(folder, units, pending, processes=config.processes, limits=limits, done=done)
 
 
 def finish(config: PrepConfig, identity: output.Identity, report: Report, packed: Packed) -> None:

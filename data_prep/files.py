@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import av
 
+from data_prep import pulse
 from data_prep.encode import Encoding
 from data_prep.media import Unusable
 from data_prep.pack import Report
@@ -36,16 +37,25 @@ class FileUnit:
         """How many files it has."""
         return len(self.sources)
 
-    def samples(self, report: Report) -> Iterator[Sample]:
+    def samples(self, report: Report, skips: Mapping[int, str] | None = None) -> Iterator[Sample]:
         """Yield the samples of each file; what cannot be used is recorded with its reason."""
-        for source in self.sources:
+        for number, source in enumerate(self.sources):
             work = FileWork(self, source, report)
-            try:
-                yield from work.image() if source.kind == "image" else work.video()
-            except Unusable as error:
-                work.failed(str(error))
-            except TROUBLE as error:
-                work.failed(f"cannot be converted: {type(error).__name__}: {' '.join(str(error).split())}")
+            if skips and number in skips:
+                work.left_out(skips[number])
+                continue
+            pulse.at(number)
+            yield from self.of(work)
+            pulse.at(pulse.NOWHERE)
+
+    def of(self, work: FileWork) -> Iterator[Sample]:
+        """Yield the samples of one file."""
+        try:
+            yield from work.image() if work.source.kind == "image" else work.video()
+        except Unusable as error:
+            work.failed(str(error))
+        except TROUBLE as error:
+            work.failed(f"cannot be converted: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 class FileWork:
@@ -55,6 +65,11 @@ class FileWork:
         self.unit, self.source, self.report = unit, source, report
         self.step = "probe"
         self.expected, self.made = 1, 0
+
+    def left_out(self, reason: str) -> None:
+        """Record that this file is not even opened, since it brought a process down before."""
+        self.report.tally("probe", COUNTED["probe"]).entered += 1
+        self.failed(reason)
 
     def failed(self, reason: str) -> None:
         """Record why this file, or the rest of it, is not used."""

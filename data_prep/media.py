@@ -6,6 +6,7 @@ Decoders get one thread: the processes already use every core, and errors come a
 
 from __future__ import annotations
 
+import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from typing import Any
 
 import av
 from av.stream import Disposition
+
+from data_prep import pulse
 
 UPRIGHT = (1, 0, 0, 1)
 BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"}
@@ -27,7 +30,10 @@ class Unusable(Exception):
 def opened(path: Path) -> Iterator[Any]:
     """Yield the PyAV container of a file. Raises Unusable where it is not a readable video or image."""
     try:
-        size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for somebody to write into it
+            raise Unusable("is not a file but a pipe, a socket or a device")
+        size = found.st_size
         file = open(path, "rb")  # noqa: SIM115 - closed below; only opening it may fail here
     except FileNotFoundError as error:
         raise Unusable("there is no such file") from error
@@ -119,6 +125,7 @@ def decoded(container: Any, stream: Any, damage: Callable[[str], None]) -> Itera
                     broken = f"the picture changes from {size[0]}x{size[1]} {size[2]} to {now} after frame {{}}"
                 else:
                     count += 1
+                    pulse.beat()
                     yield frame
                     continue
                 break

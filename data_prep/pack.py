@@ -10,11 +10,11 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data_prep.records import Failure, Sample, Tally, dumps
 from soratrain.data.atomic import replacing
@@ -40,6 +40,20 @@ class Report:
             self.tally(step, tally.unit).add(tally)
         self.failures += other.failures
         self.seconds += other.seconds
+
+
+class Unit(Protocol):
+    """Some of the input, which one process turns into samples; the same each time."""
+
+    @property
+    def size(self) -> int:
+        """How many files or scenes it is made of."""
+
+    def samples(self, report: Report, skips: Mapping[int, str] | None = None) -> Iterator[Sample]:
+        """Yield its samples and count in `report` what entered and left each step.
+
+        `skips` are files by number that may not be touched again, and why.
+        """
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -30,7 +30,7 @@ class SceneUnit:
         """How many samples it will give."""
         return self.stop - self.first
 
-    def samples(self, report: Report) -> Iterator[Sample]:
+    def samples(self, report: Report, skips: Mapping[int, str] | None = None) -> Iterator[Sample]:
         """Render and encode each scene."""
         from data_prep.world import World
 

@@ -57,6 +57,14 @@ class ShardsConfig:
 
 
 @dataclass
+class LimitsConfig:
+    """What one file may take."""
+
+    seconds: float = 60.0
+    memory_gb: float = 4.0
+
+
+@dataclass
 class PrepConfig:
     """Everything data_prep can be told."""
 
@@ -70,6 +78,7 @@ class PrepConfig:
     shots: ShotsConfig = field(default_factory=ShotsConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
     @property
     def folder(self) -> Path:
@@ -85,7 +94,7 @@ class PrepConfig:
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide what the shards hold, as plain values."""
         settings = asdict(self)
-        for key in ("output", "fresh", "workers"):
+        for key in ("output", "fresh", "workers", "limits"):
             del settings[key]
         unused = {"world": ("shots", "license")}.get(self.input, ("world",)) if self.task == "build" else ()
         for key in unused:
@@ -185,6 +194,8 @@ def check(config: PrepConfig) -> PrepConfig:
         "video.crf": (config.video.crf, 0, 51),
         "video.gop": (config.video.gop, 1, 250),
         "shards.mb": (config.shards.mb, 1, 65536),
+        "limits.seconds": (config.limits.seconds, 1, 86400),
+        "limits.memory_gb": (config.limits.memory_gb, 0.5, 4096),
     }
     for key, (value, low, high) in limits.items():
         if not low <= value <= high:

@@ -27,7 +27,7 @@ def still(source: Source, *, license: str, prep: dict[str, Any]) -> Sample:
         frame = next(iter(decoded(container, stream, damages.append)), None)
         codec = stream.codec_context.name
     if frame is None:
-        raise Unusable("the image cannot be decoded")
+        raise Unusable("the image cannot be decoded" + (f" ({damages[0]})" if damages else ""))
     turn, ext = turn_of(frame), CODECS.get(codec, "")
     clear = transparent(frame)
     copied = turn == UPRIGHT and bool(ext) and not clear

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
+import psutil
 import pytest
 
 from data_prep.__main__ import main
@@ -161,6 +164,44 @@ def test_input_without_anything_usable_is_one_line_and_leaves_nothing(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1 and said in lines[0] and "input=" in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.full
+def test_kills_at_any_moment_leave_a_command_that_ends_with_the_very_same_bytes(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for number in range(30):
+        write_clip(videos / f"{number}.{'mkv' if number % 3 else 'mp4'}", 15 + number)
+    (videos / "empty.mp4").touch()
+    command = [sys.executable, "-m", "data_prep", f"input={videos}", "shards.mb=1", "workers=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def start(name: str) -> subprocess.Popen[str]:
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([*command, f"output={name}"], cwd=tmp_path, env=environment, **output)  # type: ignore[call-overload]
+
+    began = time.monotonic()
+    assert start("whole").wait(timeout=120) == 0
+    took = time.monotonic() - began
+    draws, kills = random.Random(0), Counter[int]()
+    for round in range(3):
+        for place in range(5):
+            process = start(f"cut{round}")
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=took * (place + draws.random()) / 5)
+            workers = psutil.Process(process.pid).children() if process.poll() is None else []
+            victims = workers[-1:] if round == 2 else [psutil.Process(process.pid)] if process.poll() is None else []
+            for victim in victims:
+                with suppress(psutil.NoSuchProcess):
+                    victim.kill()
+                    kills[round] += 1
+            if round < 2:
+                process.wait(timeout=60)
+            assert process.wait(timeout=120) in (0, -signal.SIGKILL), process.communicate()[0]
+        done = start(f"cut{round}")
+        assert done.wait(timeout=120) == 0, done.communicate()[0]
+        assert digests(tmp_path / f"cut{round}") == digests(tmp_path / "whole")
+    assert min(kills[round] for round in range(3)) >= 1 and kills.total() >= 6, kills
 
 
 def test_two_runs_at_once_do_not_spoil_each_other(tmp_path: Path) -> None:
