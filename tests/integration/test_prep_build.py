@@ -166,42 +166,57 @@ def test_input_without_anything_usable_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.full
-def test_kills_at_any_moment_leave_a_command_that_ends_with_the_very_same_bytes(tmp_path: Path) -> None:
-    videos = tmp_path / "videos"
-    videos.mkdir()
-    for number in range(30):
-        write_clip(videos / f"{number}.{'mkv' if number % 3 else 'mp4'}", 15 + number)
-    (videos / "empty.mp4").touch()
-    command = [sys.executable, "-m", "data_prep", f"input={videos}", "shards.mb=1", "workers=2"]
+def start(folder: Path, name: str) -> subprocess.Popen[str]:
+    """Start a build of `folder/videos` into `folder/<name>`."""
+    command = [sys.executable, "-m", "data_prep", "input=videos", f"output={name}", "shards.mb=1", "workers=2"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **output)  # type: ignore[call-overload]
 
-    def start(name: str) -> subprocess.Popen[str]:
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([*command, f"output={name}"], cwd=tmp_path, env=environment, **output)  # type: ignore[call-overload]
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """Return a folder with videos and what an undisturbed run made of them, and the seconds that took."""
+    folder = tmp_path_factory.mktemp("kills")
+    (folder / "videos").mkdir()
+    for number in range(30):
+        write_clip(folder / "videos" / f"{number}.{'mkv' if number % 3 else 'mp4'}", 15 + number)
+    (folder / "videos" / "empty.mp4").touch()
     began = time.monotonic()
-    assert start("whole").wait(timeout=120) == 0
-    took = time.monotonic() - began
-    draws, kills = random.Random(0), Counter[int]()
-    for round in range(3):
-        for place in range(5):
-            process = start(f"cut{round}")
+    done = start(folder, "whole")
+    assert done.wait(timeout=120) == 0, done.communicate()[0]
+    return folder, time.monotonic() - began
+
+
+@pytest.mark.full
+def test_kills_at_any_moment_leave_a_command_that_ends_with_the_very_same_bytes(whole: tuple[Path, float]) -> None:
+    folder, took = whole
+    draws, kills = random.Random(0), 0
+    for round in range(2):
+        for place in range(6):
+            process = start(folder, f"cut{round}")
             with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=took * (place + draws.random()) / 5)
-            workers = psutil.Process(process.pid).children() if process.poll() is None else []
-            victims = workers[-1:] if round == 2 else [psutil.Process(process.pid)] if process.poll() is None else []
-            for victim in victims:
-                with suppress(psutil.NoSuchProcess):
-                    victim.kill()
-                    kills[round] += 1
-            if round < 2:
-                process.wait(timeout=60)
-            assert process.wait(timeout=120) in (0, -signal.SIGKILL), process.communicate()[0]
-        done = start(f"cut{round}")
+                process.wait(timeout=took * (place + draws.random()) / 6)
+            process.kill()
+            kills += process.wait(timeout=60) == -signal.SIGKILL
+        done = start(folder, f"cut{round}")
         assert done.wait(timeout=120) == 0, done.communicate()[0]
-        assert digests(tmp_path / f"cut{round}") == digests(tmp_path / "whole")
-    assert min(kills[round] for round in range(3)) >= 1 and kills.total() >= 6, kills
+        assert digests(folder / f"cut{round}") == digests(folder / "whole")
+    assert kills >= 6
+
+
+@pytest.mark.full
+def test_a_worker_that_is_killed_once_changes_nothing(whole: tuple[Path, float]) -> None:
+    folder, _ = whole
+    process = start(folder, "worker")
+    while not list(folder.glob("worker/.building/units/*.json")):  # they are at work
+        assert process.poll() is None
+    found = psutil.Process(process.pid).children()
+    workers = [child for child in found if any("spawn_main" in word for word in child.cmdline())]
+    assert len(workers) == 2
+    workers[-1].kill()
+    assert process.wait(timeout=120) == 0, process.communicate()[0]
+    assert digests(folder / "worker") == digests(folder / "whole")
 
 
 def test_two_runs_at_once_do_not_spoil_each_other(tmp_path: Path) -> None:
