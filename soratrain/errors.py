@@ -13,3 +13,7 @@ class ConfigError(UserError, ValueError):
 
 class DataError(UserError):
     """Input data or a stored artefact that is missing, damaged or does not fit."""
+
+
+class StoreError(UserError):
+    """A store of data that cannot be reached or read: the run stops, since no other sample would do better."""

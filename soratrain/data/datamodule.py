@@ -9,6 +9,7 @@ from soratrain.data.dataset import ClipSource, LatentSource, Source
 from soratrain.data.manifest import Manifest
 from soratrain.data.plan import Plan
 from soratrain.data.planned import PlannedData
+from soratrain.data.remote import Remote
 from soratrain.errors import DataError
 
 
@@ -20,7 +21,7 @@ class VideoData(PlannedData):
         latents = [ext for ext in manifest.exts if ext == "safetensors"]
         if latents:
             raise DataError(f"{manifest.folder} holds latents, not clips; point inputs.shards at a folder of data_prep")
-        return ClipSource(manifest, plan.assignment.stride, cache)
+        return ClipSource(manifest, plan.assignment.stride, cache, self.remote)
 
 
 class LatentData(PlannedData):
@@ -53,6 +54,7 @@ class LatentData(PlannedData):
         cache: int = 0,
         quarantine: str | None = None,
         max_bad: float = 0.01,
+        remote: Remote | None = None,
     ) -> None:
         super().__init__(
             shards=latents,
@@ -76,10 +78,11 @@ class LatentData(PlannedData):
             cache=cache,
             quarantine=quarantine,
             max_bad=max_bad,
+            remote=remote,
         )
 
     def source(self, manifest: Manifest, plan: Plan, cache: int) -> Source:
         """Return a reader of safetensors members."""
         if manifest.exts != ("safetensors",):
             raise DataError(f"{manifest.folder} holds {', '.join(manifest.exts)}, not latents; run stage=encode")
-        return LatentSource(manifest, cache)
+        return LatentSource(manifest, cache, self.remote)

@@ -6,10 +6,7 @@ All that is random about a sample is keyed on (seed, step, sample key), so neith
 from __future__ import annotations
 
 import contextlib
-import json
-import logging
-import os
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -27,12 +24,13 @@ from soratrain.data.buckets import Bucket
 from soratrain.data.captions import CaptionMix, captions_of
 from soratrain.data.decode import ByteBudget, Window, crop, load_clip, load_whole, scaled_size
 from soratrain.data.fitting import TIME
-from soratrain.data.manifest import Manifest, Row
+from soratrain.data.manifest import Manifest
+from soratrain.data.members import fetch_ahead, open_shards, read_members
 from soratrain.data.plan import Plan
-from soratrain.data.shards import ShardReader
+from soratrain.data.quarantine import Quarantine
+from soratrain.data.remote import Remote
 from soratrain.errors import DataError
 
-log = logging.getLogger(__name__)
 ATTEMPTS = 16  # substitutes tried for one unreadable sample
 
 
@@ -53,33 +51,15 @@ class Source(Protocol):
 
     manifest: Manifest
 
+    def ahead(self, samples: Sequence[int], bucket: Bucket) -> None:
+        """Fetch at once the bytes of samples that are about to be loaded. Raises StoreError where that fails."""
+        ...
+
     def load(self, index: int, bucket: Bucket, draw: int) -> tuple[Any, float, list[dict[str, Any]]]:
         """Return payload, frames a second and the captions in K.json. Raises DataError where it is damaged."""
         ...
 
     def stack(self, samples: list[Sample], common: dict[str, Any]) -> Batch: ...
-
-
-def read_members(reader: ShardReader, row: Row) -> tuple[dict[str, Any], bytes]:
-    """Return a sample's K.json and the bytes of its media member, in one read; checks the media's CRC-32.
-
-    Raises:
-        DataError: bytes are missing or changed.
-    """
-    start = min(row.json_offset, row.media_offset)
-    end = max(row.json_offset + row.json_length, row.media_offset + row.media_length)
-    data = reader.read(row.shard, start, end - start)
-    media = data[row.media_offset - start : row.media_offset - start + row.media_length]
-    if zlib.crc32(media) != row.crc32:
-        raise DataError("its bytes are not those that the manifest knows (CRC-32)")
-    try:
-        # a foreign sample may have no JSON: nothing is known of it but what the manifest says
-        header = json.loads(data[row.json_offset - start : row.json_offset - start + row.json_length] or b"{}")
-    except ValueError as error:
-        raise DataError(f"its K.json cannot be read: {error}") from error
-    if not isinstance(header, dict):
-        raise DataError(f"its K.json holds a {type(header).__name__}, not an object")
-    return header, media
 
 
 class ClipSource:
@@ -89,11 +69,17 @@ class ClipSource:
         manifest: of the shards.
         stride: every how many source frames one is taken, [N].
         cache: bytes of decoded clips to keep in memory; small clips are then decoded once.
+        remote: how shards in a store are read.
     """
 
-    def __init__(self, manifest: Manifest, stride: np.ndarray, cache: int = 0) -> None:
+    def __init__(self, manifest: Manifest, stride: np.ndarray, cache: int = 0, remote: Remote | None = None) -> None:
         self.manifest, self.stride, self.cache = manifest, stride, ByteBudget(cache)
-        self.reader = ShardReader(manifest.folder)
+        self.reader = open_shards(manifest, remote)
+
+    def ahead(self, samples: Sequence[int], bucket: Bucket) -> None:
+        """Fetch the bytes of samples that are not in memory."""
+        kept = [self.cache.get((index, bucket.height, bucket.width)) is not None for index in samples]
+        fetch_ahead(self.reader, self.manifest, samples, kept)
 
     def load(self, index: int, bucket: Bucket, draw: int) -> tuple[np.ndarray, float, list[dict[str, Any]]]:
         """Return uint8 `[T, H, W, 3]` of the bucket's size."""
@@ -127,11 +113,16 @@ class LatentSource:
     Args:
         manifest: of the latents' shards.
         cache: bytes of latents to keep in memory.
+        remote: how shards in a store are read.
     """
 
-    def __init__(self, manifest: Manifest, cache: int = 0) -> None:
+    def __init__(self, manifest: Manifest, cache: int = 0, remote: Remote | None = None) -> None:
         self.manifest, self.cache = manifest, ByteBudget(cache)
-        self.reader = ShardReader(manifest.folder)
+        self.reader = open_shards(manifest, remote)
+
+    def ahead(self, samples: Sequence[int], bucket: Bucket) -> None:
+        """Fetch the bytes of samples that are not in memory."""
+        fetch_ahead(self.reader, self.manifest, samples, [self.cache.get(index) is not None for index in samples])
 
     def load(self, index: int, bucket: Bucket, draw: int) -> tuple[dict[str, Tensor], float, list[dict[str, Any]]]:
         """Return the sample's tensors, in fp32; `latent` is `[C, t, h, w]`, `text` (if there) `[L, D]`."""
@@ -184,12 +175,11 @@ class MicroBatches(Dataset):
     ) -> None:
         self.plan, self.source, self.captions = plan, source, captions
         self.rank, self.world_size = rank, world_size
-        self.quarantine = Path(quarantine) if quarantine else None
-        self.max_bad = max_bad
-        self.bad: set[int] = set()
+        self.quarantine = Quarantine(quarantine, source.manifest.folder, max_bad, len(source.manifest))
 
     def __getitem__(self, number: int) -> Batch:
         micro = self.plan.local(number, self.rank, self.world_size)
+        self.source.ahead(micro.samples.tolist(), self.plan.assignment.buckets[micro.bucket])
         samples = [self._sample(int(index), micro.step, micro.bucket) for index in micro.samples]
         common = {
             "keys": tuple(sample.key for sample in samples),
@@ -210,40 +200,15 @@ class MicroBatches(Dataset):
             try:
                 payload, fps, original = self.source.load(index, self.plan.assignment.buckets[bucket], draw)
             except DataError as error:
-                self._put_aside(index, step, str(error))
+                self.quarantine.add(self.source.manifest.row(index), step, str(error))
             else:
                 key = self.source.manifest.key[index].decode()
                 return Sample(payload, fps, key, *self.captions.choose(key, original, draw), draw)
             index = self.plan.substitute(bucket, wanted, attempt)
         name = self.plan.assignment.buckets[bucket]
         raise DataError(
-            f"no sample of bucket {name} can be read ({ATTEMPTS} tried); see {self.quarantine or 'the log'}"
+            f"no sample of bucket {name} can be read ({ATTEMPTS} tried); see {self.quarantine.path or 'the log'}"
         )
 
     def _draw(self, index: int, step: int) -> int:
         return draw_of(self.plan.seed, step, self.source.manifest.key[index].decode())
-
-    def _put_aside(self, index: int, step: int, reason: str) -> None:
-        """Note an unreadable sample, once. Raises DataError where there are too many.
-
-        It is tried again when it comes again: a clip may be damaged in a part that another draw does not need, and
-        what a step sees must not depend on what came before.
-        """
-        if index in self.bad:
-            return
-        row = self.source.manifest.row(index)
-        self.bad.add(index)
-        log.warning("sample %s of %s is replaced by another: %s", row.key, row.shard, reason)
-        if self.quarantine is not None:
-            line = json.dumps({"key": row.key, "shard": row.shard, "step": step, "reason": reason}) + "\n"
-            self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.quarantine, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-            try:
-                os.write(handle, line.encode())  # one write a line, so that lines of several processes do not mix
-            finally:
-                os.close(handle)
-        if len(self.bad) > max(3, self.max_bad * len(self.source.manifest)):
-            raise DataError(
-                f"{len(self.bad)} samples of {self.source.manifest.folder} cannot be read, more than"
-                f" data.max_bad={self.max_bad} allows; the last: {row.key}: {reason}"
-            )

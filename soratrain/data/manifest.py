@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from soratrain.data.atomic import replacing
+from soratrain.data.remote import patient
 from soratrain.errors import DataError
 
 MANIFEST_SCHEMA = pa.schema(
@@ -233,9 +234,9 @@ def _by_key(table: pa.Table) -> dict[str, list[dict[str, str]]]:
     return found
 
 
+@patient
 def _read(folder: str | Path, patterns: Sequence[str], schema: pa.Schema) -> pa.Table | None:
-    filesystem, root = fsspec.core.url_to_fs(str(folder))
-    root = root.rstrip("/")
+    filesystem, root = fsspec.core.url_to_fs(str(folder).rstrip("/"))
     paths = sorted({path for pattern in patterns for path in filesystem.glob(f"{root}/{pattern}")})
     if not paths:
         return None

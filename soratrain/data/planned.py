@@ -24,6 +24,7 @@ from soratrain.data.loader import make_loader
 from soratrain.data.manifest import Manifest, read_captions, read_manifest, read_original_captions
 from soratrain.data.mixing import spread
 from soratrain.data.plan import Budget, Plan
+from soratrain.data.remote import Remote
 from soratrain.data.summary import remarks, summarise, table
 from soratrain.errors import ConfigError
 
@@ -40,11 +41,7 @@ class PlannedData(L.LightningDataModule, ABC):
         seed: of the order and of every draw.
         max_steps: optimizer steps in the whole run.
         batching: `bucket`: each micro-batch holds samples of one bucket.
-        batch_size: samples of a micro-batch; or None, with:
-        tokens_per_batch: cost of a micro-batch in tokens (16 × 16 pixels of a latent frame); a sample of L tokens costs
-            L + quadratic · L².
-        quadratic: see above.
-        max_batch_size: bound on the samples of a micro-batch.
+        batch_size, tokens_per_batch, quadratic, max_batch_size: see `Budget`; token: 16 × 16 pixels of a latent frame.
         accumulate_blocks: blocks of an optimizer step.
         canonical_ranks: data-parallel ranks of a block; None takes those of the run's first start.
         gamma: exponent of tokens in a sample's loss weight.
@@ -57,6 +54,7 @@ class PlannedData(L.LightningDataModule, ABC):
         cache: bytes of decoded samples that a rank keeps in memory, shared out among its workers.
         quarantine: JSON-lines file for samples that cannot be read.
         max_bad: share of the samples that may be unreadable before the run stops.
+        remote: how shards in a store are read (`Remote`).
 
     Raises:
         ConfigError: a value, or a combination of values, that cannot work.
@@ -87,6 +85,7 @@ class PlannedData(L.LightningDataModule, ABC):
         cache: int = 0,
         quarantine: str | None = None,
         max_bad: float = 0.01,
+        remote: Remote | None = None,
     ) -> None:
         super().__init__()
         if batching != "bucket":
@@ -100,7 +99,7 @@ class PlannedData(L.LightningDataModule, ABC):
         self.accumulate_blocks, self.canonical_ranks, self.gamma = accumulate_blocks, canonical_ranks, gamma
         self.durations, self.image_fraction = durations, image_fraction
         self.captions, self.caption_mix, self.caption_types = captions, caption_mix, caption_types
-        self.workers, self.prefetch, self.cache = workers, prefetch, cache
+        self.workers, self.prefetch, self.cache, self.remote = workers, prefetch, cache, remote
         self.quarantine, self.max_bad = quarantine, max_bad
         self.seat: tuple[int, int] | None = None  # (rank, ranks) that share the data, where Lightning's are not those
         self._manifest: Manifest | None = None

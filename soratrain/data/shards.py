@@ -10,17 +10,15 @@ import os
 import re
 import tarfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote
-
-import fsspec
 
 from soratrain.data.atomic import sync
+from soratrain.data.remote import Range, Remote, RemoteFolder
 from soratrain.errors import DataError
 
 KEY = re.compile(r"[0-9a-f]{32}")
@@ -154,26 +152,64 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Read byte ranges of the shards under `folder`: a local path, `s3://…` or `http(s)://…` (through fsspec).
+    """Read byte ranges of the shards under `folder`: a local path, `s3://…` or `http(s)://…`.
 
-    It can be pickled and forked: files are opened on first use, and local reads carry their own position.
+    It can be pickled and forked: files and connections are opened on first use, in the process that uses them.
+
+    Args:
+        folder: where the shards are.
+        remote: how a store is read, and what is kept of it.
+        version: identifies the shards' bytes, for a cache.
+        ends: by shard, the byte after its last sample; a cache then asks for no more.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        remote: Remote | None = None,
+        *,
+        version: str = "",
+        ends: Mapping[str, int] | None = None,
+    ) -> None:
         self.folder = str(folder).rstrip("/")
+        self.settings, self.version, self.ends = remote or Remote(), version, dict(ends or {})
         self.remote = "://" in self.folder and not self.folder.startswith("file://")
         self._files: OrderedDict[str, int] = OrderedDict()
-        self._filesystem: Any = None
+        self._store: RemoteFolder | None = None
+        self._ahead: dict[Range, bytes | DataError] = {}
 
     def read(self, shard: str, offset: int, length: int) -> bytes:
-        """Return `length` bytes at `offset`. Raises DataError where the shard is missing or shorter."""
+        """Return `length` bytes at `offset`.
+
+        Raises:
+            DataError: the shard is missing or shorter.
+            StoreError: the store that holds it cannot be read.
+        """
+        if self.remote:
+            found = self._ahead.get((shard, offset, length))
+            return self.store.read(shard, offset, length) if found is None else _or_raise(found)
         try:
-            data = self._remote(shard, offset, length) if self.remote else self._local(shard, offset, length)
+            data = self._local(shard, offset, length)
         except OSError as error:
             raise DataError(f"{self.folder}/{shard} cannot be read: {error}") from error
         if len(data) != length:
             raise DataError(f"{self.folder}/{shard} ends before byte {offset + length}; write the shards again")
         return data
+
+    def ahead(self, ranges: Sequence[Range]) -> None:
+        """Fetch ranges that are about to be read, all at once; those of the last call are forgotten.
+
+        Local shards are left to the system's own reading ahead.
+        """
+        if self.remote:
+            self._ahead = dict(zip(ranges, self.store.read_many(ranges), strict=True))
+
+    @property
+    def store(self) -> RemoteFolder:
+        """The store, opened in this process."""
+        if self._store is None or self._store.process != os.getpid():
+            self._store = RemoteFolder(self.folder, self.settings)
+        return self._store
 
     def _local(self, shard: str, offset: int, length: int) -> bytes:
         if shard in self._files:
@@ -184,22 +220,23 @@ class ShardReader:
                 os.close(self._files.popitem(last=False)[1])
         return os.pread(self._files[shard], length, offset)
 
-    def _remote(self, shard: str, offset: int, length: int) -> bytes:
-        if self._filesystem is None:
-            self._filesystem, self._root = fsspec.core.url_to_fs(self.folder)
-        path = f"{self._root}/{quote(shard) if self.folder.startswith('http') else shard}"
-        return self._filesystem.cat_file(path, start=offset, end=offset + length)
-
     def close(self) -> None:
         """Close the open files; the next read opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
+        self._store, self._ahead = None, {}
 
     def __del__(self) -> None:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "remote": self.remote}
+        return {"folder": self.folder, "remote": self.settings, "version": self.version, "ends": self.ends}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["folder"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def _or_raise(found: bytes | DataError) -> bytes:
+    if isinstance(found, DataError):
+        raise found
+    return found

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from soratrain.data.buckets import Bucket
-from soratrain.data.dataset import read_members
 from soratrain.data.decode import load_clip
 from soratrain.data.manifest import Manifest, Row
+from soratrain.data.members import read_members
 from soratrain.data.shards import ShardReader, ShardWriter
 from soratrain.errors import DataError
 

@@ -21,9 +21,9 @@ from data_prep.encode import Encoding, encode_png, encode_rgb
 from soratrain.batch import to_pixels
 from soratrain.data.buckets import Native
 from soratrain.data.datamodule import VideoData
-from soratrain.data.dataset import read_members
 from soratrain.data.decode import load_clip
 from soratrain.data.manifest import read_manifest, write_manifest
+from soratrain.data.members import read_members
 from soratrain.data.shards import ShardReader, ShardWriter
 from soratrain.distributed.trainer import build_trainer, fit
 from soratrain.errors import ConfigError, DataError
