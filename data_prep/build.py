@@ -93,13 +93,20 @@ def work(folder: Path, units: Sequence[Unit], pending: Sequence[int], config: Pr
         def done(number: int) -> None:
             progress.advance(task, units[number].size)
 
-        if config.processes == 1 and config.input == "world":  # nothing foreign is decoded, so nothing needs watching
+        if (
+            config.processes == 1 and config.input == "world" and config.engine == "local"
+        ):  # nothing foreign is decoded, so nothing needs watching
             for number in pending:
                 do_unit(folder, number, units[number], {})
                 done(number)
             return
         limits = Limits(**asdict(config.limits))
-        do_units(folder, units, pending, processes=config.processes, limits=limits, done=done)
+        if config.engine == "slurm":
+            from data_prep.slurm import Array, do_units_as_jobs
+
+            do_units_as_jobs(folder, units, pending, array=Array(**asdict(config.slurm)), limits=limits, done=done)
+        else:
+            do_units(folder, units, pending, processes=config.processes, limits=limits, done=done)
 
 
 def finish(config: PrepConfig, identity: output.Identity, report: Report, packed: Packed) -> None:

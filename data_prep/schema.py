@@ -16,6 +16,7 @@ from soratrain.errors import ConfigError
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PATHS = ("input", "output", "license")  # keys whose values may hold anything
 TASKS = ("build", "index")
+ENGINES = ("local", "slurm")
 PRESETS = ["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 FORM = 1  # of what the steps do: a change that alters shards from the same input raises it
 
@@ -65,6 +66,20 @@ class LimitsConfig:
 
 
 @dataclass
+class SlurmConfig:
+    """The job array of engine=slurm; null leaves a setting to the cluster."""
+
+    jobs: int = 8
+    cpus: int = 4
+    minutes: int = 240
+    mem_gb: int | None = None
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    setup: list[str] = field(default_factory=list)
+
+
+@dataclass
 class PrepConfig:
     """Everything data_prep can be told."""
 
@@ -73,12 +88,14 @@ class PrepConfig:
     output: str | None = None
     fresh: bool = False
     workers: str = "auto"
+    engine: str = "local"
     license: str = ""
     world: WorldConfig = field(default_factory=WorldConfig)
     shots: ShotsConfig = field(default_factory=ShotsConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     @property
     def folder(self) -> Path:
@@ -94,7 +111,7 @@ class PrepConfig:
     def identity(self) -> dict[str, Any]:
         """Return the settings that decide what the shards hold, as plain values."""
         settings = asdict(self)
-        for key in ("output", "fresh", "workers", "limits"):
+        for key in ("output", "fresh", "workers", "engine", "limits", "slurm"):
             del settings[key]
         unused = {"world": ("shots", "license")}.get(self.input, ("world",)) if self.task == "build" else ()
         for key in unused:
@@ -183,6 +200,8 @@ def check(config: PrepConfig) -> PrepConfig:
         raise ConfigError("output is missing; name the folder for the shards, for example output=data/videos")
     if config.workers != "auto" and not (config.workers.isdigit() and int(config.workers) > 0):
         raise ConfigError(f"workers={config.workers} must be auto or a number of at least 1")
+    if config.engine not in ENGINES:
+        raise ConfigError(f"engine={config.engine} is not there; use one of {', '.join(ENGINES)}")
     if config.video.preset not in PRESETS:
         raise ConfigError(f"video.preset={config.video.preset} is unknown; use one of {', '.join(PRESETS)}")
     limits = {
@@ -194,6 +213,9 @@ def check(config: PrepConfig) -> PrepConfig:
         "video.crf": (config.video.crf, 0, 51),
         "video.gop": (config.video.gop, 1, 250),
         "shards.mb": (config.shards.mb, 1, 65536),
+        "slurm.jobs": (config.slurm.jobs, 1, 10_000),
+        "slurm.cpus": (config.slurm.cpus, 1, 1024),
+        "slurm.minutes": (config.slurm.minutes, 1, 60 * 24 * 365),
         "limits.seconds": (config.limits.seconds, 1, 86400),
         "limits.memory_gb": (config.limits.memory_gb, 0.5, 4096),
     }

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -50,7 +50,7 @@ class Limits:
 
 def do_units(
     folder: Path,
-    units: Sequence[Unit],
+    units: Sequence[Unit] | Mapping[int, Unit],
     pending: Sequence[int],
     *,
     processes: int,
