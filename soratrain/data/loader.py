@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
+import re
 import signal
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -11,7 +15,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from soratrain.batch import Batch
 from soratrain.data.dataset import MicroBatches
-from soratrain.errors import UserError
+from soratrain.distributed import halt
+from soratrain.errors import DataError, UserError
+
+KILLED = re.compile(r"DataLoader worker.* (is killed by signal|exited unexpectedly)")
 
 
 class Span(Sampler[int]):
@@ -41,18 +48,45 @@ class Outcomes(Dataset):
 
 
 class Loader(DataLoader[Batch]):
-    """A DataLoader that raises in this process what a worker hands over as an error."""
+    """A DataLoader that raises in this process what a worker hands over as an error, after all ranks know of it."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for outcome in super().__iter__():
+        halt.watch()
+        outcomes = super().__iter__()
+        while True:
+            try:
+                outcome = next(outcomes)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not KILLED.search(str(error)):
+                    raise
+                outcome = DataError(
+                    f"a loader process was killed ({' '.join(str(error).split())}). Mostly that is for want of memory:"
+                    " fewer data.workers, a smaller data.prefetch or data.cache need less; the same command goes on"
+                )
+                outcome.__cause__ = error
             if isinstance(outcome, UserError):
+                halt.announce(str(outcome))
                 raise outcome
             yield outcome
 
 
-def ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to every process, to the one that trains: it still wants its batches."""
+def serve(worker: int) -> None:
+    """Live as long as the process that trains.
+
+    Ctrl-C, which a terminal sends to every process, is left to that one: it still wants its batches. And where it is
+    killed, this one ends too; PyTorch looks at the parent, which is the server that forks, and that outlives it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+
+    def end() -> None:
+        multiprocessing.connection.wait([trainer.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end, name="parent", daemon=True).start()
 
 
 def make_loader(items: MicroBatches, start: int, end: int, *, workers: int, prefetch: int) -> DataLoader[Batch]:
@@ -67,7 +101,7 @@ def make_loader(items: MicroBatches, start: int, end: int, *, workers: int, pref
         persistent_workers=workers > 0,
         prefetch_factor=prefetch if workers else None,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=ignore_interrupts if workers else None,
+        worker_init_fn=serve if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, or the loader would move on the global one
     )

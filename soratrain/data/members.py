@@ -15,6 +15,11 @@ from soratrain.data.shards import ShardReader
 from soratrain.errors import DataError
 
 
+def _refuse(constant: str) -> None:
+    """Take NaN and Infinity for what they are in JSON: an error."""
+    raise ValueError(f"{constant} is not JSON")
+
+
 def range_of(row: Row) -> Range:
     """Return where a sample's members lie: shard, offset and length in bytes."""
     start = min(row.json_offset, row.media_offset)
@@ -44,7 +49,8 @@ def read_members(reader: ShardReader, row: Row) -> tuple[dict[str, Any], bytes]:
         raise DataError("its bytes are not those that the manifest knows (CRC-32)")
     try:
         # a foreign sample may have no JSON: nothing is known of it but what the manifest says
-        header = json.loads(data[row.json_offset - start : row.json_offset - start + row.json_length] or b"{}")
+        text = data[row.json_offset - start : row.json_offset - start + row.json_length] or b"{}"
+        header = json.loads(text, parse_constant=_refuse)
     except ValueError as error:
         raise DataError(f"its K.json cannot be read: {error}") from error
     if not isinstance(header, dict):
