@@ -41,6 +41,8 @@ class Remote:
         timeout: seconds that a connection, and then each answer, may keep silent.
         backoff: seconds before the second try; twice as long before each further one, up to half a minute.
         requests: reads of one process that are under way at a time.
+        cache_dir: folder on a disk of the node where all its processes keep what they read (`ChunkCache`), or None.
+        cache_gb: gigabytes that may lie there.
 
     Raises:
         ConfigError: a value that cannot work.
@@ -50,13 +52,16 @@ class Remote:
     timeout: float = 60.0
     backoff: float = 0.25
     requests: int = 16
+    cache_dir: str | None = None
+    cache_gb: float = 50.0
 
     def __post_init__(self) -> None:
         for name, least in (("retries", 0), ("backoff", 0), ("requests", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.remote.{name}={getattr(self, name)}: must be at least {least}")
-        if self.timeout <= 0:
-            raise ConfigError(f"data.remote.timeout={self.timeout}: must be more than 0")
+        for name in ("timeout", "cache_gb"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"data.remote.{name}={getattr(self, name)}: must be more than 0")
 
     def wait(self, place: str, attempt: int, error: Exception, *key: object) -> float:
         """Return how many seconds to wait after try number `attempt` (from 0) to read `place` failed with `error`.

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from soratrain.data.atomic import sync
+from soratrain.data.chunks import ChunkCache
 from soratrain.data.remote import Range, Remote, RemoteFolder
 from soratrain.errors import DataError
 
@@ -176,6 +177,7 @@ class ShardReader:
         self.remote = "://" in self.folder and not self.folder.startswith("file://")
         self._files: OrderedDict[str, int] = OrderedDict()
         self._store: RemoteFolder | None = None
+        self._cache: ChunkCache | None = None
         self._ahead: dict[Range, bytes | DataError] = {}
 
     def read(self, shard: str, offset: int, length: int) -> bytes:
@@ -187,7 +189,10 @@ class ShardReader:
         """
         if self.remote:
             found = self._ahead.get((shard, offset, length))
-            return self.store.read(shard, offset, length) if found is None else _or_raise(found)
+            found = self._far([(shard, offset, length)])[0] if found is None else found
+            if isinstance(found, DataError):
+                raise found
+            return found
         try:
             data = self._local(shard, offset, length)
         except OSError as error:
@@ -202,13 +207,22 @@ class ShardReader:
         Local shards are left to the system's own reading ahead.
         """
         if self.remote:
-            self._ahead = dict(zip(ranges, self.store.read_many(ranges), strict=True))
+            self._ahead = dict(zip(ranges, self._far(ranges), strict=True))
+
+    def _far(self, ranges: Sequence[Range]) -> list[bytes | DataError]:
+        store = self.store
+        if self.settings.cache_dir is None:
+            return store.read_many(ranges)
+        if self._cache is None:
+            limit, name = int(self.settings.cache_gb * 1e9), f"{self.folder} {self.version}"
+            self._cache = ChunkCache(self.settings.cache_dir, limit, name, self.ends, store.read_many)
+        return self._cache.read_many(ranges)
 
     @property
     def store(self) -> RemoteFolder:
         """The store, opened in this process."""
         if self._store is None or self._store.process != os.getpid():
-            self._store = RemoteFolder(self.folder, self.settings)
+            self._store, self._cache = RemoteFolder(self.folder, self.settings), None
         return self._store
 
     def _local(self, shard: str, offset: int, length: int) -> bytes:
@@ -224,7 +238,7 @@ class ShardReader:
         """Close the open files; the next read opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
-        self._store, self._ahead = None, {}
+        self._store, self._cache, self._ahead = None, None, {}
 
     def __del__(self) -> None:
         self.close()
@@ -234,9 +248,3 @@ class ShardReader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
-
-
-def _or_raise(found: bytes | DataError) -> bytes:
-    if isinstance(found, DataError):
-        raise found
-    return found
