@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import av
@@ -14,6 +14,7 @@ from data_prep.media import Unusable
 from data_prep.pack import Report
 from data_prep.probe import probe
 from data_prep.records import FROM_NAME, Caption, Failure, Sample, Source
+from data_prep.score import score
 from data_prep.shots import CutFinder, Cutting, spans
 from data_prep.stills import still
 from data_prep.transcode import transcode
@@ -85,7 +86,8 @@ class FileWork:
         probed.left += 1
         written = self.report.tally("transcode", "clips")
         written.entered += 1
-        yield self.counted(sample)
+        self.step = "transcode"
+        yield self.finished(sample)
 
     def video(self) -> Iterator[Sample]:
         """Yield a video's clips."""
@@ -119,7 +121,7 @@ class FileWork:
         report.tally("transcode", "clips").entered += len(clips)
         made = transcode(source, found, clips, captions, encoding=unit.encoding, license=unit.license, prep=unit.prep)
         for sample in made:
-            yield self.counted(sample)
+            yield self.finished(sample)
 
     def captions(self, clips: int) -> tuple[Caption, ...]:
         """Return the captions for each clip: those of the file, if the clip is the file or it is only a name."""
@@ -129,8 +131,11 @@ class FileWork:
             return ()
         return self.source.captions
 
-    def counted(self, sample: Sample) -> Sample:
-        """Count a finished sample and return it."""
+    def finished(self, sample: Sample) -> Sample:
+        """Score a sample, count it and return it."""
+        video = sample.record["video"]
+        scores = score(sample.media, fps=video["fps"][0] / video["fps"][1], image=sample.kind == "image")
+        sample = replace(sample, record=sample.record | {"scores": scores})
         written = self.report.tally("transcode", "clips")
         written.left += 1
         written.how["copied" if sample.copied else "encoded"] += 1

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data_prep.records import Failure, Sample, Tally, dumps
+from data_prep.similar import duplicates
 from soratrain.data.atomic import replacing
 from soratrain.data.manifest import write_manifest
 from soratrain.data.shards import Shard, ShardWriter
@@ -96,6 +97,28 @@ def read_report(folder: Path, number: int) -> Report:
     return Report({tally.step: tally for tally in tallies}, failures, value["seconds"])
 
 
+def read_heads(folder: Path, number: int) -> Iterator[dict[str, Any]]:
+    """Yield K.json of each sample of a finished unit, passing over the media."""
+    with tarfile.open(folder / f"{number:06d}.tar") as tar:
+        while (head := tar.next()) is not None:
+            yield json.loads(_content(tar, head))["record"]
+            tar.next()
+
+
+def near_duplicates(units: Path, numbers: Iterable[int], report: Report) -> dict[str, str]:
+    """Return which samples of the units are near duplicates, each with the first of its like; count them."""
+    heads = (head for number in numbers for head in read_heads(units, number) if "phash" in head["scores"])
+    found = duplicates([(head["key"], head["scores"]["phash"], seconds_of(head["video"])) for head in heads])
+    if found:
+        report.tally("transcode", "clips").how["near duplicates of another, marked"] += len(found)
+    return found
+
+
+def seconds_of(video: dict[str, Any]) -> float:
+    """Return how long a clip is, from its K.json."""
+    return video["frames"] * video["fps"][1] / video["fps"][0]
+
+
 def read_samples(folder: Path, number: int) -> Iterator[tuple[dict[str, Any], dict[str, Any], bytes]]:
     """Yield (manifest columns, K.json, media bytes) of a finished unit."""
     with tarfile.open(folder / f"{number:06d}.tar") as tar:
@@ -109,8 +132,10 @@ def read_samples(folder: Path, number: int) -> Iterator[tuple[dict[str, Any], di
 def pack(units: Path, numbers: Sequence[int], target: Path, *, max_bytes: int, report: Report) -> Packed:
     """Pack the units' samples, in order, into shards and a manifest under `target`; count them in `report`.
 
-    A sample whose content was packed before (the same bytes under another name) is dropped and recorded.
+    A sample whose content was packed before (the same bytes under another name) is dropped and recorded. One that only
+    looks like another is kept, and says so in its scores: `duplicate_of`.
     """
+    alike = near_duplicates(units, numbers, report)
     tally = report.tally("pack", "clips")
     rows: list[dict[str, Any]] = []
     seen: dict[str, str] = {}
@@ -127,6 +152,9 @@ def pack(units: Path, numbers: Sequence[int], target: Path, *, max_bytes: int, r
                     report.failures.append(Failure(uri, "pack", reason))
                     continue
                 seen[row["key"]] = uri
+                if row["key"] in alike:
+                    record["scores"]["duplicate_of"] = alike[row["key"]]
+                    row["scores"] = dumps(record["scores"])
                 placed = writer.write(row["key"], {"json": dumps(record).encode(), row["ext"]: media})
                 (json_offset, json_length), (offset, length) = placed.members["json"], placed.members[row["ext"]]
                 rows.append(

@@ -18,7 +18,7 @@ PATHS = ("input", "output", "license")  # keys whose values may hold anything
 TASKS = ("build", "index")
 ENGINES = ("local", "slurm")
 PRESETS = ["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
-FORM = 1  # of what the steps do: a change that alters shards from the same input raises it
+FORM = 2  # of what the steps do: a change that alters shards from the same input raises it
 
 
 @dataclass
