@@ -8,7 +8,8 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -72,13 +73,16 @@ class Loader(DataLoader[Batch]):
             yield outcome
 
 
-def serve(worker: int) -> None:
-    """Live as long as the process that trains.
+def serve(environment: Mapping[str, str], worker: int) -> None:
+    """Live as long as the process that trains, in its environment.
+
+    The server that forks has the environment of its own start, perhaps before credentials were set.
 
     Ctrl-C, which a terminal sends to every process, is left to that one: it still wants its batches. And where it is
     killed, this one ends too; PyTorch looks at the parent, which is the server that forks, and that outlives it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(environment)
     trainer = multiprocessing.parent_process()
     assert trainer is not None
 
@@ -101,7 +105,7 @@ def make_loader(items: MicroBatches, start: int, end: int, *, workers: int, pref
         persistent_workers=workers > 0,
         prefetch_factor=prefetch if workers else None,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=serve if workers else None,
+        worker_init_fn=partial(serve, dict(os.environ)) if workers else None,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # its own, or the loader would move on the global one
     )
