@@ -15,6 +15,7 @@ class RangeServer(http.server.ThreadingHTTPServer):
     """`faults` are done one a request, in order: a status to answer, or `short`, `reset`, `slow`, `whole`."""
 
     daemon_threads = True
+    request_queue_size = 128  # the default of 5 makes connections wait a second where many come at once
 
     def __init__(self, folder: Path, faults: list[int | str] | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
