@@ -42,6 +42,10 @@ def run(argv: list[str]) -> int:
         from data_prep.index import index
 
         index(config, console)
+    elif config.task == "select":
+        from data_prep.select import select
+
+        select(config, console)
     else:
         from data_prep.build import build
 

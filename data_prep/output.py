@@ -77,6 +77,11 @@ def claim(
     return "new"
 
 
+def fingerprint(dataset: dict[str, Any]) -> str:
+    """Return a hash that identifies a finished folder by its shards and its settings."""
+    return hash_of({key: dataset.get(key) for key in ("settings", "listing", "shards", "totals")})
+
+
 def described(identity: Identity, packed: Packed) -> dict[str, Any]:
     """Return what dataset.json says of finished shards."""
     return {

@@ -15,7 +15,7 @@ from soratrain.errors import ConfigError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PATHS = ("input", "output", "license")  # keys whose values may hold anything
-TASKS = ("build", "index")
+TASKS = ("build", "index", "select")
 ENGINES = ("local", "slurm")
 PRESETS = ["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 FORM = 2  # of what the steps do: a change that alters shards from the same input raises it
@@ -80,6 +80,24 @@ class SlurmConfig:
 
 
 @dataclass
+class SelectConfig:
+    """Thresholds on stored scores; null asks for nothing."""
+
+    min_seconds: float | None = None
+    max_seconds: float | None = None
+    min_side: int | None = None
+    max_aspect: float | None = None
+    min_fps: float | None = None
+    max_black: float | None = 0.5
+    max_static: float | None = 0.9
+    max_letterbox: float | None = None
+    max_blur: float | None = None
+    min_motion: float | None = None
+    max_motion: float | None = None
+    duplicates: str = "drop"
+
+
+@dataclass
 class PrepConfig:
     """Everything data_prep can be told."""
 
@@ -96,6 +114,7 @@ class PrepConfig:
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
 
     @property
     def folder(self) -> Path:
@@ -113,8 +132,10 @@ class PrepConfig:
         settings = asdict(self)
         for key in ("output", "fresh", "workers", "engine", "limits", "slurm"):
             del settings[key]
+        if self.task == "select":
+            return {key: settings[key] for key in ("task", "input", "select")}
         unused = {"world": ("shots", "license")}.get(self.input, ("world",)) if self.task == "build" else ()
-        for key in unused:
+        for key in (*unused, "select"):
             del settings[key]
         return settings | {"form": FORM}
 
@@ -202,6 +223,8 @@ def check(config: PrepConfig) -> PrepConfig:
         raise ConfigError(f"workers={config.workers} must be auto or a number of at least 1")
     if config.engine not in ENGINES:
         raise ConfigError(f"engine={config.engine} is not there; use one of {', '.join(ENGINES)}")
+    if config.select.duplicates not in ("drop", "keep"):
+        raise ConfigError(f"select.duplicates={config.select.duplicates} is not there; use drop or keep")
     if config.video.preset not in PRESETS:
         raise ConfigError(f"video.preset={config.video.preset} is unknown; use one of {', '.join(PRESETS)}")
     limits = {

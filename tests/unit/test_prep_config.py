@@ -28,7 +28,7 @@ def composed(*argv: str) -> PrepConfig:
         ("folder", "not key=value"),
         ("world.clips=many", "world.clips"),
         ("world.clips=0", "between 1"),
-        ("task=select", "build, index"),
+        ("task=choose", "build, index"),
         ("workers=none", "auto or a number"),
         ("video.preset=fastest", "veryfast"),
         ("video.crf=99", "between 0 and 51"),

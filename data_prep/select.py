@@ -1,0 +1,170 @@
+"""task=select: some of a folder's samples by their stored scores, into a folder of its own; nothing is decoded.
+
+The new folder's shards are the old ones (hard links, or links where the file system has none across folders), only its
+tables are new, so trying another threshold costs seconds and no space. `task=repack` makes it stand on its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from data_prep import output, summary
+from data_prep.pack import Packed, Report, count, ordered
+from data_prep.records import SCHEMA, Failure
+from data_prep.schema import PrepConfig, SelectConfig
+from soratrain.data.manifest import read_original_captions, read_table, write_captions, write_manifest
+from soratrain.data.shards import Shard
+from soratrain.errors import DataError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One threshold: which setting it is, what it reads of a row and its scores, and whether a value passes."""
+
+    name: str
+    value: Callable[[Row, dict[str, Any]], float | str | None]
+    passes: Callable[[Any, Any], bool]
+
+    def reason(self, limit: Any) -> str:
+        """Return why a sample is left out by this rule."""
+        return f"select.{self.name}={limit:g}" if isinstance(limit, float) else f"select.{self.name}={limit}"
+
+
+def score_of(name: str) -> Callable[[Row, dict[str, Any]], Any]:
+    """Return a reader of one score; None where a sample has none."""
+    return lambda row, scores: scores.get(name)
+
+
+def seconds(row: Row, scores: dict[str, Any]) -> float | None:
+    """Return the duration of a clip; None of an image."""
+    return row["frames"] * row["fps_den"] / row["fps_num"] if row["kind"] == "video" else None
+
+
+def at_least(value: float, limit: float) -> bool:
+    """Return whether a value is not below its limit."""
+    return value >= limit
+
+
+def at_most(value: float, limit: float) -> bool:
+    """Return whether a value is not above its limit."""
+    return value <= limit
+
+
+RULES = (
+    Rule("min_seconds", seconds, at_least),
+    Rule("max_seconds", seconds, at_most),
+    Rule("min_side", lambda row, scores: min(row["w"], row["h"]), at_least),
+    Rule("max_aspect", lambda row, scores: max(row["w"] / row["h"], row["h"] / row["w"]), at_most),
+    Rule("min_fps", lambda row, s: row["fps_num"] / row["fps_den"] if row["kind"] == "video" else None, at_least),
+    *(Rule(f"max_{name}", score_of(name), at_most) for name in ("black", "static", "letterbox", "blur", "motion")),
+    Rule("min_motion", score_of("motion"), at_least),
+    Rule("duplicates", score_of("duplicate_of"), lambda value, limit: limit == "keep"),
+)
+
+
+def select(config: PrepConfig, console: Console) -> None:
+    """Write the folder that `output` names.
+
+    Raises:
+        DataError: the input is no finished folder here, or nothing passes.
+        ConfigError: the output was made with other settings.
+    """
+    source = Path(config.input)
+    if not (source / "dataset.json").is_file():
+        raise DataError(f"input={config.input} is no folder that data_prep has finished; task=select takes one here")
+    dataset = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
+    identity = output.Identity(config.identity(), output.fingerprint(dataset))
+    if output.claim(config.folder, identity, fresh=config.fresh) == "done":
+        console.print(f"{config.folder} is complete and was made by the same command; fresh=true makes it again")
+        return
+    report = Report()
+    with output.held(config.folder):
+        try:
+            packed = make(config, source, dataset, identity, report)
+        except BaseException:
+            output.discard(config.folder)
+            raise
+    summary.show(console, config.folder, report, packed)
+
+
+def make(
+    config: PrepConfig, source: Path, dataset: dict[str, Any], identity: output.Identity, report: Report
+) -> Packed:
+    """Choose, link the shards that are still needed, and publish."""
+    building = config.folder / output.BUILDING / "shards"
+    building.mkdir(parents=True, exist_ok=True)
+    kept = list(chosen(read_table(source).to_pylist(), config.select, report))
+    if not kept:
+        tally = report.tallies["select"]
+        worst = "; ".join(f"{reason} ({number})" for reason, number in tally.dropped.most_common(3))
+        raise DataError(f"input={config.input}: none of {tally.entered} samples passes: {worst}; lower a threshold")
+    totals: dict[str, Any] = {"samples": 0, "videos": 0, "images": 0, "frames": 0, "seconds": 0.0, "bytes": 0}
+    histograms: dict[str, dict[str, int]] = {"size": {}, "frames": {}, "fps": {}}
+    for row in kept:
+        count(totals, histograms, row)
+    totals["seconds"] = round(totals["seconds"], 6)
+    needed = {row["shard"] for row in kept}
+    shards = tuple(Shard(**entry) for entry in dataset["shards"] if entry["name"] in needed)
+    for shard in shards:
+        link(source / shard.name, building / shard.name)
+    write_manifest(building, kept)
+    keys = {row["key"] for row in kept}
+    captions = [row for key, rows in read_original_captions(source).items() if key in keys for row in rows]
+    if captions:
+        write_captions(building / "captions" / "gt" / "part-00000.parquet", captions)
+    output.write_lines(building / "failures.jsonl", [asdict(failure) for failure in report.failures])
+    funnel = [tally.as_dict() for tally in report.tallies.values()]
+    came = round(report.seconds, 6)
+    output.write_json(
+        building / "stats.json", {"schema": SCHEMA, "funnel": funnel, "seconds": {"in": came, "out": totals["seconds"]}}
+    )
+    packed = Packed(shards, totals, ordered(histograms))
+    output.publish(config.folder, output.described(identity, packed))
+    return packed
+
+
+def chosen(rows: list[Row], thresholds: SelectConfig, report: Report) -> Iterator[Row]:
+    """Yield the rows that pass every threshold that is set; each other one is recorded with the first it fails.
+
+    What has no such score (an image has no motion) passes, and is counted.
+    """
+    tally = report.tally("select", "samples")
+    rules = [(rule, limit) for rule in RULES if (limit := getattr(thresholds, rule.name)) is not None]
+    for row in rows:
+        tally.entered += 1
+        scores = json.loads(row["scores"])
+        report.seconds += seconds(row, scores) or 0.0
+        tally.how["have no scores: made before there were any, or by another"] += "phash" not in scores
+        for rule, limit in rules:
+            value = rule.value(row, scores)
+            if value is not None and not rule.passes(value, limit):
+                why = f"{rule.reason(limit)}: {value:.4g}" if isinstance(value, int | float) else f"like {value}"
+                report.failures.append(Failure(row["key"], "select", why))
+                tally.dropped[rule.reason(limit)] += 1
+                break
+        else:
+            tally.left += 1
+            yield row
+    tally.how = +tally.how  # without those that are none
+
+
+def link(source: Path, target: Path) -> None:
+    """Let `target` be the file `source`, without copying where that can be."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without hard links
+        try:
+            os.symlink(source.resolve(), target)
+        except OSError:
+            shutil.copyfile(source, target)
