@@ -162,6 +162,8 @@ def check_machine(config: Mapping[str, Any]) -> None:
     """
     import torch
 
+    if config["stage"].get("dry"):
+        return
     wants_gpu = config["machine"]["name"] == "gpu" and config["trainer"]["accelerator"] == "auto"
     if wants_gpu and not torch.cuda.is_available():
         raise ConfigError(

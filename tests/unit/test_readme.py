@@ -22,7 +22,7 @@ COMMANDS = sorted(set(re.findall(r"python -m ((?:soratrain|data_prep) [^`\n]*?=[
 def test_the_readme_shows_every_stage():
     shown = " ".join(COMMANDS)
     assert len(COMMANDS) > 15
-    for stage in ("vae", "captioner", "recaption", "encode", "dit", "sample", "evaluate"):
+    for stage in ("vae", "captioner", "recaption", "encode", "dit", "sample", "evaluate", "plan"):
         assert f"stage={stage}" in shown
 
 

@@ -1,0 +1,280 @@
+"""stage=plan: what a training run will do with its data, what it will hold in memory, and what a clip costs.
+
+Nothing is trained, no weights are read and no GPU is needed: all of it follows from the manifest and the config.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from soratrain.data.atomic import replacing
+from soratrain.data.buckets import Bucket, Buckets
+from soratrain.data.datamodule import VideoData
+from soratrain.data.fitting import GRID, TIME
+from soratrain.data.plan import Plan
+from soratrain.data.summary import remarks
+from soratrain.distributed.memory import GIB, Kept, dit_activations, kept, measured_activations
+from soratrain.distributed.strategy import StrategyOptions
+from soratrain.errors import ConfigError
+from soratrain.models.vae import VAE
+
+TARGETS = ("vae", "captioner", "dit")
+BALANCED_OVER = 64  # steps over which the balance of the ranks is worked out
+EXAMPLE = (1, 3, 9, 64, 64)  # the clip on which a VAE's activations are measured
+
+
+class PlanStage:
+    """The job of `stage=plan`.
+
+    Args:
+        out: folder of `plan.json`.
+        target: the stage to plan for: `vae`, `captioner` or `dit`.
+        ranks: data-parallel ranks.
+        shards: folder or URL of the clips.
+        buckets: how sizes are chosen.
+        nets: factory of each net that a target trains, by name.
+        steps: optimizer steps, by target.
+        tuned: `tokens` of a micro-batch, by target.
+        clip: `WIDTHxHEIGHTxFRAMES`: what one such clip costs; None leaves it out.
+        seed, accumulate_blocks, gamma, quadratic: of the data.
+        strategy, optimizer, average, precision: of the trainer.
+        patch: latent positions of a DiT's token.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        out: str,
+        target: str,
+        ranks: int,
+        shards: str,
+        buckets: Buckets,
+        nets: Mapping[str, partial],
+        steps: Mapping[str, int],
+        tuned: Mapping[str, Mapping[str, Any]],
+        seed: int,
+        strategy: StrategyOptions,
+        optimizer: str,
+        average: bool,
+        precision: str,
+        clip: str | None = None,
+        accumulate_blocks: int = 1,
+        gamma: float = 0.0,
+        quadratic: float = 0.0,
+    ) -> None:
+        if target not in TARGETS:
+            raise ConfigError(f"stage.job.target={target} is not there; use one of {', '.join(TARGETS)}")
+        if ranks < 1:
+            raise ConfigError(f"stage.job.ranks={ranks} must be at least 1")
+        self.clip = parse_clip(clip) if clip else None
+        self.out, self.target, self.ranks = Path(out), target, ranks
+        self.nets, self.strategy, self.optimizer, self.average = nets, strategy, optimizer, average
+        self.steps, self.half = int(steps[target]), precision.startswith("bf16")
+        self.data = VideoData(
+            shards=shards,
+            buckets=buckets,
+            seed=seed,
+            max_steps=self.steps,
+            tokens_per_batch=int(tuned[target]["tokens"]),
+            max_batch_size=tuned[target].get("batch"),
+            accumulate_blocks=accumulate_blocks,
+            canonical_ranks=ranks,
+            gamma=gamma,
+            quadratic=quadratic,
+        )
+
+    def __call__(self) -> dict[str, Any]:
+        """Print the plan, write `plan.json` and return its chief figures."""
+        plan, summary = self.data.plan(self.ranks), self.data.summary()
+        with torch.device("meta"):
+            parts = {name: factory() for name, factory in self.nets.items() if name in self.trained}
+        largest = plan.assignment.buckets[plan.heaviest]
+        run = self.run_figures(plan)
+        memory = self.memory(parts, largest, plan.sizes[plan.heaviest])
+        document = {
+            "target": self.target,
+            "ranks": self.ranks,
+            "run": run,
+            "data": summary,
+            "balance": balance(plan, self.ranks),
+            "memory": memory,
+            "cache": self.cache(plan, parts),
+            "clip": self.cost(self.clip, parts) if self.clip else None,
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        with replacing(self.out / "plan.json") as temporary:
+            temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        show(Console(soft_wrap=True, highlight=False), document)
+        figures = {"steps": self.steps, "epochs": run["epochs"], "buckets": len(summary["buckets"])}
+        return figures | {"memory_gib": memory["total_gib"], "plan": str(self.out / "plan.json")}
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Return the nets that the target trains."""
+        return {"vae": ("vae",), "captioner": ("captioner", "text"), "dit": ("dit", "text")}[self.target]
+
+    def run_figures(self, plan: Plan) -> dict[str, Any]:
+        """Return steps, epochs, samples and tokens of the whole run."""
+        rates, buckets = plan.assignment.rates, plan.assignment.buckets
+        blocks = [rate / size for rate, size in zip(rates, plan.sizes, strict=True)]
+        share = [count / sum(blocks) for count in blocks]
+        per_step = plan.micros_per_step
+        samples = per_step * sum(part * size for part, size in zip(share, plan.sizes, strict=True))
+        sizes = zip(share, plan.sizes, buckets, strict=True)
+        tokens = per_step * sum(part * size * bucket.tokens for part, size, bucket in sizes)
+        return {
+            "steps": self.steps,
+            "samples_per_step": samples,
+            "tokens_per_step": tokens,
+            "epochs": samples * self.steps / sum(rates),
+            "tokens": tokens * self.steps,
+        }
+
+    def memory(self, parts: Mapping[str, nn.Module], largest: Bucket, size: int) -> dict[str, Any]:
+        """Return what a rank holds, by component, with the largest micro-batch."""
+        parameters = sum(parameter.numel() for net in parts.values() for parameter in net.parameters())
+        activations = self.activations(parts, largest, size)
+        moments = 1 if self.optimizer == "muon" else 2
+        held: Kept = kept(
+            parameters,
+            zero=self.strategy.zero,
+            ranks=self.ranks,
+            moments=moments,
+            average=self.average,
+            activations=activations,
+        )
+        components = {name: value for name, value in vars(held).items() if value is not None}
+        return {
+            "estimate": True,
+            "parameters": parameters,
+            "strategy": self.strategy.name,
+            "largest": f"{size} x {largest}",
+            "gib": {name: value / GIB for name, value in components.items()},
+            "total_gib": held.total / GIB,
+        }
+
+    def activations(self, parts: Mapping[str, nn.Module], largest: Bucket, size: int) -> int | None:
+        """Return the bytes that the largest micro-batch keeps; None for a net of which nothing is known."""
+        itemsize = 2 if self.half else 4
+        if self.target == "dit":
+            net, shape = parts["dit"], self.nets["dit"].keywords
+            tokens = size * tokens_of(largest, net.patch)  # type: ignore[arg-type]
+            sizes = {name: shape[name] for name in ("dim", "depth", "mlp_ratio")}
+            return dit_activations(tokens=tokens, itemsize=itemsize, **sizes)
+        if self.target == "vae":
+            example = torch.zeros(EXAMPLE)
+            pixels = size * 3 * largest.frames * largest.height * largest.width
+            return int(measured_activations(Reconstruction(self.nets["vae"]()), example) * pixels * itemsize / 4)
+        return None
+
+    def cache(self, plan: Plan, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """Return the size of all cached latents in bf16."""
+        channels = self.nets["vae"].keywords["latent_channels"]
+        latents = sum(
+            len(members) * channels * (1 + (bucket.frames - 1) // TIME) * bucket.height * bucket.width // 64
+            for bucket, members in zip(plan.assignment.buckets, plan.assignment.members, strict=True)
+        )
+        return {"latents_gib": 2 * latents / GIB, "clips": sum(map(len, plan.assignment.members))}
+
+    def cost(self, clip: tuple[int, int, int], parts: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """Return what one clip of (height, width, frames) costs."""
+        height, width, frames = clip
+        bucket = Bucket(height // GRID * GRID, width // GRID * GRID, 1 + (frames - 1) // TIME * TIME)
+        patch: Sequence[int] = parts["dit"].patch if "dit" in parts else (1, 2, 2)  # type: ignore[assignment]
+        channels = self.nets["vae"].keywords["latent_channels"]
+        latent = channels * (1 + (bucket.frames - 1) // TIME) * bucket.height * bucket.width // 64
+        tokens = tokens_of(bucket, patch)
+        found: dict[str, Any] = {"bucket": str(bucket), "tokens": tokens, "latent_mib": 2 * latent / 2**20}
+        if "dit" in parts:
+            dim, depth = (self.nets["dit"].keywords[name] for name in ("dim", "depth"))
+            blocks = 2 * tokens * sum(p.numel() for p in parts["dit"].parameters())
+            attention = 4 * depth * tokens**2 * dim
+            found |= {"forward_tflop": (blocks + attention) / 1e12, "attention": attention / (blocks + attention)}
+        return found
+
+
+class Reconstruction(nn.Module):
+    """A VAE's way from pixels to pixels, as training takes it."""
+
+    def __init__(self, vae: VAE) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode_chunk(self.vae.posterior(x)[0])[0]
+
+
+def tokens_of(bucket: Bucket, patch: Sequence[int]) -> int:
+    """Return a DiT's tokens for one clip of a bucket."""
+    t, h, w = 1 + (bucket.frames - 1) // TIME, bucket.height // 8, bucket.width // 8
+    return -(-t // patch[0]) * (h // patch[1]) * (w // patch[2])
+
+
+def parse_clip(text: str) -> tuple[int, int, int]:
+    """Return (height, width, frames) of `WIDTHxHEIGHTxFRAMES`. Raises ConfigError for anything else."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", str(text))
+    if not match or min(map(int, match.groups())) < 1 or min(int(match[1]), int(match[2])) < GRID:
+        raise ConfigError(f"stage.job.clip={text} is not WIDTHxHEIGHTxFRAMES; a minute of 1080p is 1920x1080x1440")
+    return int(match[2]), int(match[1]), int(match[3])
+
+
+def balance(plan: Plan, ranks: int) -> dict[str, float]:
+    """Return how equally ranks work in the plan's own micro-batches: mean by largest cost, its least and its mean."""
+    found = []
+    for index in range(BALANCED_OVER * plan.per_rank(ranks)):
+        costs = []
+        for rank in range(ranks):
+            micro = plan.local(index, rank, ranks)
+            costs.append(len(micro.samples) * plan.budget.cost(plan.assignment.buckets[micro.bucket]))
+        found.append(sum(costs) / len(costs) / max(costs))
+    return {"least": min(found), "mean": sum(found) / len(found), "micro_steps": float(len(found))}
+
+
+def show(console: Console, document: Mapping[str, Any]) -> None:
+    """Print the plan."""
+    data, run, memory = document["data"], document["run"], document["memory"]
+    table = Table(title=f"plan of stage={document['target']} on {document['ranks']} ranks", title_justify="left")
+    for name in ("bucket", "samples", "a micro-batch", "tokens", "of blocks", "of samples"):
+        table.add_column(name, justify="left" if name == "bucket" else "right")
+    for item in sorted(data["buckets"], key=lambda item: -item["tokens"]):
+        shares = f"{item['blocks']:.1%}", f"{item['shown']:.1%}"
+        table.add_row(item["bucket"], f"{item['samples']:,}", str(item["batch_size"]), f"{item['tokens']:,}", *shares)
+    console.print(table)
+    for line in remarks(data):
+        console.print(line)
+    console.print(
+        f"{run['steps']:,} steps of {run['samples_per_step']:.4g} samples and {run['tokens_per_step']:,.0f} tokens:"
+        f" {run['epochs']:.3g} epochs, {run['tokens']:.3g} tokens",
+    )
+    console.print(
+        f"ranks' work: mean by largest {document['balance']['mean']:.3f} (least {document['balance']['least']:.3f})",
+    )
+    listed = ", ".join(f"{name} {value:.3g}" for name, value in memory["gib"].items())
+    console.print(
+        f"memory of a rank under strategy={memory['strategy']}, an estimate: {memory['total_gib']:.3g} GiB ({listed};"
+        f" {memory['parameters'] / 1e6:.4g} M parameters, largest micro-batch {memory['largest']})",
+    )
+    if "activations" not in memory["gib"]:
+        console.print("  activations are not in it: nothing is known of this net's")
+    cache = document["cache"]
+    console.print(f"cached latents of {cache['clips']:,} clips: {cache['latents_gib']:.3g} GiB")
+    if document["clip"]:
+        clip = document["clip"]
+        flops = ""
+        if "forward_tflop" in clip:
+            flops = f", {clip['forward_tflop']:.4g} TFLOP forward ({clip['attention']:.0%} of it attention)"
+        mib = f"{clip['latent_mib']:.3g} MiB of latents"
+        console.print(f"a clip of {clip['bucket']}: {clip['tokens']:,} tokens, {mib}{flops}")

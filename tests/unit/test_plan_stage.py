@@ -1,0 +1,129 @@
+"""Promises of stage=plan: what it says beforehand is what comes."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from data_tiny import write_clips
+from test_dit import build, clips, texts
+from test_dit import run as forward
+
+from soratrain.distributed.memory import dit_activations, kept, measured_activations
+from soratrain.errors import ConfigError
+from soratrain.models.vae import VAE
+from soratrain.run import check_machine, prepare, run
+from soratrain.stages.plan import Reconstruction, parse_clip
+
+SHAPES = [(48, 64, 9)] * 12 + [(64, 48, 1)] * 6 + [(8, 8, 1)] * 2
+WORDS = ["stage=plan", "machine=laptop", "upstream=fail"]
+
+
+class Called:
+    """A net by its forward pass alone."""
+
+    def __init__(self, run, patch) -> None:
+        self.run, self.patch = run, patch
+
+    def __call__(self, *arguments: object) -> torch.Tensor:
+        return self.run(*arguments)
+
+
+def write_shards(folder: Path) -> None:
+    write_clips(folder, SHAPES)
+    (folder / "dataset.json").write_text("{}")  # what says that they are whole
+
+
+def planned(folder: Path, *words: str) -> dict:
+    """Return plan.json of the command."""
+    config, overrides = prepare([*WORDS, f"inputs.shards={folder / 'shards'}", f"out={folder / 'plan'}", *words])
+    run(config, overrides)
+    return json.loads((folder / "plan" / "plan.json").read_text())
+
+
+def test_every_sample_is_in_a_bucket_or_counted_with_its_reason(tmp_path: Path, capsys) -> None:
+    write_shards(tmp_path / "shards")
+    data = planned(tmp_path)["data"]
+    assert {item["bucket"]: item["samples"] for item in data["buckets"]} == {"64x48x9": 12, "48x64x1": 6}
+    assert data["dropped"] == {"smaller than 16 pixels": 2} and data["samples"] == 20
+    said = capsys.readouterr().out
+    assert "64x48x9" in said and "2 samples dropped: smaller than 16 pixels" in said and "an estimate" in said
+
+
+def test_steps_epochs_and_tokens_add_up(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    figures = planned(tmp_path, "machine.steps.dit=100", "stage.job.ranks=2")["run"]
+    assert figures["epochs"] == pytest.approx(figures["samples_per_step"] * 100 / 18)
+    assert figures["tokens"] == pytest.approx(100 * figures["tokens_per_step"])
+    assert planned(tmp_path, "stage.job.ranks=3", "fresh=true")["balance"]["least"] == 1.0
+
+
+def test_it_needs_no_gpu_and_plans_for_one(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    config, _ = prepare(["stage=plan", "machine=gpu"])
+    check_machine(config)
+    memory = planned(tmp_path, "machine=gpu", "stage.job.ranks=2", "strategy=zero3")["memory"]
+    assert memory["parameters"] > 1e9 and memory["gib"]["weights"] == pytest.approx(memory["parameters"] * 2 / 2**30)
+    for target, known in (("vae", True), ("captioner", False)):
+        memory = planned(tmp_path, f"stage.job.target={target}", "fresh=true")["memory"]
+        assert ("activations" in memory["gib"]) is known
+
+
+def test_a_minute_of_1080p_is_counted_in_tokens_by_hand(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    clip = planned(tmp_path)["clip"]
+    assert clip["tokens"] == 360 * 67 * 120 and clip["bucket"] == "1920x1072x1437"
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_zero_divides_what_its_stage_shards(zero: int) -> None:
+    held = kept(1000, zero=zero, ranks=4, moments=2, average=True)
+    assert held.weights == (1000 if zero == 3 else 4000)
+    assert held.gradients == (1000 if zero >= 2 else 4000)
+    assert (held.optimizer, held.average) == ((2000, 1000) if zero else (8000, 4000))
+    assert held.total == held.weights + held.gradients + held.optimizer + held.average
+
+
+@pytest.mark.parametrize(("dim", "depth"), [(64, 4), (128, 6)])
+def test_the_dits_activations_are_near_what_a_forward_pass_keeps(dim: int, depth: int) -> None:
+    net, segments, tokens = build(dim=dim, depth=depth, mlp_ratio=4.0), clips([(4, 5, 16, 16)] * 2), 2 * 5 * 8 * 8
+    net.forward = lambda _, run=net.forward: forward(Called(run, net.patch), segments, *texts(2))  # type: ignore[method-assign, misc, assignment]
+    measured = measured_activations(net, torch.zeros(1))
+    guess = dit_activations(tokens=tokens, dim=dim, depth=depth, mlp_ratio=4.0, itemsize=4)
+    assert guess == pytest.approx(measured, rel=0.25)
+
+
+def test_the_vaes_activations_grow_with_its_pixels() -> None:
+    vae = partial(
+        VAE,
+        latent_channels=4,
+        channels=[16, 32],
+        time_strides=[2],
+        space_strides=[2],
+        encoder_blocks=[1, 1],
+        decoder_blocks=[1, 1],
+        time_kernels=[1, 3],
+        front_strides=[2, 4],
+    )
+    small = measured_activations(Reconstruction(vae()), torch.zeros(1, 3, 9, 64, 64))
+    large = measured_activations(Reconstruction(vae()), torch.zeros(2, 3, 17, 96, 128))
+    assert small == pytest.approx(large, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("stage.job.target=dti", "stage.job.target=dti is not there; use one of vae, captioner, dit"),
+        ("stage.job.ranks=0", "stage.job.ranks=0 must be at least 1"),
+        ("stage.job.clip=1920x1080", "is not WIDTHxHEIGHTxFRAMES"),
+    ],
+)
+def test_a_wrong_value_is_one_line(tmp_path: Path, word: str, said: str) -> None:
+    config, overrides = prepare([*WORDS, f"out={tmp_path / 'plan'}", word])
+    with pytest.raises(ConfigError, match=said):
+        run(config, overrides)
+    assert not (tmp_path / "plan").exists()
+    assert parse_clip("1920x1080x1440") == (1080, 1920, 1440)
