@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full check test-gpu clean
+.PHONY: help setup demo test test-full check bench test-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ check: .venv/ready ## linter, formatter, type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/ready ## the benchmarks, side by side with others; ONLY="plan balance" for some
+	$(BIN)/python tests/bench/run.py $(ONLY)
 
 test-gpu: .venv/ready ## the tests that need CUDA
 	$(BIN)/python -m pytest -m gpu

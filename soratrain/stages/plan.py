@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from soratrain.data.atomic import replacing
@@ -22,11 +21,11 @@ from soratrain.data.buckets import Bucket, Buckets
 from soratrain.data.datamodule import VideoData
 from soratrain.data.fitting import GRID, TIME
 from soratrain.data.plan import Plan
-from soratrain.data.summary import remarks
 from soratrain.distributed.memory import GIB, Kept, dit_activations, kept, measured_activations
 from soratrain.distributed.strategy import StrategyOptions
 from soratrain.errors import ConfigError
 from soratrain.models.vae import VAE
+from soratrain.stages.plan_table import show
 
 TARGETS = ("vae", "captioner", "dit")
 BALANCED_OVER = 64  # steps over which the balance of the ranks is worked out
@@ -82,6 +81,7 @@ class PlanStage:
         self.clip = parse_clip(clip) if clip else None
         self.out, self.target, self.ranks = Path(out), target, ranks
         self.nets, self.strategy, self.optimizer, self.average = nets, strategy, optimizer, average
+        self.crop = int(tuned[target].get("crop", 0))  # pixels: stage=vae trains on squares cut from its clips
         self.steps, self.half = int(steps[target]), precision.startswith("bf16")
         self.data = VideoData(
             shards=shards,
@@ -176,7 +176,8 @@ class PlanStage:
             return dit_activations(tokens=tokens, itemsize=itemsize, **sizes)
         if self.target == "vae":
             example = torch.zeros(EXAMPLE)
-            pixels = size * 3 * largest.frames * largest.height * largest.width
+            height, width = (min(side, self.crop or side) for side in (largest.height, largest.width))
+            pixels = size * 3 * largest.frames * height * width
             return int(measured_activations(Reconstruction(self.nets["vae"]()), example) * pixels * itemsize / 4)
         return None
 
@@ -241,40 +242,3 @@ def balance(plan: Plan, ranks: int) -> dict[str, float]:
             costs.append(len(micro.samples) * plan.budget.cost(plan.assignment.buckets[micro.bucket]))
         found.append(sum(costs) / len(costs) / max(costs))
     return {"least": min(found), "mean": sum(found) / len(found), "micro_steps": float(len(found))}
-
-
-def show(console: Console, document: Mapping[str, Any]) -> None:
-    """Print the plan."""
-    data, run, memory = document["data"], document["run"], document["memory"]
-    table = Table(title=f"plan of stage={document['target']} on {document['ranks']} ranks", title_justify="left")
-    for name in ("bucket", "samples", "a micro-batch", "tokens", "of blocks", "of samples"):
-        table.add_column(name, justify="left" if name == "bucket" else "right")
-    for item in sorted(data["buckets"], key=lambda item: -item["tokens"]):
-        shares = f"{item['blocks']:.1%}", f"{item['shown']:.1%}"
-        table.add_row(item["bucket"], f"{item['samples']:,}", str(item["batch_size"]), f"{item['tokens']:,}", *shares)
-    console.print(table)
-    for line in remarks(data):
-        console.print(line)
-    console.print(
-        f"{run['steps']:,} steps of {run['samples_per_step']:.4g} samples and {run['tokens_per_step']:,.0f} tokens:"
-        f" {run['epochs']:.3g} epochs, {run['tokens']:.3g} tokens",
-    )
-    console.print(
-        f"ranks' work: mean by largest {document['balance']['mean']:.3f} (least {document['balance']['least']:.3f})",
-    )
-    listed = ", ".join(f"{name} {value:.3g}" for name, value in memory["gib"].items())
-    console.print(
-        f"memory of a rank under strategy={memory['strategy']}, an estimate: {memory['total_gib']:.3g} GiB ({listed};"
-        f" {memory['parameters'] / 1e6:.4g} M parameters, largest micro-batch {memory['largest']})",
-    )
-    if "activations" not in memory["gib"]:
-        console.print("  activations are not in it: nothing is known of this net's")
-    cache = document["cache"]
-    console.print(f"cached latents of {cache['clips']:,} clips: {cache['latents_gib']:.3g} GiB")
-    if document["clip"]:
-        clip = document["clip"]
-        flops = ""
-        if "forward_tflop" in clip:
-            flops = f", {clip['forward_tflop']:.4g} TFLOP forward ({clip['attention']:.0%} of it attention)"
-        mib = f"{clip['latent_mib']:.3g} MiB of latents"
-        console.print(f"a clip of {clip['bucket']}: {clip['tokens']:,} tokens, {mib}{flops}")

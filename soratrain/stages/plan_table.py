@@ -1,0 +1,48 @@
+"""How stage=plan shows what it found, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from soratrain.data.summary import remarks
+
+
+def show(console: Console, document: Mapping[str, Any]) -> None:
+    """Print the plan."""
+    data, run, memory = document["data"], document["run"], document["memory"]
+    table = Table(title=f"plan of stage={document['target']} on {document['ranks']} ranks", title_justify="left")
+    for name in ("bucket", "samples", "a micro-batch", "tokens", "of blocks", "of samples"):
+        table.add_column(name, justify="left" if name == "bucket" else "right")
+    for item in sorted(data["buckets"], key=lambda item: -item["tokens"]):
+        shares = f"{item['blocks']:.1%}", f"{item['shown']:.1%}"
+        table.add_row(item["bucket"], f"{item['samples']:,}", str(item["batch_size"]), f"{item['tokens']:,}", *shares)
+    console.print(table)
+    for line in remarks(data):
+        console.print(line)
+    console.print(
+        f"{run['steps']:,} steps of {run['samples_per_step']:.4g} samples and {run['tokens_per_step']:,.0f} tokens:"
+        f" {run['epochs']:.3g} epochs, {run['tokens']:.3g} tokens",
+    )
+    console.print(
+        f"ranks' work: mean by largest {document['balance']['mean']:.3f} (least {document['balance']['least']:.3f})",
+    )
+    listed = ", ".join(f"{name} {value:.3g}" for name, value in memory["gib"].items())
+    console.print(
+        f"memory of a rank under strategy={memory['strategy']}, an estimate: {memory['total_gib']:.3g} GiB ({listed};"
+        f" {memory['parameters'] / 1e6:.4g} M parameters, largest micro-batch {memory['largest']})",
+    )
+    if "activations" not in memory["gib"]:
+        console.print("  activations are not in it: nothing is known of this net's")
+    cache = document["cache"]
+    console.print(f"cached latents of {cache['clips']:,} clips: {cache['latents_gib']:.3g} GiB")
+    if document["clip"]:
+        clip = document["clip"]
+        flops = ""
+        if "forward_tflop" in clip:
+            flops = f", {clip['forward_tflop']:.4g} TFLOP forward ({clip['attention']:.0%} of it attention)"
+        mib = f"{clip['latent_mib']:.3g} MiB of latents"
+        console.print(f"a clip of {clip['bucket']}: {clip['tokens']:,} tokens, {mib}{flops}")
