@@ -29,7 +29,7 @@ def test_every_benchmark_has_a_title_and_can_be_measured(run) -> None:
 def test_a_benchmark_run_again_replaces_its_own_table_alone(run, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     for name, value in (("balance", "1"), ("plan", "2"), ("balance", "3")):
         module = importlib.import_module(f"bench_{name}")
-        monkeypatch.setattr(module, "measure", lambda value=value: [{"way": name, "figure": value}])
+        monkeypatch.setattr(module, "measure", lambda name=name, value=value: [{"way": name, "figure": value}])
         assert run.main([name]) == 0
     text = run.RESULTS.read_text()
     assert text.index("## balance") < text.index("## plan") and text.count("## ") == 2
