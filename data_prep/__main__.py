@@ -46,6 +46,10 @@ def run(argv: list[str]) -> int:
         from data_prep.select import select
 
         select(config, console)
+    elif config.task == "validate":
+        from data_prep.validate import validate
+
+        validate(config, console)
     else:
         from data_prep.build import build
 

@@ -14,8 +14,8 @@ from data_prep.records import dumps
 from soratrain.errors import ConfigError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-PATHS = ("input", "output", "license")  # keys whose values may hold anything
-TASKS = ("build", "index", "select")
+PATHS = ("input", "output", "license", "validate.report")  # keys whose values may hold anything
+TASKS = ("build", "index", "select", "validate")
 ENGINES = ("local", "slurm")
 PRESETS = ["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 FORM = 2  # of what the steps do: a change that alters shards from the same input raises it
@@ -98,6 +98,14 @@ class SelectConfig:
 
 
 @dataclass
+class ValidateConfig:
+    """What task=validate decodes, and where it lists all problems."""
+
+    decode: str = "sample"
+    report: str | None = None
+
+
+@dataclass
 class PrepConfig:
     """Everything data_prep can be told."""
 
@@ -115,6 +123,7 @@ class PrepConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
 
     @property
     def folder(self) -> Path:
@@ -135,7 +144,7 @@ class PrepConfig:
         if self.task == "select":
             return {key: settings[key] for key in ("task", "input", "select")}
         unused = {"world": ("shots", "license")}.get(self.input, ("world",)) if self.task == "build" else ()
-        for key in (*unused, "select"):
+        for key in (*unused, "select", "validate"):
             del settings[key]
         return settings | {"form": FORM}
 
@@ -213,7 +222,7 @@ def check(config: PrepConfig) -> PrepConfig:
         raise ConfigError(f"task={config.task} is not there; use one of {', '.join(TASKS)}")
     if not config.input:
         raise ConfigError("input is missing; give input=FOLDER, a glob, a list file, or input=world")
-    if config.output is None and config.task == "index":
+    if config.output is None and config.task in ("index", "validate"):
         config.output = config.input
     elif config.output is None and config.input == "world":
         config.output = "data/world"
@@ -223,6 +232,8 @@ def check(config: PrepConfig) -> PrepConfig:
         raise ConfigError(f"workers={config.workers} must be auto or a number of at least 1")
     if config.engine not in ENGINES:
         raise ConfigError(f"engine={config.engine} is not there; use one of {', '.join(ENGINES)}")
+    if config.validate.decode not in ("all", "sample", "none"):
+        raise ConfigError(f"validate.decode={config.validate.decode} is not there; use all, sample or none")
     if config.select.duplicates not in ("drop", "keep"):
         raise ConfigError(f"select.duplicates={config.select.duplicates} is not there; use drop or keep")
     if config.video.preset not in PRESETS:
