@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +51,10 @@ def run(argv: list[str]) -> int:
         from data_prep.validate import validate
 
         validate(config, console)
+    elif config.task == "report":
+        from data_prep.report import write
+
+        console.print(str(write(Path(config.input))))
     else:
         from data_prep.build import build
 

@@ -17,6 +17,7 @@ from data_prep import output, summary
 from data_prep.encode import Encoding
 from data_prep.pack import Packed, Report, Unit, clean, pack, read_report, unit_done
 from data_prep.records import SCHEMA
+from data_prep.report import write as write_report
 from data_prep.schema import PrepConfig
 from data_prep.workers import Limits, do_unit, do_units
 from soratrain.errors import DataError
@@ -36,6 +37,8 @@ def build(config: PrepConfig, console: Console) -> None:
     state = output.claim(config.folder, identity, fresh=config.fresh)
     if state == "done":
         console.print(f"{config.folder} is complete and was made by the same command; fresh=true makes it again")
+        if not (config.folder / "report.html").is_file():  # a kill came between it and the rest
+            write_report(config.folder)
         return
     with output.held(config.folder):
         packed = make(config, console, units, report, resumed=state == "continue")
@@ -44,6 +47,7 @@ def build(config: PrepConfig, console: Console) -> None:
             raise DataError(nothing_usable(config.input, report))
         finish(config, identity, report, packed)
     summary.show(console, config.folder, report, packed)
+    console.print(f"  what was kept and what was not, as a page: {write_report(config.folder)}")
 
 
 def make(config: PrepConfig, console: Console, units: Sequence[Unit], report: Report, *, resumed: bool) -> Packed:

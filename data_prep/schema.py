@@ -15,7 +15,7 @@ from soratrain.errors import ConfigError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 PATHS = ("input", "output", "license", "validate.report")  # keys whose values may hold anything
-TASKS = ("build", "index", "select", "validate")
+TASKS = ("build", "index", "select", "validate", "report")
 ENGINES = ("local", "slurm")
 PRESETS = ["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 FORM = 2  # of what the steps do: a change that alters shards from the same input raises it
@@ -222,7 +222,7 @@ def check(config: PrepConfig) -> PrepConfig:
         raise ConfigError(f"task={config.task} is not there; use one of {', '.join(TASKS)}")
     if not config.input:
         raise ConfigError("input is missing; give input=FOLDER, a glob, a list file, or input=world")
-    if config.output is None and config.task in ("index", "validate"):
+    if config.output is None and config.task in ("index", "validate", "report"):
         config.output = config.input
     elif config.output is None and config.input == "world":
         config.output = "data/world"

@@ -19,6 +19,7 @@ from rich.console import Console
 from data_prep import output, summary
 from data_prep.pack import Packed, Report, count, ordered
 from data_prep.records import SCHEMA, Failure
+from data_prep.report import write as write_report
 from data_prep.schema import PrepConfig, SelectConfig
 from soratrain.data.manifest import read_original_captions, read_table, write_captions, write_manifest
 from soratrain.data.shards import Shard
@@ -86,6 +87,8 @@ def select(config: PrepConfig, console: Console) -> None:
     identity = output.Identity(config.identity(), output.fingerprint(dataset))
     if output.claim(config.folder, identity, fresh=config.fresh) == "done":
         console.print(f"{config.folder} is complete and was made by the same command; fresh=true makes it again")
+        if not (config.folder / "report.html").is_file():  # a kill came between it and the rest
+            write_report(config.folder)
         return
     report = Report()
     with output.held(config.folder):
@@ -95,6 +98,7 @@ def select(config: PrepConfig, console: Console) -> None:
             output.discard(config.folder)
             raise
     summary.show(console, config.folder, report, packed)
+    console.print(f"  what was kept and what was not, as a page: {write_report(config.folder)}")
 
 
 def make(

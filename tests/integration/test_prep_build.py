@@ -201,6 +201,7 @@ def test_kills_at_any_moment_leave_a_command_that_ends_with_the_very_same_bytes(
             kills += process.wait(timeout=60) == -signal.SIGKILL
         done = start(folder, f"cut{round}")
         assert done.wait(timeout=120) == 0, done.communicate()[0]
+        assert (folder / f"cut{round}/report.html").is_file()
         assert digests(folder / f"cut{round}") == digests(folder / "whole")
     assert kills >= 6
 
