@@ -39,6 +39,8 @@ class ShotsConfig:
     min_content: float = 15.0
     min_seconds: float = 0.4
     max_seconds: float = 20.0
+    margin: float = 0.0
+    stride: float | None = None
 
 
 @dataclass
@@ -244,6 +246,8 @@ def check(config: PrepConfig) -> PrepConfig:
         "shots.min_content": (config.shots.min_content, 0, 255),
         "shots.min_seconds": (config.shots.min_seconds, 0, config.shots.max_seconds),
         "shots.max_seconds": (config.shots.max_seconds, 0.1, 3600),
+        "shots.margin": (config.shots.margin, 0, 60),
+        "shots.stride": (config.shots.stride or config.shots.max_seconds, config.shots.max_seconds, 86400),
         "video.crf": (config.video.crf, 0, 51),
         "video.gop": (config.video.gop, 1, 250),
         "shards.mb": (config.shards.mb, 1, 65536),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +27,8 @@ class Cutting:
     min_content: float = 15.0
     min_seconds: float = 0.4
     max_seconds: float = 20.0
+    margin: float = 0.0
+    stride: float | None = None
 
 
 class CutFinder:
@@ -66,13 +68,18 @@ def spans(probe: Probe, cutting: Cutting) -> tuple[list[Span], Counter[str]]:
     """Return the clips of a video, and how many parts were left out for which reason.
 
     A file that is one shot and not too long stays whole, however short. A longer shot is divided into clips of
-    `max_seconds`; where the rest would be shorter than `min_seconds`, into equal ones, so that nothing is lost.
+    `max_seconds`; where the rest would be shorter than `min_seconds`, into equal ones, so that nothing is lost. With a
+    `stride`, clips begin that far apart and what lies between them is passed over. `margin` is cut off beside each cut.
     """
     count = len(probe.times)
     bounds = [0, *believed(probe, cutting), count]
     kept: list[Span] = []
     dropped: Counter[str] = Counter()
-    for first, stop in pairwise(bounds):
+    for edges in pairwise(bounds):
+        first, stop = trimmed(probe, *edges, cutting.margin)
+        if first >= stop:
+            dropped["all of it within shots.margin of a cut"] += 1
+            continue
         for begin, finish in divided(probe, first, stop, cutting):
             start, end = shown(probe, begin), shown(probe, finish)
             whole = (begin, finish) == (0, count) and not probe.damage
@@ -98,12 +105,23 @@ def believed(probe: Probe, cutting: Cutting) -> list[int]:
     return kept
 
 
+def trimmed(probe: Probe, first: int, stop: int, margin: float) -> tuple[int, int]:
+    """Return a shot without `margin` seconds beside each of its cuts, where a fade or a late cut may show the other."""
+    if margin and first > 0:
+        first = bisect_left(probe.times, shown(probe, first) + margin - EDGE, first, stop)
+    if margin and stop < len(probe.times):
+        stop = bisect_right(probe.times, shown(probe, stop) - margin + EDGE, 0, stop) - 1
+    return first, stop
+
+
 def divided(probe: Probe, first: int, stop: int, cutting: Cutting) -> list[tuple[int, int]]:
     """Return one shot as clips (first, stop) of at most `max_seconds`."""
     start, end = shown(probe, first), shown(probe, stop)
     length = end - start
     if length <= cutting.max_seconds + EDGE:
         return [(first, stop)]
+    if cutting.stride:
+        return strided(probe, first, stop, cutting.max_seconds, cutting.stride)
     step = cutting.max_seconds
     parts = -int(-(length - EDGE) // step)
     if length - (parts - 1) * step < cutting.min_seconds:
@@ -111,6 +129,18 @@ def divided(probe: Probe, first: int, stop: int, cutting: Cutting) -> list[tuple
     inner = [bisect_left(probe.times, start + part * step - EDGE, first, stop) for part in range(1, parts)]
     edges = sorted({first, *inner, stop})
     return list(pairwise(edges))
+
+
+def strided(probe: Probe, first: int, stop: int, seconds: float, stride: float) -> list[tuple[int, int]]:
+    """Return clips of `seconds` (the last one may be shorter) that begin `stride` seconds apart."""
+    start, end = shown(probe, first), shown(probe, stop)
+    found = []
+    for number in range(int((end - start - EDGE) // stride) + 1):
+        begin = start + number * stride
+        edges = [bisect_left(probe.times, time - EDGE, first, stop) for time in (begin, begin + seconds)]
+        if edges[1] > edges[0]:
+            found.append((edges[0], edges[1]))
+    return found
 
 
 def shown(probe: Probe, frame: int) -> float:

@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from prep_clips import moving, picture, prepared, write
+from prep_clips import close, frames_of, moving, picture, prepared, write
 
 from data_prep.records import Cut, Picture, Probe
 from data_prep.shots import Cutting, spans
@@ -91,3 +91,29 @@ def test_a_variable_rate_is_cut_by_time_and_not_by_frames() -> None:
     times = (*(index / 10 for index in range(10)), *(1 + index for index in range(10)))
     slow = replace(probed(20), times=times, end=11.0, constant=False)
     assert bounds(slow, max_seconds=4.0) == [(0, 13), (13, 17), (17, 20)]
+
+
+def test_a_margin_is_cut_off_beside_each_cut_and_not_at_the_files_ends() -> None:
+    cuts = (Cut(20, 80.0), Cut(40, 80.0))
+    assert bounds(probed(60, cuts=cuts), margin=0.3) == [(0, 17), (23, 37), (43, 60)]
+    kept, dropped = spans(probed(60, cuts=(Cut(20, 80.0), Cut(25, 80.0))), Cutting(margin=0.3))
+    assert [(span.first, span.stop) for span in kept] == [(0, 17), (28, 60)]
+    assert dropped == {"all of it within shots.margin of a cut": 1}
+
+
+def test_a_long_shot_can_be_strided_into_clips_with_gaps_between_them() -> None:
+    assert bounds(probed(600), max_seconds=10, stride=25) == [(0, 100), (250, 350), (500, 600)]
+    assert bounds(probed(520), max_seconds=10, stride=25, min_seconds=5) == [(0, 100), (250, 350)]
+    assert bounds(probed(90), max_seconds=10, stride=25) == [(0, 90)]
+
+
+def test_strided_and_trimmed_clips_show_what_their_spans_say(tmp_path: Path) -> None:
+    frames = moving(30, seed=0) + moving(24, seed=1)
+    settings = {"max_seconds": 1.0, "stride": 1.5, "margin": 0.2}
+    samples, _ = prepared(write(tmp_path / "a.mp4", frames), **settings)
+    spans = [(s.record["source"]["start_us"] // 100_000, s.record["source"]["end_us"] // 100_000) for s in samples]
+    assert spans == [(0, 10), (15, 25), (32, 42), (47, 54)]
+    for sample, (first, stop) in zip(samples, spans, strict=True):
+        made = frames_of(sample.media)
+        assert len(made) == stop - first
+        assert all(close(a, b) for a, b in zip(made, frames[first:stop], strict=True))
