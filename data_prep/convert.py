@@ -7,6 +7,7 @@ from typing import Any
 
 import av
 
+from data_prep import hdr
 from data_prep.media import UPRIGHT
 from data_prep.records import Picture
 
@@ -61,6 +62,12 @@ def configure(graph: Any, picture: Picture, frame: av.VideoFrame, time_base: Any
     matrices = f"in_color_matrix={MATRICES.get(picture.matrix, UNSTATED)}:out_color_matrix=bt709"
     if picture.pix_fmt.startswith(RGB):
         ranges, matrices = "out_range=limited", "out_color_matrix=bt709"
+    if picture.transfer in hdr.NAMES:
+        signal = f"{ranges.split(':')[0]}:{matrices.split(':')[0]}:flags={SCALING}"
+        chain.append(("scale", f"w={width}:h={height}:{signal}"))
+        chain.append(("format", "pix_fmts=gbrp16"))
+        chain.append(("lut3d", str(hdr.table_file(picture.transfer))))
+        width, height, ranges, matrices = 0, 0, "out_range=limited", "out_color_matrix=bt709"  # 0 is what comes in
     chain.append(("scale", f"w={width}:h={height}:{ranges}:{matrices}:flags={SCALING}"))
     chain.append(("format", "pix_fmts=yuv420p"))
     chain += FILTERS[picture.turn]
@@ -74,7 +81,10 @@ def configure(graph: Any, picture: Picture, frame: av.VideoFrame, time_base: Any
         range=str(int(frame.color_range)),
     )
     for name, arguments in [*chain, ("buffersink", "")]:
-        node = graph.add(name, arguments) if arguments else graph.add(name)
+        if name == "lut3d":
+            node = graph.add(name, file=arguments, interp="tetrahedral")
+        else:
+            node = graph.add(name, arguments) if arguments else graph.add(name)
         last.link_to(node)
         last = node
     graph.configure()

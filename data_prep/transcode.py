@@ -13,12 +13,11 @@ from typing import Any
 
 import av
 
+from data_prep import hdr
 from data_prep.convert import converted, size_of
 from data_prep.encode import Encoder, Encoding
 from data_prep.media import UPRIGHT, Unusable, decoded, opened, video_stream
 from data_prep.records import Caption, Probe, Sample, Source, Span, make_sample
-
-HDR = {16: "PQ", 18: "HLG"}  # H.273 codes of the transfer characteristic
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ def is_right(source: Source, probe: Probe, encoding: Encoding) -> bool:
         and picture.turn == UPRIGHT
         and size_of(picture) == (picture.width, picture.height)
         and not picture.interlaced
-        and picture.transfer not in HDR
+        and picture.transfer not in hdr.NAMES
         and probe.constant
         and probe.gop <= encoding.gop
         and probe.headed
@@ -83,10 +82,6 @@ def transcode(
     Raises:
         Unusable: the picture is of a kind that cannot be converted.
     """
-    if probe.picture.transfer in HDR:
-        raise Unusable(
-            f"its colours are high dynamic range ({HDR[probe.picture.transfer]}), which is not converted yet"
-        )
     if min(size_of(probe.picture)) < 2:
         raise Unusable(f"the picture is only {probe.picture.width}x{probe.picture.height} pixels")
     if len(spans) == 1 and spans[0].whole and is_right(source, probe, encoding):
@@ -164,6 +159,7 @@ def sample_of(
             "aspect": [picture.aspect.numerator, picture.aspect.denominator],
             "interlaced": picture.interlaced,
             "full_range": picture.full_range,
+            "hdr": hdr.NAMES.get(picture.transfer, ""),
             "damage": probe.damage,
         },
     }
