@@ -86,18 +86,23 @@ def cut_off(path: Path) -> bool:
 
 
 def video_stream(container: Any) -> Any:
-    """Return the video stream that FFmpeg thinks best, never cover art. Raises Unusable where there is none."""
+    """Return the largest video stream, the first of equals, never cover art. Raises Unusable where there is none."""
     streams = [item for item in container.streams.video if not item.disposition & Disposition.attached_pic]
     if not streams:
         kinds = sorted({item.type for item in container.streams})
         raise Unusable(f"has no video stream, only {' and '.join(kinds)}" if kinds else "has no streams")
-    best = container.streams.best("video")
-    stream = best if best in streams else streams[0]
+    stream = max(streams, key=area)  # and the first of equals
     if stream.codec_context is None:
         raise Unusable("its video codec is one that FFmpeg cannot decode")
     stream.codec_context.thread_count = 1
     stream.codec_context.options = {"err_detect": "explode"}  # or damage would be painted over in silence
     return stream
+
+
+def area(stream: Any) -> int:
+    """Return how many pixels a stream says that it has; -1 where FFmpeg cannot decode it."""
+    context = stream.codec_context
+    return -1 if context is None else context.width * context.height
 
 
 def decoded(container: Any, stream: Any, damage: Callable[[str], None]) -> Iterator[av.VideoFrame]:

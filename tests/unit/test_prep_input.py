@@ -82,11 +82,11 @@ def test_too_little_before_the_damage_is_not_used(tmp_path: Path) -> None:
     assert samples == [] and [item.used for item in report.failures] == [""]
 
 
-def test_high_dynamic_range_is_refused_with_its_name_and_every_clip_is_counted(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.mp4", moving(30), pix_fmt="yuv420p10le", color_trc=16, colorspace=9)
+def test_a_picture_that_cannot_be_converted_counts_every_clip_of_it(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mov", [frame[:, :1] for frame in moving(30)], codec="png", pix_fmt="rgb24")
     samples, report = prepared(path, max_seconds=1.0)
     (failure,) = report.failures
-    assert samples == [] and "PQ" in failure.reason and failure.step == "transcode"
+    assert samples == [] and "only 1x48 pixels" in failure.reason and failure.step == "transcode"
     tally = report.tallies["transcode"]
     assert (tally.entered, tally.left, tally.dropped.total()) == (3, 0, 3)
 
@@ -130,6 +130,8 @@ NAMES = [
     "%d.mp4",
     "a=b,c.mp4",
     "UP.MP4",
+    "dots...in.a.row.mp4",
+    "é" * 123 + ".mp4",  # 250 bytes
 ]
 
 
