@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -218,6 +219,38 @@ def test_a_worker_that_is_killed_once_changes_nothing(whole: tuple[Path, float])
     workers[-1].kill()
     assert process.wait(timeout=120) == 0, process.communicate()[0]
     assert digests(folder / "worker") == digests(folder / "whole")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """Yield a folder on a disk of two megabytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("megabytes", [2, 3, 4])  # it is full while units are made, or while they are packed
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on_when_there_is_room(
+    tmp_path: Path, small_disk: Path, megabytes: int
+) -> None:
+    argv = ["input=world", "world.clips=700", "workers=2", "shards.mb=1"]
+    assert run(*argv, "output=whole", cwd=tmp_path).returncode == 0
+    subprocess.run(["mount", "-o", f"remount,size={megabytes}m", str(small_disk)], check=True)
+    done = run(*argv, "output=disk/w", cwd=tmp_path)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and "No space left on device" in line and "the same command continues" in line
+    assert not (small_disk / "w/dataset.json").exists()
+    for path in small_disk.glob("w/.building/shards/*.tar"):  # those that are there are whole
+        assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    done = run(*argv, "output=disk/w", cwd=tmp_path)
+    assert done.returncode == 0 and "continuing" in done.stdout, done.stderr
+    assert digests(small_disk / "w") == digests(tmp_path / "whole")
 
 
 def test_two_runs_at_once_do_not_spoil_each_other(tmp_path: Path) -> None:
