@@ -10,7 +10,7 @@ from soratrain.data.manifest import Manifest
 from soratrain.data.plan import Plan
 from soratrain.data.planned import PlannedData
 from soratrain.data.remote import Remote
-from soratrain.errors import DataError
+from soratrain.errors import ConfigError, DataError
 
 
 class VideoData(PlannedData):
@@ -21,6 +21,11 @@ class VideoData(PlannedData):
         latents = [ext for ext in manifest.exts if ext == "safetensors"]
         if latents:
             raise DataError(f"{manifest.folder} holds latents, not clips; point inputs.shards at a folder of data_prep")
+        if plan.batching != "bucket":
+            raise ConfigError(
+                f"data.batching={plan.batching}: clips are stacked, so that they must be of one size; packs are of"
+                " latents (stage=dit)"
+            )
         return ClipSource(manifest, plan.assignment.stride, cache, self.remote)
 
 
@@ -46,6 +51,7 @@ class LatentData(PlannedData):
         accumulate_blocks: int = 1,
         canonical_ranks: int | None = None,
         gamma: float = 0.0,
+        window: int = 64,
         image_fraction: float | None = None,
         caption_mix: Mapping[str, float] | None = None,
         caption_types: Mapping[str, float] | None = None,
@@ -70,6 +76,7 @@ class LatentData(PlannedData):
             accumulate_blocks=accumulate_blocks,
             canonical_ranks=canonical_ranks,
             gamma=gamma,
+            window=window,
             image_fraction=image_fraction,
             caption_mix=caption_mix,
             caption_types=caption_types,

@@ -51,7 +51,7 @@ class Source(Protocol):
 
     manifest: Manifest
 
-    def ahead(self, samples: Sequence[int], bucket: Bucket) -> None:
+    def ahead(self, samples: Sequence[int], buckets: Sequence[Bucket]) -> None:
         """Fetch at once the bytes of samples that are about to be loaded. Raises StoreError where that fails."""
         ...
 
@@ -76,9 +76,10 @@ class ClipSource:
         self.manifest, self.stride, self.cache = manifest, stride, ByteBudget(cache)
         self.reader = open_shards(manifest, remote)
 
-    def ahead(self, samples: Sequence[int], bucket: Bucket) -> None:
+    def ahead(self, samples: Sequence[int], buckets: Sequence[Bucket]) -> None:
         """Fetch the bytes of samples that are not in memory."""
-        kept = [self.cache.get((index, bucket.height, bucket.width)) is not None for index in samples]
+        named = zip(samples, buckets, strict=True)
+        kept = [self.cache.get((index, bucket.height, bucket.width)) is not None for index, bucket in named]
         fetch_ahead(self.reader, self.manifest, samples, kept)
 
     def load(self, index: int, bucket: Bucket, draw: int) -> tuple[np.ndarray, float, list[dict[str, Any]]]:
@@ -120,7 +121,7 @@ class LatentSource:
         self.manifest, self.cache = manifest, ByteBudget(cache)
         self.reader = open_shards(manifest, remote)
 
-    def ahead(self, samples: Sequence[int], bucket: Bucket) -> None:
+    def ahead(self, samples: Sequence[int], buckets: Sequence[Bucket]) -> None:
         """Fetch the bytes of samples that are not in memory."""
         fetch_ahead(self.reader, self.manifest, samples, [self.cache.get(index) is not None for index in samples])
 
@@ -179,14 +180,16 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, number: int) -> Batch:
         micro = self.plan.local(number, self.rank, self.world_size)
-        self.source.ahead(micro.samples.tolist(), self.plan.assignment.buckets[micro.bucket])
-        samples = [self._sample(int(index), micro.step, micro.bucket) for index in micro.samples]
+        numbers = micro.samples.tolist()
+        self.source.ahead(numbers, [self.plan.assignment.buckets[bucket] for bucket in micro.buckets])
+        placed = zip(numbers, micro.buckets, strict=True)
+        samples = [self._sample(index, micro.step, bucket) for index, bucket in placed]
         common = {
             "keys": tuple(sample.key for sample in samples),
             "captions": tuple(sample.caption for sample in samples),
             "styles": tuple(sample.style for sample in samples),
             "fps": torch.tensor([sample.fps for sample in samples], dtype=torch.float32),
-            "weights": torch.full((len(samples),), micro.weight, dtype=torch.float32),
+            "weights": torch.tensor(micro.weights, dtype=torch.float32),
             "draws": torch.tensor([sample.draw for sample in samples], dtype=torch.int64),
             "scale": float(self.plan.micros_per_step),
         }

@@ -1,8 +1,8 @@
 """The order of training as arithmetic: which samples make up micro-batch i of step n, for any n, without a loop.
 
-    stream   one bucket's samples, permuted anew each time it is used up; endless
-    micro    a run of a bucket's stream: what one rank computes at a time
-    block    canonical_ranks micro-batches of one bucket, so that ranks work equally long
+    stream   one bucket's samples, shuffled anew each time it is used up; endless (`Streams`)
+    micro    what one rank computes at a time: samples of one bucket, or a pack of any
+    block    canonical_ranks micro-batches that cost the same, so that ranks work equally long (`Blocks`)
     step     accumulate_blocks blocks; one optimizer step
 
 Rank r of R (R divides canonical_ranks) computes accumulate_blocks · canonical_ranks / R micro-batches of a step, so
@@ -14,6 +14,7 @@ enters.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,14 @@ from typing import Any
 import numpy as np
 
 from soratrain.batch import draw_of
+from soratrain.data.blocks import Blocks, BucketBlocks, PackBlocks
 from soratrain.data.buckets import Assignment, Bucket
+from soratrain.data.manifest import Manifest
+from soratrain.data.order import Streams
 from soratrain.data.schedule import Schedule
 from soratrain.errors import ConfigError
 
-VERSION = 1  # of the order; a change that moves samples raises it
-_SPLITMIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # Steele et al., 2014
+VERSION = 2  # of the order; a change that moves samples raises it
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,16 @@ class Budget:
         """Return what one sample costs, in tokens."""
         return bucket.tokens + self.quadratic * bucket.tokens**2
 
+    @property
+    def cap(self) -> int:
+        """What a pack may cost. Raises ConfigError where samples are counted instead."""
+        if self.tokens_per_batch is None or self.max_batch_size is not None:
+            raise ConfigError(
+                "data.batching=pack is bounded by data.tokens_per_batch alone: set data.batch_size and"
+                " data.max_batch_size to null"
+            )
+        return self.tokens_per_batch
+
     def samples(self, bucket: Bucket) -> int:
         """Return the samples of one micro-batch."""
         if self.batch_size is not None:
@@ -73,25 +86,12 @@ class Budget:
 
 @dataclass(frozen=True)
 class Micro:
-    """One micro-batch: optimizer step, bucket number, sample numbers [B], loss weight of each sample."""
+    """One micro-batch: optimizer step; of each sample its bucket's number, its own number [B], its loss weight."""
 
     step: int
-    bucket: int
+    buckets: tuple[int, ...]
     samples: np.ndarray
-    weight: float
-
-
-def permutation(count: int, *key: object) -> np.ndarray:
-    """Return a permutation of `count` numbers that depends on `key` alone, not on a library's version, [count] int64.
-
-    It sorts the numbers by a hash of (key, number), SplitMix64.
-    """
-    with np.errstate(over="ignore"):
-        mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_SPLITMIX[0]) + np.uint64(draw_of(*key))
-        for shift, factor in ((30, _SPLITMIX[1]), (27, _SPLITMIX[2])):
-            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-        mixed ^= mixed >> np.uint64(31)
-    return np.argsort(mixed, kind="stable")
+    weights: tuple[float, ...]
 
 
 class Plan:
@@ -99,44 +99,69 @@ class Plan:
 
     Args:
         assignment: buckets and their samples.
-        manifest_hash: identifies the data.
+        manifest: the data.
         seed: of the order.
         budget: samples of a micro-batch.
+        batching: `bucket`: a block's samples share a bucket; `pack`: they have any size, and slots cost the same.
         accumulate_blocks: blocks of an optimizer step.
         canonical_ranks: micro-batches of a block.
         gamma: a sample's loss weight is ∝ tokens^gamma; 0 makes an image count as much as a video, 1 each token alike.
+        window: shards whose samples are mixed (see `Streams`).
     """
 
     def __init__(
         self,
         *,
         assignment: Assignment,
-        manifest_hash: str,
+        manifest: Manifest,
         seed: int,
         budget: Budget,
+        batching: str = "bucket",
         accumulate_blocks: int = 1,
         canonical_ranks: int = 1,
         gamma: float = 0.0,
+        window: int = 64,
     ) -> None:
-        for name, value in (("accumulate_blocks", accumulate_blocks), ("canonical_ranks", canonical_ranks)):
+        checked = {"accumulate_blocks": accumulate_blocks, "canonical_ranks": canonical_ranks, "window": window}
+        for name, value in checked.items():
             if value < 1:
                 raise ConfigError(f"data.{name}={value}: must be at least 1")
-        self.assignment, self.manifest_hash, self.seed, self.budget = assignment, manifest_hash, seed, budget
+        self.assignment, self.manifest_hash, self.seed, self.budget = assignment, manifest.hash, seed, budget
+        self.batching, self.window = batching, window
         self.accumulate_blocks, self.canonical_ranks, self.gamma = accumulate_blocks, canonical_ranks, gamma
+        self.worth = [bucket.tokens**gamma for bucket in assignment.buckets]
+        if batching not in ("bucket", "pack"):
+            raise ConfigError(f"data.batching={batching!r} is not there; use bucket or pack")
+        packs = batching == "pack"
         # a bucket with fewer samples than a full block has smaller ones, so that a block shows none twice unless one
         # pass over the bucket ends in it and the next begins; both then have the draw of that step and sample
         self.sizes = tuple(
-            min(budget.samples(bucket), max(1, len(members) // canonical_ranks))
+            1 if packs else min(budget.samples(bucket), max(1, len(members) // canonical_ranks))
             for bucket, members in zip(assignment.buckets, assignment.members, strict=True)
         )
-        costs = [(size * bucket.tokens, bucket) for size, bucket in zip(self.sizes, assignment.buckets, strict=True)]
-        self.heaviest = costs.index(max(costs))
-        self.schedule = Schedule(
-            spans=[size * canonical_ranks for size in self.sizes],
+        schedule = Schedule(
+            spans=[1 if packs else size * canonical_ranks for size in self.sizes],
             rates=assignment.rates,
             phases=[draw_of(seed, "phase", *bucket) for bucket in assignment.buckets],
         )
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        common: dict[str, Any] = {"slots": canonical_ranks, "again": accumulate_blocks, "rates": assignment.rates}
+        common["tokens"] = [bucket.tokens for bucket in assignment.buckets]
+        self.blocks: Blocks
+        if packs:
+            costs = [math.ceil(budget.cost(bucket)) for bucket in assignment.buckets]
+            self.blocks = PackBlocks(schedule, costs=costs, cap=budget.cap, **common)
+        else:
+            self.blocks = BucketBlocks(schedule, sizes=self.sizes, **common)
+        self.streams = Streams(
+            names=assignment.buckets,
+            members=assignment.members,
+            shard=manifest.shard,
+            shards=len(manifest.shards),
+            sizes=self.sizes,
+            slots=1 if packs else canonical_ranks,
+            seed=seed,
+            window=window,
+        )
         self._totals: dict[int, float] = {}
 
     @property
@@ -165,33 +190,14 @@ class Plan:
     def micro(self, step: int, number: int) -> Micro:
         """Return micro-batch `number` (of `micros_per_step`) of `step`."""
         block, slot = divmod(number, self.canonical_ranks)
-        bucket, turn = self.block(step * self.accumulate_blocks + block)
-        size = self.sizes[bucket]
-        first = (turn * self.canonical_ranks + slot) * size
-        weight = self.assignment.buckets[bucket].tokens ** self.gamma / self._step_total(step)
-        return Micro(step, bucket, self.stream(bucket, first, size), weight)
-
-    def block(self, number: int) -> tuple[int, int]:
-        """Return the bucket of block `number`, and how many blocks of that bucket came before it."""
-        if number in (0, self.accumulate_blocks):
-            return self.heaviest, int(number > 0)
-        number -= 1 + (number > self.accumulate_blocks)
-        bucket, turn = self.schedule[number]
-        return bucket, turn + 2 * (bucket == self.heaviest)
-
-    def stream(self, bucket: int, first: int, count: int) -> np.ndarray:
-        """Return samples `first` to `first + count` of a bucket's endless stream, [count] int64."""
-        members = self.assignment.members[bucket]
-        places = np.arange(first, first + count)
-        epochs = places // len(members)
-        found = np.empty(count, dtype=np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            if self._orders.get(bucket, (-1,))[0] != epoch:
-                key = (self.seed, "order", *self.assignment.buckets[bucket], epoch)
-                self._orders[bucket] = epoch, permutation(len(members), *key)
-            mask = epochs == epoch
-            found[mask] = members[self._orders[bucket][1][places[mask] % len(members)]]
-        return found
+        runs = self.blocks.slot(step * self.accumulate_blocks + block, slot)
+        total = self._step_total(step)
+        return Micro(
+            step=step,
+            buckets=tuple(bucket for bucket, _, count in runs for _ in range(count)),
+            samples=np.concatenate([self.streams.take(*run) for run in runs]),
+            weights=tuple(self.worth[bucket] / total for bucket, _, count in runs for _ in range(count)),
+        )
 
     def substitute(self, bucket: int, draw: int, attempt: int) -> int:
         """Return the sample that replaces an unreadable one, which had `draw`."""
@@ -200,20 +206,18 @@ class Plan:
 
     def _step_total(self, step: int) -> float:
         if step not in self._totals:
-            first = step * self.accumulate_blocks
-            buckets = [self.block(first + block)[0] for block in range(self.accumulate_blocks)]
-            weights = [self.sizes[bucket] * self.assignment.buckets[bucket].tokens ** self.gamma for bucket in buckets]
-            self._totals = {step: self.canonical_ranks * sum(weights)}
+            blocks = range(step * self.accumulate_blocks, (step + 1) * self.accumulate_blocks)
+            counts = [item for block in blocks for item in self.blocks.counts(block).items()]
+            self._totals = {step: sum(self.worth[bucket] * count for bucket, count in counts)}
         return self._totals[step]
 
     @property
     def bucket_hash(self) -> str:
         """Identify the buckets, what is in them, and all that sets the order besides the data and the seed."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(
-            repr((self.assignment.buckets, self.sizes, self.assignment.rates, self.accumulate_blocks)).encode()
-        )
-        digest.update(repr(float(self.gamma)).encode())
+        packs = (self.budget.cap, self.budget.quadratic) if self.batching == "pack" else ()
+        order = (self.batching, *packs, self.window, self.accumulate_blocks, float(self.gamma))
+        digest.update(repr((self.assignment.buckets, self.sizes, self.assignment.rates, *order)).encode())
         for members in self.assignment.members:
             digest.update(members.astype("<i8").tobytes())
         return digest.hexdigest()
@@ -236,7 +240,8 @@ class Plan:
             "seed": "set the same seed, or start over with fresh=true",
             "manifest_hash": "it is another dataset; point inputs to the one before, or start over with fresh=true",
             "canonical_ranks": f"set data.canonical_ranks={state.get('canonical_ranks')}",
-            "bucket_hash": "buckets, batch sizes or data.accumulate_blocks changed; undo it, or use fresh=true",
+            "bucket_hash": "buckets, batch sizes, data.accumulate_blocks, data.gamma or data.window changed; undo it,"
+            " or use fresh=true",
         }
         own = self.state(0)
         for name, why in whys.items():

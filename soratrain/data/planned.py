@@ -40,11 +40,12 @@ class PlannedData(L.LightningDataModule, ABC):
         buckets: how samples are put into buckets.
         seed: of the order and of every draw.
         max_steps: optimizer steps in the whole run.
-        batching: `bucket`: each micro-batch holds samples of one bucket.
+        batching: `bucket`: each micro-batch holds samples of one bucket; `pack`: of any, as many as cost the same.
         batch_size, tokens_per_batch, quadratic, max_batch_size: see `Budget`; token: 16 × 16 pixels of a latent frame.
         accumulate_blocks: blocks of an optimizer step.
         canonical_ranks: data-parallel ranks of a block; None takes those of the run's first start.
         gamma: exponent of tokens in a sample's loss weight.
+        window: shards whose samples are mixed; see `Streams`.
         durations: numbers of frames 1 + 4k at which clips are shown, equally often; None shows each at its own.
         image_fraction: share of samples that are single frames; None takes them as they come.
         caption_mix: weights of `synthetic` and `original` captions.
@@ -76,6 +77,7 @@ class PlannedData(L.LightningDataModule, ABC):
         accumulate_blocks: int = 1,
         canonical_ranks: int | None = None,
         gamma: float = 0.0,
+        window: int = 64,
         durations: Sequence[int] | None = None,
         image_fraction: float | None = None,
         caption_mix: Mapping[str, float] | None = None,
@@ -88,13 +90,12 @@ class PlannedData(L.LightningDataModule, ABC):
         remote: Remote | None = None,
     ) -> None:
         super().__init__()
-        if batching != "bucket":
-            raise ConfigError(f"data.batching={batching!r}: samples can only be batched by bucket; use bucket")
         bounds = {"workers": (workers, 0), "prefetch": (prefetch, 1), "cache": (cache, 0), "max_steps": (max_steps, 0)}
         for name, (value, least) in bounds.items():
             if value < least:
                 raise ConfigError(f"data.{name}={value}: must be at least {least}")
         self.folder, self.buckets, self.seed, self.max_steps = shards, buckets, seed, max_steps
+        self.batching, self.window = batching, window
         self.budget = Budget(batch_size, tokens_per_batch, quadratic, max_batch_size)
         self.accumulate_blocks, self.canonical_ranks, self.gamma = accumulate_blocks, canonical_ranks, gamma
         self.durations, self.image_fraction = durations, image_fraction
@@ -143,12 +144,14 @@ class PlannedData(L.LightningDataModule, ABC):
             assignment = spread(assignment, self.durations, self.image_fraction)
             self._plan = Plan(
                 assignment=assignment,
-                manifest_hash=self.manifest.hash,
+                manifest=self.manifest,
                 seed=self.seed,
                 budget=self.budget,
+                batching=self.batching,
                 accumulate_blocks=self.accumulate_blocks,
                 canonical_ranks=ranks,
                 gamma=self.gamma,
+                window=self.window,
             )
         self._plan.per_rank(world_size)
         return self._plan

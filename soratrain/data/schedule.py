@@ -42,18 +42,22 @@ class Schedule:
             for span, rate, phase in zip(self.spans, self.rates, self.phases, strict=True)
         ]
 
-    def _time_of(self, number: int) -> int:
-        """Return the latest time before which at most `number` blocks stand."""
+    def before(self, time: int, units: Sequence[int]) -> int:
+        """Return the sum of the units of all blocks that stand before `time`; `units` is by bucket."""
+        return sum(count * unit for count, unit in zip(self._counts(time), units, strict=True))
+
+    def latest(self, amount: int, units: Sequence[int]) -> int:
+        """Return the latest time before which blocks of at most `amount` units stand."""
         high = 1
-        while sum(self._counts(high)) <= number:
+        while self.before(high, units) <= amount:
             high *= 2
         low = high // 2
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if sum(self._counts(middle)) <= number else (low, middle)
+            low, high = (middle, high) if self.before(middle, units) <= amount else (low, middle)
         return low
 
-    def _between(self, start: int, end: int) -> list[tuple[int, int]]:
+    def between(self, start: int, end: int) -> list[tuple[int, int]]:
         """Return the blocks that stand at times from `start` to before `end`, in order; equal times by bucket."""
         events = []
         for bucket, (first, last) in enumerate(zip(self._counts(start), self._counts(end), strict=True)):
@@ -62,6 +66,7 @@ class Schedule:
         return [(bucket, turn) for _, bucket, turn in sorted(events)]
 
     def _work_out(self, chunk: int) -> list[tuple[int, int]]:
-        start, end = self._time_of(chunk * CHUNK), self._time_of((chunk + 1) * CHUNK) + 1
-        skip = chunk * CHUNK - sum(self._counts(start))
-        return self._between(start, end)[skip : skip + CHUNK]
+        each = [1] * len(self.spans)
+        start, end = self.latest(chunk * CHUNK, each), self.latest((chunk + 1) * CHUNK, each) + 1
+        skip = chunk * CHUNK - self.before(start, each)
+        return self.between(start, end)[skip : skip + CHUNK]

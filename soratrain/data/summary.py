@@ -15,13 +15,19 @@ from soratrain.data.plan import Plan
 def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
     """Return what the plan makes of the data, as plain values.
 
-    `buckets`: per bucket its samples, batch size, tokens a micro-batch, and shares of blocks and of samples shown;
+    `buckets`: per bucket its samples, those in a micro-batch (in packs on average) and their tokens, the share of
+    blocks (in packs of tokens) that it has, and its share of the samples shown;
     `merged`, `rare`, `dropped`: with counts and reasons; `frames_discarded`: share of the source's frames that an
     epoch does not show (cut off in time, or passed over by a lower rate); `pixels_discarded`: share of a shown frame's
     area that cropping takes away, on average over samples.
     """
     assignment = plan.assignment
-    blocks = [rate / size for rate, size in zip(assignment.rates, plan.sizes, strict=True)]
+    packs, expected = plan.batching == "pack", plan.blocks.expected
+    each = [count / plan.canonical_ranks for count in expected] if packs else plan.sizes
+    parts = [
+        count * (bucket.tokens if packs else 1 / size)
+        for bucket, count, size in zip(assignment.buckets, expected, plan.sizes, strict=True)
+    ]
     buckets, shown, cropped = [], 0.0, 0.0
     for index, bucket in enumerate(assignment.buckets):
         members, rate = assignment.members[index], assignment.rates[index]
@@ -29,9 +35,9 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
             {
                 "bucket": str(bucket),
                 "samples": len(members),
-                "batch_size": plan.sizes[index],
-                "tokens": plan.sizes[index] * bucket.tokens,
-                "blocks": blocks[index] / sum(blocks),
+                "batch_size": each[index],
+                "tokens": each[index] * bucket.tokens,
+                "blocks": parts[index] / sum(parts),
                 "shown": rate / sum(assignment.rates),
             }
         )
@@ -44,6 +50,7 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
     used = np.unique(np.concatenate(assignment.members))
     return {
         "samples": len(manifest),
+        "batching": plan.batching,
         "buckets": buckets,
         "merged": [{"from": str(a), "to": str(b), "samples": count} for a, b, count in assignment.merged],
         "rare": [str(bucket) for bucket in assignment.rare],
@@ -56,20 +63,26 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
 def remarks(summary: dict[str, Any]) -> list[str]:
     """Return what somebody should know before training, as lines for a log."""
     text = [
-        f"{summary['samples']} samples in {len(summary['buckets'])} buckets; {summary['frames_discarded']:.1%} of"
+        f"{counted(summary['samples'])} in {len(summary['buckets'])} buckets; {summary['frames_discarded']:.1%} of"
         f" frames and {summary['pixels_discarded']:.1%} of pixels are not shown in an epoch"
     ]
-    text += [f"  {item['samples']} samples of {item['from']} merged into {item['to']}" for item in summary["merged"]]
-    text += [f"  {count} samples dropped: {reason}" for reason, count in summary["dropped"].items()]
+    text += [f"  {counted(item['samples'])} of {item['from']} merged into {item['to']}" for item in summary["merged"]]
+    text += [f"  {counted(count)} dropped: {reason}" for reason, count in summary["dropped"].items()]
     if summary["rare"]:
         text.append(f"  smaller batches, for want of samples: {', '.join(summary['rare'])}")
     return text
 
 
+def counted(samples: int) -> str:
+    """Return a number of samples in words."""
+    return f"{samples} sample{'s' * (samples != 1)}"
+
+
 def table(summary: dict[str, Any]) -> list[str]:
     """Return one line a bucket."""
+    what = "tokens" if summary["batching"] == "pack" else "blocks"
     return [
-        f"  {item['bucket']:>14}  {item['samples']:>8} samples  {item['batch_size']:>4} a micro-batch"
-        f"  {item['tokens']:>7} tokens  {item['blocks']:>6.1%} of blocks"
+        f"  {item['bucket']:>14}  {item['samples']:>8} samples  {item['batch_size']:>5.4g} a micro-batch"
+        f"  {item['tokens']:>7.0f} tokens  {item['blocks']:>6.1%} of {what}"
         for item in summary["buckets"]
     ]

@@ -6,6 +6,7 @@ Nothing is trained, no weights are read and no GPU is needed: all of it follows 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -45,7 +46,7 @@ class PlanStage:
         steps: optimizer steps, by target.
         tuned: `tokens` of a micro-batch, by target.
         clip: `WIDTHxHEIGHTxFRAMES`: what one such clip costs; None leaves it out.
-        seed, accumulate_blocks, gamma, quadratic: of the data.
+        seed, batching, accumulate_blocks, gamma, quadratic: of the data.
         strategy, optimizer, average, precision: of the trainer.
         patch: latent positions of a DiT's token.
 
@@ -70,6 +71,7 @@ class PlanStage:
         average: bool,
         precision: str,
         clip: str | None = None,
+        batching: str = "bucket",
         accumulate_blocks: int = 1,
         gamma: float = 0.0,
         quadratic: float = 0.0,
@@ -78,6 +80,8 @@ class PlanStage:
             raise ConfigError(f"stage.job.target={target} is not there; use one of {', '.join(TARGETS)}")
         if ranks < 1:
             raise ConfigError(f"stage.job.ranks={ranks} must be at least 1")
+        if batching == "pack" and target != "dit":
+            raise ConfigError(f"data.batching=pack: stage={target} takes clips of one size; packs are of latents")
         self.clip = parse_clip(clip) if clip else None
         self.out, self.target, self.ranks = Path(out), target, ranks
         self.nets, self.strategy, self.optimizer, self.average = nets, strategy, optimizer, average
@@ -90,6 +94,7 @@ class PlanStage:
             max_steps=self.steps,
             tokens_per_batch=int(tuned[target]["tokens"]),
             max_batch_size=tuned[target].get("batch"),
+            batching=batching,
             accumulate_blocks=accumulate_blocks,
             canonical_ranks=ranks,
             gamma=gamma,
@@ -101,9 +106,8 @@ class PlanStage:
         plan, summary = self.data.plan(self.ranks), self.data.summary()
         with torch.device("meta"):
             parts = {name: factory() for name, factory in self.nets.items() if name in self.trained}
-        largest = plan.assignment.buckets[plan.heaviest]
         run = self.run_figures(plan)
-        memory = self.memory(parts, largest, plan.sizes[plan.heaviest])
+        memory = self.memory(parts, plan)
         document = {
             "target": self.target,
             "ranks": self.ranks,
@@ -128,25 +132,22 @@ class PlanStage:
 
     def run_figures(self, plan: Plan) -> dict[str, Any]:
         """Return steps, epochs, samples and tokens of the whole run."""
-        rates, buckets = plan.assignment.rates, plan.assignment.buckets
-        blocks = [rate / size for rate, size in zip(rates, plan.sizes, strict=True)]
-        share = [count / sum(blocks) for count in blocks]
-        per_step = plan.micros_per_step
-        samples = per_step * sum(part * size for part, size in zip(share, plan.sizes, strict=True))
-        sizes = zip(share, plan.sizes, buckets, strict=True)
-        tokens = per_step * sum(part * size * bucket.tokens for part, size, bucket in sizes)
+        each = [plan.accumulate_blocks * count for count in plan.blocks.expected]
+        samples = sum(each)
+        tokens = sum(count * bucket.tokens for count, bucket in zip(each, plan.assignment.buckets, strict=True))
         return {
             "steps": self.steps,
             "samples_per_step": samples,
             "tokens_per_step": tokens,
-            "epochs": samples * self.steps / sum(rates),
+            "epochs": samples * self.steps / sum(plan.assignment.rates),
             "tokens": tokens * self.steps,
         }
 
-    def memory(self, parts: Mapping[str, nn.Module], largest: Bucket, size: int) -> dict[str, Any]:
+    def memory(self, parts: Mapping[str, nn.Module], plan: Plan) -> dict[str, Any]:
         """Return what a rank holds, by component, with the largest micro-batch."""
         parameters = sum(parameter.numel() for net in parts.values() for parameter in net.parameters())
-        activations = self.activations(parts, largest, size)
+        tokens, said = plan.blocks.largest
+        activations = self.activations(parts, plan, tokens)
         moments = 1 if self.optimizer == "muon" else 2
         held: Kept = kept(
             parameters,
@@ -161,23 +162,25 @@ class PlanStage:
             "estimate": True,
             "parameters": parameters,
             "strategy": self.strategy.name,
-            "largest": f"{size} x {largest}",
+            "largest": f"{said}, {tokens:,} tokens",
             "gib": {name: value / GIB for name, value in components.items()},
             "total_gib": held.total / GIB,
         }
 
-    def activations(self, parts: Mapping[str, nn.Module], largest: Bucket, size: int) -> int | None:
+    def activations(self, parts: Mapping[str, nn.Module], plan: Plan, tokens: int) -> int | None:
         """Return the bytes that the largest micro-batch keeps; None for a net of which nothing is known."""
         itemsize = 2 if self.half else 4
         if self.target == "dit":
             net, shape = parts["dit"], self.nets["dit"].keywords
-            tokens = size * tokens_of(largest, net.patch)  # type: ignore[arg-type]
+            tokens = tokens * 4 // math.prod(net.patch)  # type: ignore[arg-type]
             sizes = {name: shape[name] for name in ("dim", "depth", "mlp_ratio")}
             return dit_activations(tokens=tokens, itemsize=itemsize, **sizes)
         if self.target == "vae":
             example = torch.zeros(EXAMPLE)
-            height, width = (min(side, self.crop or side) for side in (largest.height, largest.width))
-            pixels = size * 3 * largest.frames * height * width
+            pixels = max(
+                size * 3 * bucket.frames * math.prod(min(side, self.crop or side) for side in bucket[:2])
+                for size, bucket in zip(plan.sizes, plan.assignment.buckets, strict=True)
+            )
             return int(measured_activations(Reconstruction(self.nets["vae"]()), example) * pixels * itemsize / 4)
         return None
 
@@ -239,6 +242,6 @@ def balance(plan: Plan, ranks: int) -> dict[str, float]:
         costs = []
         for rank in range(ranks):
             micro = plan.local(index, rank, ranks)
-            costs.append(len(micro.samples) * plan.budget.cost(plan.assignment.buckets[micro.bucket]))
+            costs.append(sum(plan.budget.cost(plan.assignment.buckets[bucket]) for bucket in micro.buckets))
         found.append(sum(costs) / len(costs) / max(costs))
     return {"least": min(found), "mean": sum(found) / len(found), "micro_steps": float(len(found))}

@@ -15,11 +15,12 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
     """Print the plan."""
     data, run, memory = document["data"], document["run"], document["memory"]
     table = Table(title=f"plan of stage={document['target']} on {document['ranks']} ranks", title_justify="left")
-    for name in ("bucket", "samples", "a micro-batch", "tokens", "of blocks", "of samples"):
+    shared = "of tokens" if data["batching"] == "pack" else "of blocks"
+    for name in ("bucket", "samples", "a micro-batch", "tokens", shared, "of samples"):
         table.add_column(name, justify="left" if name == "bucket" else "right")
     for item in sorted(data["buckets"], key=lambda item: -item["tokens"]):
-        shares = f"{item['blocks']:.1%}", f"{item['shown']:.1%}"
-        table.add_row(item["bucket"], f"{item['samples']:,}", str(item["batch_size"]), f"{item['tokens']:,}", *shares)
+        counts = f"{item['samples']:,}", f"{item['batch_size']:.4g}", f"{item['tokens']:,.0f}"
+        table.add_row(item["bucket"], *counts, f"{item['blocks']:.1%}", f"{item['shown']:.1%}")
     console.print(table)
     for line in remarks(data):
         console.print(line)

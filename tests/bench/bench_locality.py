@@ -14,6 +14,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,15 +22,16 @@ from typing import Any
 import numpy as np
 import webdataset
 
+from soratrain.data.buckets import Stored
 from soratrain.data.manifest import Manifest, read_manifest, write_manifest
 from soratrain.data.members import fetch_ahead, open_shards, read_members
-from soratrain.data.plan import permutation
+from soratrain.data.plan import Budget, Plan
 from soratrain.data.remote import Remote
 from soratrain.data.shards import ShardWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 TITLE = "Reading from a store: bytes fetched / used, and speed beside webdataset"
-NODES, ROUNDS, BATCH = 8, 3, 16
+NODES, ROUNDS, BATCH, WINDOW = 8, 3, 16, 16
 KINDS = {"clips, 0.4-2 MB": (400_000, 2_000_000, 240), "latents, 10-100 KB": (10_000, 100_000, 3200)}
 
 
@@ -60,17 +62,24 @@ def serve(folder: str, pipe: Any) -> None:
             server.sent = 0
 
 
+def planned(manifest: Manifest) -> Plan:
+    """Return the order in which eight ranks, one a node, read the samples."""
+    assignment = Stored().assign(manifest, lambda bucket: BATCH * NODES)
+    budget = Budget(batch_size=BATCH)
+    return Plan(assignment=assignment, manifest=manifest, seed=0, budget=budget, canonical_ranks=NODES, window=WINDOW)
+
+
 def ours(url: str, manifest: Manifest, cache: str | None) -> tuple[int, float]:
     """Read one epoch as eight nodes; return the bytes of samples, and the seconds."""
-    order, used, began = permutation(len(manifest), "bench"), 0, time.monotonic()
+    plan, used, began = planned(manifest), 0, time.monotonic()
     for node in range(NODES):
         remote = Remote(cache_dir=f"{cache}/{node}" if cache else None)
-        reader = open_shards(Manifest(**{**vars(manifest), "folder": url}), remote)
-        for start in range(node * BATCH, len(order), NODES * BATCH):
-            samples = order[start : start + BATCH].tolist()
+        reader = open_shards(replace(manifest, folder=url), remote)
+        for index in range(len(manifest) // (NODES * BATCH)):
+            samples = plan.local(index, node, NODES).samples.tolist()
             fetch_ahead(reader, manifest, samples, [False] * len(samples))
-            for index in samples:
-                header, media = read_members(reader, manifest.row(index))
+            for sample in samples:
+                header, media = read_members(reader, manifest.row(sample))
                 used += len(media) + len(header)
         reader.close()
     return used, time.monotonic() - began
@@ -99,7 +108,7 @@ def measure() -> list[dict[str, str]]:
         with tempfile.TemporaryDirectory() as place:
             manifest = write(Path(place) / "shards", low, high, count)
             here, there = context.Pipe()
-            server = context.Process(target=serve, args=(f"{place}/shards", there))
+            server = context.Process(target=serve, args=(f"{place}/shards", there), daemon=True)
             server.start()
             url, found = here.recv(), {}
             for turn in range(ROUNDS):

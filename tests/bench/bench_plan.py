@@ -31,8 +31,7 @@ def once(clips: int) -> dict[str, float]:
 
     began = time.monotonic()
     assignment = Native(max_size="1280x720", max_frames=121).assign(manifest, block, RANKS)
-    digest = manifest.hash
-    plan = Plan(assignment=assignment, manifest_hash=digest, seed=0, budget=budget, canonical_ranks=RANKS)
+    plan = Plan(assignment=assignment, manifest=manifest, seed=0, budget=budget, canonical_ranks=RANKS)
     plan.state(0)
     made = time.monotonic() - began
     jumps = []

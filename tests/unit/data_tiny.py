@@ -105,16 +105,17 @@ def write_latents(folder: Path, shapes: Sequence[tuple[int, int, int]], channels
     return folder
 
 
-def manifest(shapes: Sequence[tuple[int, int, int]], fps: int = 8) -> Manifest:
+def manifest(shapes: Sequence[tuple[int, int, int]], fps: int = 8, per_shard: int | None = None) -> Manifest:
     """A manifest of samples of the given (height, width, frames) that nothing stands behind."""
     count = len(shapes)
+    shard = np.arange(count) // (per_shard or max(1, count))
     sizes = np.array(shapes, dtype=np.int32).reshape(count, 3)
     zeros = np.zeros(count, dtype=np.int64)
     return Manifest(
         folder="nowhere",
         key=np.array([key(number).encode() for number in range(count)], dtype="S32"),
-        shards=("shard-000000.tar",),
-        shard=zeros,
+        shards=tuple(f"shard-{number:06d}.tar" for number in range(1 + int(shard.max(initial=0)))),
+        shard=shard,
         exts=("mp4",),
         ext=zeros,
         image=sizes[:, 2] == 1,

@@ -8,7 +8,7 @@ import pytest
 from data_tiny import manifest
 
 from soratrain.data.buckets import Native
-from soratrain.data.plan import Budget, Plan, permutation
+from soratrain.data.plan import Budget, Plan
 from soratrain.data.schedule import CHUNK, Schedule
 from soratrain.errors import ConfigError
 
@@ -18,36 +18,28 @@ SHAPES = [(64, 64, 17)] * 20 + [(48, 80, 17)] * 9 + [(64, 64, 9)] * 7 + [(64, 64
 def make(shapes=SHAPES, *, seed: int = 0, budget: Budget | None = None, ranks: int = 4, **kwargs) -> Plan:
     data, budget = manifest(shapes), budget or Budget(batch_size=2)
     assignment = Native().assign(data, lambda bucket: 1)
-    return Plan(
-        assignment=assignment, manifest_hash=data.hash, seed=seed, budget=budget, canonical_ranks=ranks, **kwargs
-    )
+    return Plan(assignment=assignment, manifest=data, seed=seed, budget=budget, canonical_ranks=ranks, **kwargs)
 
 
 def test_the_first_epoch_has_this_order():
     plan = make([(64, 64, 17)] * 6 + [(64, 64, 1)] * 4, ranks=1)
     seen = [plan.local(index).samples.tolist() for index in range(7)]
-    assert seen == [[4, 3], [0, 5], [2, 1], [9, 7], [4, 0], [5, 1], [8, 6]]
-
-
-def test_a_permutation_is_arithmetic():
-    assert permutation(8, 0, "a").tolist() == [0, 3, 4, 5, 1, 7, 2, 6]
-    assert sorted(permutation(1000, 3).tolist()) == list(range(1000))
-    assert permutation(8, 0, "a").tolist() != permutation(8, 1, "a").tolist()
+    assert seen == [[3, 0], [1, 2], [4, 5], [6, 8], [0, 1], [4, 2], [9, 7]]
 
 
 def test_each_pass_of_a_bucket_shows_every_sample_once_in_an_order_of_its_own():
     plan = make()
     for bucket, members in enumerate(plan.assignment.members):
-        passes = [plan.stream(bucket, len(members) * turn, len(members)).tolist() for turn in range(3)]
+        passes = [plan.streams.take(bucket, len(members) * turn, len(members)).tolist() for turn in range(3)]
         assert all(sorted(one) == members.tolist() for one in passes)
         assert len({tuple(one) for one in passes}) == 3
 
 
 def test_a_stream_is_the_same_however_it_is_cut():
     plan = make()
-    whole = plan.stream(0, 0, 50)
-    assert np.concatenate([plan.stream(0, start, 5) for start in range(0, 50, 5)]).tolist() == whole.tolist()
-    assert make().stream(0, 45, 5).tolist() == whole[45:].tolist()
+    whole = plan.streams.take(0, 0, 50)
+    assert np.concatenate([plan.streams.take(0, start, 5) for start in range(0, 50, 5)]).tolist() == whole.tolist()
+    assert make().streams.take(0, 45, 5).tolist() == whole[45:].tolist()
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -59,17 +51,17 @@ def test_any_number_of_ranks_computes_the_same_steps(accumulate):
         micros = [
             plan.local(number * each + turn, rank, world_size) for turn in range(each) for rank in range(world_size)
         ]
-        return [(micro.bucket, tuple(micro.samples.tolist()), micro.weight) for micro in micros]
+        return [(micro.buckets, tuple(micro.samples.tolist()), micro.weights) for micro in micros]
 
     for number in (0, 1, 7, 5000):
         assert step(number, 1) == step(number, 2) == step(number, 4)
-        assert sum(len(samples) * weight for _, samples, weight in step(number, 1)) == pytest.approx(1)
+        assert sum(sum(weights) for _, _, weights in step(number, 1)) == pytest.approx(1)
 
 
 def test_ranks_work_on_one_bucket_at_a_time():
     plan = make(ranks=4, accumulate_blocks=2)
     for index in range(60):
-        assert len({plan.local(index, rank, 2).bucket for rank in range(2)}) == 1
+        assert len({bucket for rank in range(2) for bucket in plan.local(index, rank, 2).buckets}) == 1
 
 
 def test_a_number_of_ranks_that_does_not_divide_is_refused_with_those_that_do():
@@ -82,9 +74,9 @@ def test_the_heaviest_block_comes_first_in_the_first_two_steps():
         plan = make(ranks=1, accumulate_blocks=accumulate, budget=Budget(tokens_per_batch=200))
         heavy = max(size * bucket.tokens for size, bucket in zip(plan.sizes, plan.assignment.buckets, strict=True))
         for step in (0, 1):
-            bucket = plan.micro(step, 0).bucket
+            bucket = plan.micro(step, 0).buckets[0]
             assert plan.sizes[bucket] * plan.assignment.buckets[bucket].tokens == heavy
-        turns = [plan.block(number) for number in range(200)]
+        turns = [plan.blocks.turn(number) for number in range(200)]
         assert len(set(turns)) == 200
         for bucket in range(len(plan.sizes)):
             assert sorted(turn for one, turn in turns if one == bucket) == list(
@@ -95,7 +87,7 @@ def test_the_heaviest_block_comes_first_in_the_first_two_steps():
 def test_blocks_come_as_often_as_their_samples_at_every_scale():
     plan = make(ranks=1)
     share = np.array([len(part) for part in plan.assignment.members]) / len(SHAPES)
-    order = np.array([plan.schedule[number][0] for number in range(3 * CHUNK)])
+    order = np.array([plan.blocks.schedule[number][0] for number in range(3 * CHUNK)])
     for start in range(0, 3 * CHUNK - 200, 177):
         counts = np.bincount(order[start : start + 200], minlength=len(share))
         assert np.abs(counts - 200 * share).max() <= len(share)
@@ -143,7 +135,7 @@ def test_a_block_shows_no_sample_twice_unless_ranks_outnumber_samples():
     plan = make(budget=Budget(batch_size=100), ranks=4)
     assert sorted(plan.sizes) == [1, 2, 2, 5]
     for bucket, size in enumerate(plan.sizes):
-        first = plan.stream(bucket, 0, size * 4).tolist()
+        first = plan.streams.take(bucket, 0, size * 4).tolist()
         assert len(set(first)) == len(first)
     assert make([(64, 64, 17)] * 3, budget=Budget(batch_size=100), ranks=4).sizes == (1,)
 
@@ -158,9 +150,10 @@ def test_a_budget_that_says_nothing_or_too_much_is_refused(options):
 def test_a_sample_weighs_as_its_tokens_to_gamma_and_a_step_sums_to_one(gamma):
     plan = make(ranks=2, accumulate_blocks=8, gamma=gamma)
     micros = [plan.micro(11, number) for number in range(16)]
-    assert sum(len(micro.samples) * micro.weight for micro in micros) == pytest.approx(1)
-    ratios = {micro.weight / plan.assignment.buckets[micro.bucket].tokens ** gamma for micro in micros}
-    assert len({micro.bucket for micro in micros}) > 2 and max(ratios) == pytest.approx(min(ratios))
+    assert sum(sum(micro.weights) for micro in micros) == pytest.approx(1)
+    pairs = {pair for micro in micros for pair in zip(micro.buckets, micro.weights, strict=True)}
+    ratios = {weight / plan.assignment.buckets[bucket].tokens ** gamma for bucket, weight in pairs}
+    assert len({bucket for bucket, _ in pairs}) > 2 and max(ratios) == pytest.approx(min(ratios))
 
 
 def test_a_pickled_plan_gives_the_same_order():
@@ -185,6 +178,7 @@ def test_the_state_is_scalars_and_goes_back_in():
         (dict(budget=Budget(batch_size=4)), "bucket_hash"),
         (dict(accumulate_blocks=2), "bucket_hash"),
         (dict(gamma=1.0), "bucket_hash"),
+        (dict(window=1), "bucket_hash"),
         (dict(ranks=8), "canonical_ranks"),
     ],
 )
