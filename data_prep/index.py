@@ -22,11 +22,12 @@ import av
 from rich.console import Console
 
 from data_prep import output, summary
-from data_prep.ingest import IMAGES, VIDEOS, texts_in
+from data_prep.kinds import IMAGES, VIDEOS
 from data_prep.media import UPRIGHT, Unusable, decoded, turn_of, video_stream
 from data_prep.pack import Packed, Report, count, ordered
 from data_prep.records import SCHEMA, Failure, dumps
 from data_prep.schema import PrepConfig
+from data_prep.sidecars import texts_in
 from soratrain.data.manifest import write_captions, write_manifest
 from soratrain.data.shards import KEY, Shard
 from soratrain.errors import DataError

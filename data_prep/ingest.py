@@ -1,33 +1,26 @@
-"""Input of any form to a list of sources: a folder, a glob, a list file, or one file; with the captions beside them."""
+"""Input of any form to a list of sources, each with its captions: a folder, a glob, a list, one file, or tars."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
-import re
-import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.kinds import IMAGES, VIDEOS, kind_of
+from data_prep.members import Member
 from data_prep.pack import Report
-from data_prep.records import FROM_NAME, Caption, Failure, Kind, Source
+from data_prep.records import Source
+from data_prep.sidecars import ENDINGS, beside, captions_of, from_name
+from data_prep.tars import tar_sources
 from soratrain.errors import DataError
-
-VIDEOS = frozenset(
-    ("mp4", "m4v", "mov", "mkv", "webm", "avi", "mpg", "mpeg", "m2v", "ts", "m2ts", "mts", "wmv", "asf")
-    + ("flv", "f4v", "ogv", "3gp", "3g2", "mxf", "y4m", "gif")
-)
-IMAGES = frozenset(("jpg", "jpeg", "png", "webp"))
-CAPTIONS = (".txt", ".json")
-CAMERA_NAMES = frozenset(("IMG", "VID", "MOV", "DSC", "DSCN", "PXL", "GOPR", "CLIP", "VIDEO", "UNTITLED"))
 
 
 def find(where: str, report: Report) -> tuple[list[Source], str]:
     """Return the sources that `where` names, in a fixed order, and a hash of their names and sizes.
 
-    A folder is searched with all below it; files whose names are not of a video or image are left out and counted.
+    A folder is searched with all below it; files whose names are not of a video, image or tar are left out and counted.
     Files that a list names are taken whatever their names. Hidden files are left out.
 
     Raises:
@@ -51,32 +44,38 @@ def find(where: str, report: Report) -> tuple[list[Source], str]:
             raise DataError(f"input={where} matches no file; check the pattern, and quote it in the shell")
     else:
         raise DataError(f"input={where} does not exist; give a folder, a glob, a list file (.txt), or input=world")
-    sources = []
-    digest = hashlib.blake2b(digest_size=8)
-    for uri, item in sorted(named):
-        uri = os.fsencode(uri).decode("utf-8", "replace")
-        kind = kind_of(item, listed)
-        if kind is None:
-            if item.suffix.lower() not in CAPTIONS:
-                tally.how["other files left out"] += 1
-            continue
-        captions = tuple(sidecars(item, uri, report)) or from_name(item)
-        size = item.stat().st_size if item.is_file() else -1
-        digest.update(f"{uri}\x1f{size}\x1f{captions}\x1e".encode("utf-8", "replace"))
-        sources.append(Source(uri, item, kind, captions))
+    sources = [source for uri, item in sorted(named) for source in sources_of(uri, item, listed, report)]
+    if not sources and (path / "dataset.json").is_file():
+        tars = path / "*.tar"
+        raise DataError(f"input={where} is finished shards (dataset.json); to build from its tars, give input='{tars}'")
     if not sources:
-        what = "is an empty list" if path.is_file() else "holds no videos or images"
-        raise DataError(f"input={where} {what}; known names end in .{', .'.join(sorted(VIDEOS | IMAGES))}")
+        what = "is an empty list" if path.suffix.lower() == ".txt" else "holds no videos or images"
+        first = f"; {report.failures[0].uri}: {report.failures[0].reason}" if report.failures else ""
+        raise DataError(f"input={where} {what}; known names end in .{', .'.join(sorted(VIDEOS | IMAGES))}, .tar{first}")
+    digest = hashlib.blake2b(digest_size=8)
+    for source in sources:
+        digest.update(f"{source.uri}\x1f{bytes_of(source)}\x1f{source.captions}\x1e".encode("utf-8", "replace"))
     tally.entered = tally.left = len(sources)
     return sources, digest.hexdigest()
 
 
-def kind_of(path: Path, listed: bool) -> Kind | None:
-    """Return what a file's name says it is; a listed file with another name is taken for a video."""
-    ending = path.suffix.lower().removeprefix(".")
-    if ending in IMAGES:
-        return "image"
-    return "video" if ending in VIDEOS or listed else None
+def sources_of(uri: str, path: Path, listed: bool, report: Report) -> Iterator[Source]:
+    """Yield what a file of the input is, or what is in it; one that is neither video, image nor tar is counted."""
+    uri = os.fsencode(uri).decode("utf-8", "replace")
+    kind = kind_of(path, listed)
+    if path.suffix.lower() == ".tar":
+        yield from tar_sources(path, uri, report)
+    elif kind is not None:
+        yield Source(uri, path, kind, tuple(captions_of(beside(path), uri, report)) or from_name(path))
+    elif path.suffix.lower() not in ENDINGS:
+        report.tally("ingest", "files").how["other files left out"] += 1
+
+
+def bytes_of(source: Source) -> int:
+    """Return how long a source's file is; -1 where there is none."""
+    if isinstance(source.path, Member):
+        return source.path.length
+    return source.path.stat().st_size if source.path.is_file() else -1
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -109,49 +108,3 @@ def read_list(path: Path) -> list[tuple[str, Path]]:
             beside = path.parent / line.strip()
             named[line.strip()] = beside if beside.exists() or not Path(line.strip()).exists() else Path(line.strip())
     return list(named.items())
-
-
-def sidecars(path: Path, uri: str, report: Report) -> Iterator[Caption]:
-    """Yield the captions beside a file: `clip.txt` is one, `clip.json` holds `caption` or `captions`."""
-    for suffix, read in zip(CAPTIONS, (read_text, read_json), strict=True):
-        beside = path.with_suffix(suffix)
-        if beside == path or not beside.is_file():
-            continue
-        try:
-            yield from (Caption("gt", caption) for caption in read(beside) if caption)
-        except (OSError, ValueError) as error:
-            reason = f"the caption beside it, {beside.name}, cannot be read: {str(error).splitlines()[0]}"
-            report.failures.append(Failure(uri, "ingest", reason, used="the file without that caption"))
-
-
-def from_name(path: Path) -> tuple[Caption, ...]:
-    """Return the words of a file's name as its caption, for want of a better one; none where it holds no word.
-
-    `train_running.mp4` says something, `IMG_20210304.mp4` and `a3f09c.mp4` do not: what holds a digit is no word.
-    """
-    parts = re.split(r"[\s_.+-]+", unicodedata.normalize("NFC", path.stem))
-    words = [part for part in parts if part.isalpha() and (len(part) > 2 or not part.isascii())]
-    if not words or words[0].upper() in CAMERA_NAMES:
-        return ()
-    return (Caption("gt", " ".join(words), model=FROM_NAME),)
-
-
-def read_text(path: Path) -> list[str]:
-    """Return the one caption that a text file is."""
-    return [" ".join(path.read_text(encoding="utf-8").split())]
-
-
-def read_json(path: Path) -> list[str]:
-    """Return the captions of a JSON object beside a file."""
-    return texts_in(json.loads(path.read_text(encoding="utf-8")))
-
-
-def texts_in(value: object) -> list[str]:
-    """Return the captions in a JSON object: `caption` or `text`, one string, or `captions`, a list of strings."""
-    if not isinstance(value, dict):
-        raise ValueError("it is not a JSON object")
-    found = value.get("captions", value.get("caption", value.get("text", [])))
-    found = [found] if isinstance(found, str) else found
-    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
-        raise ValueError("its caption is not a string")
-    return [" ".join(item.split()) for item in found]

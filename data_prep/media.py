@@ -10,13 +10,13 @@ import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import av
 from av.stream import Disposition
 
 from data_prep import pulse
+from data_prep.members import File, Member
 
 UPRIGHT = (1, 0, 0, 1)
 BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"}
@@ -27,14 +27,11 @@ class Unusable(Exception):
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
+def opened(path: File) -> Iterator[Any]:
     """Yield the PyAV container of a file. Raises Unusable where it is not a readable video or image."""
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for somebody to write into it
-            raise Unusable("is not a file but a pipe, a socket or a device")
-        size = found.st_size
-        file = open(path, "rb")  # noqa: SIM115 - closed below; only opening it may fail here
+        size = length_of(path)
+        file = path.open("rb")
     except FileNotFoundError as error:
         raise Unusable("there is no such file") from error
     except OSError as error:
@@ -50,7 +47,22 @@ def opened(path: Path) -> Iterator[Any]:
             yield container
 
 
-def why_not_opened(path: Path) -> str:
+def length_of(path: File) -> int:
+    """Return how many bytes a file has.
+
+    Raises:
+        Unusable: it is none.
+        OSError: it is not there, or may not be looked at.
+    """
+    if isinstance(path, Member):
+        return path.length
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for somebody to write into it
+        raise Unusable("is not a file but a pipe, a socket or a device")
+    return found.st_size
+
+
+def why_not_opened(path: File) -> str:
     """Return the likely reason why FFmpeg could not open a file."""
     kinds = [kind for kind, _, _ in boxes(path)]
     if kinds[:1] and kinds[0] in (b"ftyp", b"mdat", b"wide") and b"moov" not in kinds:
@@ -58,11 +70,11 @@ def why_not_opened(path: Path) -> str:
     return "not a video or image that FFmpeg can read"
 
 
-def boxes(path: Path) -> list[tuple[bytes, int, int]]:
+def boxes(path: File) -> list[tuple[bytes, int, int]]:
     """Return (type, offset, length) of an MP4's top-level boxes (ISO/IEC 14496-12, 4.2); empty for other files."""
     found: list[tuple[bytes, int, int]] = []
-    size = path.stat().st_size
-    with open(path, "rb") as file:
+    size = length_of(path)
+    with path.open("rb") as file:
         offset = 0
         while offset + 8 <= size:
             file.seek(offset)
@@ -80,9 +92,9 @@ def boxes(path: Path) -> list[tuple[bytes, int, int]]:
     return found
 
 
-def cut_off(path: Path) -> bool:
+def cut_off(path: File) -> bool:
     """Return whether an MP4's boxes go on after its last byte."""
-    return any(offset + length > path.stat().st_size for _, offset, length in boxes(path))
+    return any(offset + length > length_of(path) for _, offset, length in boxes(path))
 
 
 def video_stream(container: Any) -> Any:

@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,6 +13,7 @@ import av
 
 from data_prep import pulse
 from data_prep.media import Unusable, cut_off, decoded, opened, turn_of, video_stream
+from data_prep.members import File
 from data_prep.records import Cut, Picture, Probe, Source
 
 STANDARD = [Fraction(n, d) for n, d in ((24000, 1001), (30000, 1001), (60000, 1001), (25, 2), (15, 2))] + [
@@ -137,10 +137,10 @@ def fit_rate(times: Sequence[float], tick: float, stated: Sequence[Fraction]) ->
     return min(max(near, SLOWEST), Fraction(120)), False
 
 
-def hash_file(path: Path) -> str:
+def hash_file(path: File) -> str:
     """Return 32 hex digits that identify a file's bytes."""
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while part := file.read(PART):
             digest.update(part)
             pulse.beat()

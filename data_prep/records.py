@@ -11,8 +11,9 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, Literal
+
+from data_prep.members import File
 
 SCHEMA = 1  # of K.json, dataset.json and stats.json
 
@@ -35,10 +36,13 @@ class Caption:
 
 @dataclass(frozen=True)
 class Source:
-    """One input file. `uri` is how the user would name it: its path below the input folder, or as it was given."""
+    """One input file. `uri` is how the user would name it: its path below the input folder, or as it was given.
+
+    A file inside a tar is named by both: `shards/00000.tar/000000017.mp4`.
+    """
 
     uri: str
-    path: Path
+    path: File
     kind: Kind
     captions: tuple[Caption, ...] = ()
 

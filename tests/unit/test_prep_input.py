@@ -11,9 +11,10 @@ from prep_clips import PREP, close, frames_of, moving, picture, prepared, set_tu
 
 from data_prep.encode import Encoding
 from data_prep.files import FileUnit
-from data_prep.ingest import find, from_name
+from data_prep.ingest import find
 from data_prep.pack import Report
 from data_prep.shots import Cutting
+from data_prep.sidecars import from_name
 from soratrain.errors import DataError
 
 
