@@ -24,7 +24,7 @@ from data_prep.charts import bars, funnel
 from data_prep.media import Unusable, opened, video_stream
 from data_prep.page import PAGE
 from soratrain.data.atomic import replacing
-from soratrain.data.manifest import read_table
+from soratrain.data.reading import read_table
 from soratrain.data.shards import ShardReader
 from soratrain.errors import DataError
 

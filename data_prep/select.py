@@ -21,7 +21,9 @@ from data_prep.pack import Packed, Report, count, ordered
 from data_prep.records import SCHEMA, Failure
 from data_prep.report import write as write_report
 from data_prep.schema import PrepConfig, SelectConfig
-from soratrain.data.manifest import read_original_captions, read_table, write_captions, write_manifest
+from soratrain.data.caption_table import read_original_captions
+from soratrain.data.manifest import write_captions, write_manifest
+from soratrain.data.reading import read_table
 from soratrain.data.shards import Shard
 from soratrain.errors import DataError
 
@@ -123,7 +125,7 @@ def make(
         link(source / shard.name, building / shard.name)
     write_manifest(building, kept)
     keys = {row["key"] for row in kept}
-    captions = [row for key, rows in read_original_captions(source).items() if key in keys for row in rows]
+    captions = [row for row in read_original_captions(source) if row["key"] in keys]
     if captions:
         write_captions(building / "captions" / "gt" / "part-00000.parquet", captions)
     output.write_lines(building / "failures.jsonl", [asdict(failure) for failure in report.failures])

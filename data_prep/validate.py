@@ -25,7 +25,8 @@ from data_prep.index import look, ours
 from data_prep.media import Unusable
 from data_prep.schema import PrepConfig, hash_of
 from soratrain.data.atomic import replacing
-from soratrain.data.manifest import read_original_captions, read_table
+from soratrain.data.caption_table import read_original_captions
+from soratrain.data.reading import read_table
 from soratrain.errors import DataError
 
 SHOWN = 40  # problems in the table on the terminal
@@ -102,7 +103,7 @@ def check(folder: Path, decode: str, processes: int) -> Iterator[Problem]:
         told = dataset.get("totals", {}).get("samples")
         yield Problem("manifest", f"holds {len(rows)} samples, dataset.json tells of {told}: it is of another build")
     keys = {row["key"] for row in rows}
-    for key in sorted(read_original_captions(folder).keys() - keys):
+    for key in sorted({row["key"] for row in read_original_captions(folder)} - keys):
         yield Problem("captions", "a caption of a sample that is not in the manifest", key)
     by_shard: dict[str, list[Row]] = {entry["name"]: [] for entry in dataset.get("shards", [])}
     for row in rows:

@@ -29,14 +29,14 @@ def dispatch(argv: Sequence[str]) -> int:
     if not argv or {"-h", "--help"} & set(argv):
         show_help()
         return 0
-    from soratrain.compose import TEXT_KEYS
+    from soratrain.compose import LIST_KEYS, TEXT_KEYS
     from soratrain.quoting import quote
 
     flags = [word for word in argv if word.startswith("-")]
     unknown = set(flags) - {"-m", "--multirun", "--cfg"}
     if unknown:
         raise UserError(f"{sorted(unknown)[0]}: no such flag; see python -m soratrain --help")
-    overrides = quote([word for word in argv if not word.startswith("-")], TEXT_KEYS)
+    overrides = quote([word for word in argv if not word.startswith("-")], TEXT_KEYS, LIST_KEYS)
     if {"-m", "--multirun"} & set(flags):
         from soratrain.sweep import sweep
 

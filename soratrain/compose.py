@@ -18,6 +18,7 @@ from soratrain.errors import ConfigError
 from soratrain.schema import CONF, ROOT_KEYS, groups, launchers, suggest
 
 TEXT_KEYS = ("prompt", "input", "output", "inputs.*", "init", "out")  # values that may hold any text
+LIST_KEYS = ("inputs.shards", "inputs.latents", "inputs.captions")  # of these, those that may be [a, b]
 
 
 def split_override(override: str) -> tuple[str, str]:

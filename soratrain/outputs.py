@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +135,20 @@ def stored_upstream(out: Path) -> dict[str, dict[str, str]]:
     return (yaml.safe_load(file.read_text()) if file.is_file() else None) or {}
 
 
-def bind_upstream(out: Path, inputs: Mapping[str, str]) -> None:
+def bind_upstream(out: Path, inputs: Sequence[tuple[str, str]]) -> None:
     """Write down what `out` is made from; a folder that has begun goes on from the very same only.
 
     Raises:
         ConfigError: names the input that was made anew since `out` began.
     """
-    now = {key: {"path": str(place), "fingerprint": fingerprint(place)} for key, place in inputs.items()}
+    count, now = Counter(key for key, _ in inputs), dict[str, dict[str, str]]()
+    for key, place in inputs:
+        name = key if count[key] == 1 else f"{key}[{sum(other.startswith(f'{key}[') for other in now)}]"
+        now[name] = {"path": str(place), "fingerprint": fingerprint(place)}
     for key, before in stored_upstream(out).items():
         if key in now and now[key] != before:
             raise ConfigError(
-                f"inputs.{key}={inputs[key]}: was made anew since {out} began from it; use fresh=true, or run=NAME"
+                f"inputs.{key}={now[key]['path']}: was made anew since {out} began from it; use fresh=true, or run=NAME"
             )
     with replacing(out / "upstream.yaml") as path:
         path.write_text(yaml.safe_dump(now), encoding="utf-8")

@@ -22,11 +22,20 @@ def quote_value(value: str) -> str:
     return '"' + re.sub(r"(\\*)\$\{", lambda match: match.group(1) * 2 + "\\${", escaped) + '"'
 
 
-def quote(argv: Sequence[str], keys: Sequence[str]) -> list[str]:
+def quote_list(value: str) -> str:
+    """Return `[a, b]` with each item quoted; anything else as one quoted string."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return quote_value(value)
+    items = re.findall(rf"\s*({QUOTED.pattern}|[^,]+)", value[1:-1], re.DOTALL)
+    return "[" + ",".join(quote_value(item.strip()) for item in items) + "]"
+
+
+def quote(argv: Sequence[str], keys: Sequence[str], lists: Sequence[str] = ()) -> list[str]:
     """Return `argv` with the values of `keys` quoted for Hydra.
 
     Args:
         keys: key names or patterns (`inputs.*`). `null` stays bare for every key but `prompt`, which takes any text.
+        lists: those of the keys that also take `[a, b]`.
 
     Quoting twice changes nothing: child processes are started with the argv that was quoted here.
     """
@@ -36,5 +45,6 @@ def quote(argv: Sequence[str], keys: Sequence[str]) -> list[str]:
         name = key.lstrip("+")
         wanted = bool(equals) and any(fnmatchcase(name, pattern) for pattern in keys)
         bare = value == "null" and name != "prompt"
-        result.append(f"{key}={quote_value(value)}" if wanted and not bare else argument)
+        quoted = quote_list if name in lists else quote_value
+        result.append(f"{key}={quoted(value)}" if wanted and not bare else argument)
     return result

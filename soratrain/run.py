@@ -133,8 +133,7 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         outputs.claim(out, config, compare=once)
         log_to(out / "log.txt")
         if once:
-            inputs = {key: config["inputs"][key] for key in stage["needs"]}
-            outputs.bind_upstream(out, {key: place for key, place in inputs.items() if place})
+            outputs.bind_upstream(out, upstream.needed(config))
     done = outputs.stored_result(out) if once else None
     if done is not None:
         log.info("stage=%s is done in %s (fresh=true would start it over)", stage["name"], out)

@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from soratrain.children import run_child
-from soratrain.compose import TEXT_KEYS, check_overrides, split_override
+from soratrain.compose import LIST_KEYS, TEXT_KEYS, check_overrides, split_override
 from soratrain.errors import ConfigError
 from soratrain.quoting import quote
 from soratrain.run import detect_machine, global_rank, prepare
@@ -41,7 +41,7 @@ def folder_hash(overrides: Sequence[str]) -> str:
 
 def job(config: DictConfig) -> float:
     """Run one job of the sweep as the single-run command that anyone could type, and return its metric."""
-    overrides = quote(list(HydraConfig.get().overrides.task), TEXT_KEYS)
+    overrides = quote(list(HydraConfig.get().overrides.task), TEXT_KEYS, LIST_KEYS)
     out = Path("outputs") / config.run / config.stage.name / "sweep" / folder_hash(overrides)
     words = [sys.executable, "-m", "soratrain", *overrides, f"out={out}"]
     sys.stderr.write(f"sweep: {' '.join(overrides)} → {out}\n")

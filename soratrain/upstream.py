@@ -61,8 +61,8 @@ def check_current(place: str) -> None:
         check_current(origin["path"])
 
 
-def command(key: str, config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
-    """Return the command that makes upstream `key` for this run."""
+def command(key: str, place: str, config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Return the command that makes upstream `key` of this run at `place`."""
     if key == "shards":
         clips = config["machine"]["world"]["clips"]
         return [
@@ -70,12 +70,12 @@ def command(key: str, config: Mapping[str, Any], overrides: Sequence[str]) -> li
             "-m",
             "data_prep",
             "input=world",
-            f"output={config['inputs']['shards']}",
+            f"output={place}",
             f"world.clips={clips}",
         ]
     passed = [item for item in overrides if split_override(item)[0].split(".")[0] in PASSED_ON]
     passed = [item for item in passed if split_override(item)[0] != f"inputs.{key}" and item != "upstream=fail"]
-    experiment = Path(config["inputs"][key]).name
+    experiment = Path(place).name
     if experiment in groups().get("experiment", []):
         passed.append(f"+experiment={experiment}")
     return [sys.executable, "-m", "soratrain", f"stage={MAKERS[key]}", *passed]
@@ -86,6 +86,15 @@ def shown(words: Sequence[str]) -> str:
     return " ".join(["python", *(shlex.quote(word) for word in words[1:])])
 
 
+def needed(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (kind, place) of every upstream result of a stage; of shards, captions, latents there may be several."""
+    found = []
+    for key in config["stage"]["needs"]:
+        places = config["inputs"][key]
+        found += [(key, place) for place in (places if isinstance(places, list) else [places]) if place is not None]
+    return found
+
+
 def ensure(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """See that everything `stage.needs` is there and current; what is missing is made, or named with its command.
 
@@ -93,10 +102,7 @@ def ensure(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
         DataError: something is missing and may not, or could not, be made; or it is out of date.
     """
     given = {split_override(item)[0] for item in overrides}
-    for key in config["stage"]["needs"]:
-        place = config["inputs"][key]
-        if place is None:
-            continue
+    for key, place in needed(config):
         if not ready(key, place):
             make(key, place, config, overrides, own=f"inputs.{key}" not in given)
         check_current(place)
@@ -128,7 +134,7 @@ def make(key: str, place: str, config: Mapping[str, Any], overrides: Sequence[st
     Raises:
         DataError: it may not be made, or could not be.
     """
-    words = command(key, config, overrides)
+    words = command(key, place, config, overrides)
     if not own and not (key == "shards" and place == WORLD):
         if key == "shards":
             words = [sys.executable, "-m", "data_prep", "input=VIDEOS", f"output={place}"]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from soratrain.data.assignment import Assignment, Bucket
 from soratrain.data.fitting import GRID, TIME, distinct, merge_rare, nearest, on_grid
 from soratrain.data.manifest import Manifest
 from soratrain.errors import ConfigError, DataError
@@ -20,45 +20,6 @@ from soratrain.errors import ConfigError, DataError
 # Of a block, what a bucket must fill to stay: merging costs pixels or frames of its samples, not merging costs smaller
 # batches, which are slower.
 FILL = 0.25
-
-
-class Bucket(NamedTuple):
-    """A size that samples share: pixels, pixels, frames."""
-
-    height: int
-    width: int
-    frames: int
-
-    @property
-    def tokens(self) -> int:
-        """Return the tokens of one sample: one a latent frame and 16 × 16 pixels."""
-        return (1 + (self.frames - 1) // TIME) * (self.height // GRID) * (self.width // GRID)
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}x{self.frames}"
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """Which samples a bucket holds.
-
-    Attributes:
-        buckets: in a fixed order.
-        members: sample numbers of each bucket, ascending, int64.
-        rates: how many samples of each bucket make up one epoch; its number of members unless mixed otherwise.
-        stride: every how many source frames one is taken, [N], int64.
-        merged: (from, to, samples) for buckets that were too rare to fill a good part of a block.
-        rare: buckets that do not fill a block; their micro-batches are smaller.
-        dropped: samples in no bucket, by reason.
-    """
-
-    buckets: tuple[Bucket, ...]
-    members: tuple[np.ndarray, ...]
-    rates: tuple[float, ...]
-    stride: np.ndarray
-    merged: tuple[tuple[Bucket, Bucket, int], ...] = ()
-    rare: tuple[Bucket, ...] = ()
-    dropped: dict[str, int] = field(default_factory=dict)
 
 
 BlockSize = Callable[[Bucket], int]  # samples that one full block of a bucket holds, over all ranks

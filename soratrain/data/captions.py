@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from soratrain.batch import draw_of
 from soratrain.errors import ConfigError, DataError
@@ -34,6 +34,14 @@ def captions_of(header: dict[str, Any]) -> list[dict[str, str]]:
     return captions
 
 
+class ByKey(Protocol):
+    """Captions by key: a `CaptionTable`, or a dict."""
+
+    def get(self, key: str, /) -> Sequence[Mapping[str, Any]] | None:
+        """Return the captions of `key`, if any."""
+        ...
+
+
 class CaptionMix:
     """Chooses a caption from those in the shard (`original`) and those made later (`synthetic`).
 
@@ -43,8 +51,8 @@ class CaptionMix:
     Args:
         sources: weight of `synthetic` and `original`; 0.95 and 0.05 by default (Betker et al., 2023).
         types: weight by caption type; types that are not listed are never shown.
-        made: synthetic captions by key, each a mapping with `type` and `text`.
-        beside: original captions by key, from a table beside the shards; they stand in for those in the shard.
+        made: tables of synthetic captions, each a mapping with `type` and `text`.
+        beside: tables of original captions that lie beside the shards; they stand in for those in the shard.
 
     Raises:
         ConfigError: an unknown source, or a negative weight.
@@ -55,12 +63,12 @@ class CaptionMix:
         *,
         sources: Mapping[str, float] | None = None,
         types: Mapping[str, float] | None = None,
-        made: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
-        beside: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+        made: Sequence[ByKey] = (),
+        beside: Sequence[ByKey] = (),
     ) -> None:
         self.sources = dict(sources or {"synthetic": 0.95, "original": 0.05})
         self.types = dict(types or {"long": 1.0, "short": 1.0, "gt": 1.0})
-        self.made, self.beside = made or {}, beside or {}
+        self.made, self.beside = made, beside
         if unknown := sorted(set(self.sources) - set(SOURCES)):
             raise ConfigError(f"data.caption_mix.{unknown[0]}: no such source of captions; use {' and '.join(SOURCES)}")
         for name, weights in (("caption_mix", self.sources), ("caption_types", self.types)):
@@ -69,9 +77,9 @@ class CaptionMix:
 
     def choose(self, key: str, original: Sequence[Mapping[str, Any]], draw: int) -> tuple[str, str]:
         """Return (text, type) for sample `key`; `original` are the captions in its K.json."""
-        original = self.beside.get(key) or original
+        original = first_of(self.beside, key) or original
         found: dict[str, dict[str, list[str]]] = {}
-        for source, captions in (("synthetic", self.made.get(key, ())), ("original", original)):
+        for source, captions in (("synthetic", first_of(self.made, key)), ("original", original)):
             for caption in captions:
                 if self.sources.get(source, 0) > 0 and self.types.get(caption["type"], 0) > 0:
                     found.setdefault(source, {}).setdefault(caption["type"], []).append(caption["text"])
@@ -81,6 +89,11 @@ class CaptionMix:
         kind = _weighted({name: self.types[name] for name in found[source]}, draw_of(draw, "caption type"))
         texts = found[source][kind]
         return texts[draw_of(draw, "caption text") % len(texts)], kind
+
+
+def first_of(tables: Sequence[ByKey], key: str) -> Sequence[Mapping[str, Any]]:
+    """Return what the first of the tables that knows `key` says of it."""
+    return next((found for table in tables if (found := table.get(key))), ())
 
 
 def _weighted(weights: Mapping[str, float], draw: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from soratrain.data.buckets import Stored
 from soratrain.data.dataset import ClipSource, LatentSource, Source
@@ -33,16 +33,17 @@ class LatentData(PlannedData):
     """Cached latents as `LatentBatch`. Each latent's own shape is its bucket; the other arguments are PlannedData's.
 
     Args:
-        latents: folder or URL of the latents' shards.
+        latents: folder or URL of the latents' shards, or several.
     """
 
     def __init__(
         self,
         *,
-        latents: str,
+        latents: str | Sequence[str],
         seed: int,
         max_steps: int,
-        captions: str | None = None,
+        captions: str | Sequence[str] | None = None,
+        mix: Sequence[float] | None = None,
         batching: str = "bucket",
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
@@ -68,6 +69,7 @@ class LatentData(PlannedData):
             seed=seed,
             max_steps=max_steps,
             captions=captions,
+            mix=mix,
             batching=batching,
             batch_size=batch_size,
             tokens_per_batch=tokens_per_batch,

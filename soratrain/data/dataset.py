@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from soratrain.batch import Batch, LatentBatch, VideoBatch, draw_of
-from soratrain.data.buckets import Bucket
+from soratrain.data.assignment import Bucket
 from soratrain.data.captions import CaptionMix, captions_of
 from soratrain.data.decode import ByteBudget, Window, crop, load_clip, load_whole, scaled_size
 from soratrain.data.fitting import TIME

@@ -15,7 +15,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from soratrain.batch import draw_of
-from soratrain.data.buckets import Bucket
+from soratrain.data.assignment import Bucket
 from soratrain.data.fitting import GRID
 from soratrain.errors import DataError
 

@@ -7,19 +7,19 @@ latent); all lengths and offsets are bytes inside its shard, so that a sample is
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from soratrain.data.atomic import replacing
-from soratrain.data.remote import patient
+from soratrain.data.node import mapped
 from soratrain.errors import DataError
 
 MANIFEST_SCHEMA = pa.schema(
@@ -82,6 +82,8 @@ class Manifest:
         shards, exts: names; `shard` and `ext` [N] index them.
         image: whether a sample is a still image, bool [N].
         The other columns are as in MANIFEST_SCHEMA, [N].
+        folders: where there are several, each with the number of its first sample; shards are then whole paths.
+        home: folder of files that hold the columns, where they are mapped and not in this process's memory.
     """
 
     folder: str
@@ -101,13 +103,39 @@ class Manifest:
     media_offset: np.ndarray
     media_length: np.ndarray
     crc32: np.ndarray
+    folders: tuple[tuple[str, int], ...] = ()
+    home: str | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the place of mapped columns instead of what is in them."""
+        if self.home is not None:
+            return map_manifest, (self.folder, self.home)
+        return Manifest, tuple(getattr(self, item.name) for item in fields(self))
+
+    @property
+    def sets(self) -> tuple[Manifest, ...]:
+        """The samples of each folder, one after another; shards are named as in the whole."""
+        if not self.folders:
+            return (self,)
+        starts = [start for _, start in self.folders]
+        spans = zip(self.folders, [*starts[1:], len(self)], strict=True)
+        return tuple(
+            replace(
+                self,
+                folder=folder,
+                folders=(),
+                home=None,
+                **{name: getattr(self, name)[start:stop] for name in COLUMNS},
+            )
+            for (folder, start), stop in spans
+        )
 
     def __len__(self) -> int:
         return len(self.key)
 
     def row(self, index: int) -> Row:
         """Return sample `index`."""
-        numbers = {name: int(getattr(self, name)[index]) for name in _NUMBERS}
+        numbers = {name: int(getattr(self, name)[index]) for name in NUMBERS}
         return Row(
             key=self.key[index].decode(),
             shard=self.shards[self.shard[index]],
@@ -129,7 +157,18 @@ class Manifest:
         return digest.hexdigest()
 
 
-_NUMBERS = tuple(name for name in Row.__dataclass_fields__ if name not in ("key", "shard", "kind", "ext"))
+NUMBERS = tuple(name for name in Row.__dataclass_fields__ if name not in ("key", "shard", "kind", "ext"))
+COLUMNS: dict[str, Any] = {"key": "S32", "shard": np.int32, "ext": np.int32, "image": np.bool_}
+COLUMNS |= {name: MANIFEST_SCHEMA.field(name).type.to_pandas_dtype() for name in NUMBERS}
+
+
+def map_manifest(folder: str, home: str) -> Manifest:
+    """Return the manifest whose columns are files in `home`."""
+    told = json.loads((Path(home) / "names.json").read_text(encoding="utf-8"))
+    columns: dict[str, Any] = {name: mapped(Path(home) / f"{name}.npy") for name in COLUMNS}
+    folders = tuple((name, start) for name, start in told["folders"])
+    names: dict[str, Any] = {"shards": tuple(told["shards"]), "exts": tuple(told["exts"])}
+    return Manifest(folder=folder, folders=folders, home=home, **names, **columns)
 
 
 def write_manifest(folder: str | Path, rows: Iterable[Mapping[str, Any]], part: int = 0) -> Path:
@@ -165,86 +204,3 @@ def _write(path: Path, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> 
     with replacing(path) as temporary:
         pq.write_table(pa.Table.from_arrays(columns, schema=schema), temporary, compression="zstd")
     return path
-
-
-def read_table(folder: str | Path) -> pa.Table:
-    """Return the manifest under `folder` (a path or a URL) as an arrow table, rows by (shard, offset).
-
-    Raises DataError where there is no manifest, where a part has other columns, or where a key occurs twice.
-    """
-    table = _read(folder, ["manifest/part-*.parquet"], MANIFEST_SCHEMA)
-    if table is None:
-        raise DataError(
-            f"{folder} has no manifest/part-*.parquet; write shards with `python -m data_prep input=… output={folder}`"
-        )
-    table = table.sort_by([("shard", "ascending"), ("media_offset", "ascending")])
-    if len(table) != len(table["key"].unique()):
-        counts = table["key"].value_counts()
-        twice = next(item["values"].as_py() for item in counts if item["counts"].as_py() > 1)
-        raise DataError(f"{folder}: key {twice} occurs twice in the manifest; write the shards again")
-    return table
-
-
-def read_manifest(folder: str | Path) -> Manifest:
-    """Return the manifest under `folder`, a path or a URL; errors as in `read_table`."""
-    table = read_table(folder).combine_chunks()
-
-    def coded(name: str) -> tuple[tuple[str, ...], np.ndarray]:
-        names, codes = np.unique(table[name].to_numpy(zero_copy_only=False).astype(str), return_inverse=True)
-        return tuple(names.tolist()), codes.astype(np.int32)
-
-    shards, shard = coded("shard")
-    exts, ext = coded("ext")
-    return Manifest(
-        folder=str(folder),
-        key=table["key"].to_numpy().astype("S32"),
-        shards=shards,
-        shard=shard,
-        exts=exts,
-        ext=ext,
-        image=table["kind"].to_numpy() == "image",
-        **{name: table[name].to_numpy() for name in _NUMBERS},
-    )
-
-
-def read_captions(folder: str | Path) -> dict[str, list[dict[str, str]]]:
-    """Return captions by key, each a mapping with the columns of CAPTION_SCHEMA, in a fixed order.
-
-    `folder` is one revision (`captions/<rev>`), a folder of revisions, or the output folder of a stage that holds
-    `captions/`. Raises DataError where there is none.
-    """
-    table = _read(folder, ["captions/*/*.parquet"], CAPTION_SCHEMA)
-    if table is None:
-        table = _read(folder, ["*.parquet", "*/*.parquet"], CAPTION_SCHEMA)
-    if table is None:
-        raise DataError(f"{folder} has no captions (*.parquet); make them with `python -m soratrain stage=recaption`")
-    return _by_key(table)
-
-
-def read_original_captions(folder: str | Path) -> dict[str, list[dict[str, str]]]:
-    """Return the captions that lie beside shards (`captions/<rev>`) by key; none where there are no such tables."""
-    table = _read(folder, ["captions/*/*.parquet"], CAPTION_SCHEMA)
-    return {} if table is None else _by_key(table)
-
-
-def _by_key(table: pa.Table) -> dict[str, list[dict[str, str]]]:
-    found: dict[str, list[dict[str, str]]] = {}
-    for row in table.sort_by([(name, "ascending") for name in table.column_names]).to_pylist():
-        found.setdefault(row["key"], []).append(row)
-    return found
-
-
-@patient
-def _read(folder: str | Path, patterns: Sequence[str], schema: pa.Schema) -> pa.Table | None:
-    filesystem, root = fsspec.core.url_to_fs(str(folder).rstrip("/"))
-    paths = sorted({path for pattern in patterns for path in filesystem.glob(f"{root}/{pattern}")})
-    if not paths:
-        return None
-    tables = []
-    for path in paths:
-        with filesystem.open(path, "rb") as file:
-            table = pq.read_table(file)
-        if missing := sorted(set(schema.names) - set(table.column_names)):
-            raise DataError(f"{path} has no columns {missing}; it was written by something else")
-        tables.append(table.select(schema.names).cast(schema))
-    return pa.concat_tables(tables)

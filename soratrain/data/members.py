@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -27,16 +27,72 @@ def range_of(row: Row) -> Range:
     return row.shard, start, end - start
 
 
-def open_shards(manifest: Manifest, remote: Remote | None) -> ShardReader:
+class Reader(Protocol):
+    """Reads byte ranges of shards; see `ShardReader`."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading ahead is of use."""
+        ...
+
+    def read(self, shard: str, offset: int, length: int) -> bytes: ...
+
+    def ahead(self, ranges: Sequence[Range]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MixedReader:
+    """Reads the shards of several folders, each named by its whole path or URL.
+
+    Args:
+        readers: by folder.
+    """
+
+    def __init__(self, readers: Mapping[str, ShardReader]) -> None:
+        self.readers = dict(readers)
+
+    @property
+    def remote(self) -> bool:
+        """Whether any of the folders is in a store."""
+        return any(reader.remote for reader in self.readers.values())
+
+    def read(self, shard: str, offset: int, length: int) -> bytes:
+        """Return `length` bytes at `offset`; errors are those of `ShardReader.read`."""
+        folder, _, name = shard.rpartition("/")
+        return self.readers[folder].read(name, offset, length)
+
+    def ahead(self, ranges: Sequence[Range]) -> None:
+        """Fetch ranges that are about to be read, all at once."""
+        for folder, reader in self.readers.items():
+            own = [(shard.rpartition("/")[2], *place) for shard, *place in ranges if shard.rpartition("/")[0] == folder]
+            reader.ahead(own)  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        """Close what is open."""
+        for reader in self.readers.values():
+            reader.close()
+
+
+def open_shards(manifest: Manifest, remote: Remote | None) -> Reader:
     """Return a reader of the shards of `manifest`."""
+    if manifest.folders:
+        sets = zip(manifest.folders, manifest.sets, strict=True)
+        return MixedReader({folder.rstrip("/"): open_folder(part, folder, remote) for (folder, _), part in sets})
+    return open_folder(manifest, manifest.folder, remote)
+
+
+def open_folder(manifest: Manifest, folder: str, remote: Remote | None) -> ShardReader:
+    """Return a reader of one folder's shards."""
     ends = np.zeros(len(manifest.shards), dtype=np.int64)
     for offset, length in (("json_offset", "json_length"), ("media_offset", "media_length")):
         np.maximum.at(ends, manifest.shard, getattr(manifest, offset) + getattr(manifest, length))
-    last = dict(zip(manifest.shards, ends.tolist(), strict=True))
-    return ShardReader(manifest.folder, remote, version=manifest.hash, ends=last)
+    names = [name.rpartition("/")[2] for name in manifest.shards]
+    last = {name: end for name, end in zip(names, ends.tolist(), strict=True) if end}
+    return ShardReader(folder, remote, version=manifest.hash, ends=last)
 
 
-def read_members(reader: ShardReader, row: Row) -> tuple[dict[str, Any], bytes]:
+def read_members(reader: Reader, row: Row) -> tuple[dict[str, Any], bytes]:
     """Return a sample's K.json and the bytes of its media member, in one read; checks the media's CRC-32.
 
     Raises:
@@ -58,7 +114,7 @@ def read_members(reader: ShardReader, row: Row) -> tuple[dict[str, Any], bytes]:
     return header, media
 
 
-def fetch_ahead(reader: ShardReader, manifest: Manifest, samples: Sequence[int], kept: Sequence[bool]) -> None:
+def fetch_ahead(reader: Reader, manifest: Manifest, samples: Sequence[int], kept: Sequence[bool]) -> None:
     """Fetch at once, where shards are in a store, the samples that are not `kept` in memory."""
     if reader.remote:
         wanted = [index for index, have in zip(samples, kept, strict=True) if not have]

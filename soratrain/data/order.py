@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from soratrain.batch import draw_of
+from soratrain.data.assignment import Assignment
+from soratrain.data.manifest import Manifest
 
 _SPLITMIX = (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)  # Steele et al., 2014
 REMEMBERED = 64  # passes whose permutation of the shards is kept
@@ -58,10 +60,8 @@ class Streams:
     """One endless stream of samples a bucket.
 
     Args:
-        names: of the buckets; a stream's order depends on its bucket's name.
-        members: sample numbers of each bucket, ascending, as they lie in the shards.
-        shard: number of each sample's shard, [N].
-        shards: how many there are.
+        assignment: the buckets; their samples are numbered as they lie in the shards.
+        manifest: the shards.
         sizes: samples that a slot takes of each bucket at a time; slots take turns.
         slots: canonical ranks, or 1 where slots do not take turns.
         seed: of the order.
@@ -71,16 +71,14 @@ class Streams:
     def __init__(
         self,
         *,
-        names: Sequence[Sequence[object]],
-        members: Sequence[np.ndarray],
-        shard: np.ndarray,
-        shards: int,
+        assignment: Assignment,
+        manifest: Manifest,
         sizes: Sequence[int],
         slots: int,
         seed: int,
         window: int,
     ) -> None:
-        self.names, self.members, self.shard, self.shards = names, members, shard, shards
+        self.assignment, self.manifest, self.names = assignment, manifest, assignment.names
         self.sizes, self.slots, self.seed, self.window = sizes, slots, seed, window
         self._places: dict[int, np.ndarray] = {}
         self._passes: dict[int, _Pass] = {}
@@ -90,7 +88,7 @@ class Streams:
         """Return samples `first` to `first + count` of a bucket's stream, [count] int64."""
         parts = []
         while count:
-            turn, place = divmod(first, len(self.members[bucket]))
+            turn, place = divmod(first, len(self.assignment.members[bucket]))
             window = self._window(bucket, turn, place)
             part = window.samples[place - window.first : place - window.first + count]
             parts.append(part)
@@ -110,8 +108,8 @@ class Streams:
         return window
 
     def _pass(self, bucket: int, turn: int) -> _Pass:
-        lies_in, first = np.unique(self.shard[self.members[bucket]], return_index=True)
-        stop = np.append(first[1:], len(self.members[bucket]))
+        lies_in, first = np.unique(self.manifest.shard[self.assignment.members[bucket]], return_index=True)
+        stop = np.append(first[1:], len(self.assignment.members[bucket]))
         places = self._shard_places(turn)[lies_in]
         order = np.argsort(places)
         first, stop = first[order], stop[order]
@@ -122,8 +120,9 @@ class Streams:
         if turn not in self._places:
             if len(self._places) == REMEMBERED:
                 self._places.clear()
-            places = np.empty(self.shards, dtype=np.int64)
-            places[permutation(self.shards, self.seed, "shards", turn)] = np.arange(self.shards)
+            count = len(self.manifest.shards)
+            places = np.empty(count, dtype=np.int64)
+            places[permutation(count, self.seed, "shards", turn)] = np.arange(count)
             self._places[turn] = places
         return self._places[turn]
 
@@ -134,9 +133,9 @@ class Streams:
         """
         low, high = np.searchsorted(known.window, (number, number + 1))
         chosen = [np.arange(a, b) for a, b in zip(known.first[low:high], known.stop[low:high], strict=True)]
-        samples = self.members[bucket][np.concatenate(chosen)]
+        samples = self.assignment.members[bucket][np.concatenate(chosen)]
         start = int(known.ends[low - 1]) if low else 0
-        begin = known.number * len(self.members[bucket]) + start
+        begin = known.number * len(self.assignment.members[bucket]) + start
         slot = (np.arange(begin, begin + len(samples)) // self.sizes[bucket]) % self.slots
         mixed = permutation(len(samples), self.seed, "order", *self.names[bucket], known.number, number)
         shuffled = np.empty_like(samples)

@@ -18,14 +18,18 @@ from torch.utils.data import DataLoader
 
 from soratrain.batch import Batch
 from soratrain.data.buckets import Buckets
+from soratrain.data.budget import Budget
+from soratrain.data.caption_table import open_captions, open_original_captions
 from soratrain.data.captions import CaptionMix
 from soratrain.data.dataset import MicroBatches, Source
 from soratrain.data.loader import make_loader
-from soratrain.data.manifest import Manifest, read_captions, read_manifest, read_original_captions
-from soratrain.data.mixing import spread
-from soratrain.data.plan import Budget, Plan
+from soratrain.data.manifest import Manifest
+from soratrain.data.mixing import assigned
+from soratrain.data.plan import Plan
+from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
 from soratrain.data.summary import remarks, summarise, table
+from soratrain.distributed.agree import agree
 from soratrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -35,9 +39,10 @@ class PlannedData(L.LightningDataModule, ABC):
     """What both kinds of data share.
 
     Args:
-        shards: folder or URL of shards with a manifest.
-        captions: folder of captions made later, joined by key; None uses those in the shards.
+        shards: folder or URL of shards with a manifest, or several.
+        captions: folder or folders of captions made later, joined by key; None uses those in the shards.
         buckets: how samples are put into buckets.
+        mix: with several folders of shards, the share of the samples shown that each has; None: as they come.
         seed: of the order and of every draw.
         max_steps: optimizer steps in the whole run.
         batching: `bucket`: each micro-batch holds samples of one bucket; `pack`: of any, as many as cost the same.
@@ -64,11 +69,12 @@ class PlannedData(L.LightningDataModule, ABC):
     def __init__(
         self,
         *,
-        shards: str,
+        shards: str | Sequence[str],
         buckets: Buckets,
         seed: int,
         max_steps: int,
-        captions: str | None = None,
+        captions: str | Sequence[str] | None = None,
+        mix: Sequence[float] | None = None,
         batching: str = "bucket",
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
@@ -94,12 +100,14 @@ class PlannedData(L.LightningDataModule, ABC):
         for name, (value, least) in bounds.items():
             if value < least:
                 raise ConfigError(f"data.{name}={value}: must be at least {least}")
-        self.folder, self.buckets, self.seed, self.max_steps = shards, buckets, seed, max_steps
+        self.folders = [shards] if isinstance(shards, str) else list(shards)
+        self.captions = [captions] if isinstance(captions, str) else list(captions or ())
+        self.buckets, self.seed, self.max_steps = buckets, seed, max_steps
         self.batching, self.window = batching, window
         self.budget = Budget(batch_size, tokens_per_batch, quadratic, max_batch_size)
         self.accumulate_blocks, self.canonical_ranks, self.gamma = accumulate_blocks, canonical_ranks, gamma
         self.durations, self.image_fraction = durations, image_fraction
-        self.captions, self.caption_mix, self.caption_types = captions, caption_mix, caption_types
+        self.mix, self.caption_mix, self.caption_types = mix, caption_mix, caption_types
         self.workers, self.prefetch, self.cache, self.remote = workers, prefetch, cache, remote
         self.quarantine, self.max_bad = quarantine, max_bad
         self.seat: tuple[int, int] | None = None  # (rank, ranks) that share the data, where Lightning's are not those
@@ -123,7 +131,7 @@ class PlannedData(L.LightningDataModule, ABC):
     def manifest(self) -> Manifest:
         """The table of samples, read once."""
         if self._manifest is None:
-            self._manifest = read_manifest(self.folder)
+            self._manifest = read_manifest(*self.folders)
         return self._manifest
 
     def plan(self, world_size: int | None = None) -> Plan:
@@ -136,12 +144,15 @@ class PlannedData(L.LightningDataModule, ABC):
         if self._plan is None:
             stored = self._state["canonical_ranks"] if self._state and not self.canonical_ranks else None
             ranks = self.canonical_ranks or stored or world_size
-
-            def block(bucket: Any) -> int:
-                return self.budget.samples(bucket) * ranks
-
-            assignment = self.buckets.assign(self.manifest, block, ranks)
-            assignment = spread(assignment, self.durations, self.image_fraction)
+            assignment = assigned(
+                self.manifest,
+                self.buckets,
+                self.budget,
+                ranks,
+                durations=self.durations,
+                weights=self.mix,
+                image_fraction=self.image_fraction,
+            )
             self._plan = Plan(
                 assignment=assignment,
                 manifest=self.manifest,
@@ -174,12 +185,16 @@ class PlannedData(L.LightningDataModule, ABC):
                     log.info("%s", line)
                 for line in table(found):
                     log.debug("%s", line)
-            tables = {"made": read_captions(self.captions)} if self.captions else {}
-            tables["beside"] = read_original_captions(self.folder)
+            beside = [open_original_captions(folder) for folder in self.folders]
             self._items = MicroBatches(
                 plan=plan,
                 source=self.source(self.manifest, plan, self.cache // max(1, self.workers)),
-                captions=CaptionMix(sources=self.caption_mix, types=self.caption_types, **tables),
+                captions=CaptionMix(
+                    sources=self.caption_mix,
+                    types=self.caption_types,
+                    made=[open_captions(folder) for folder in self.captions],
+                    beside=[table for table in beside if table is not None],
+                ),
                 rank=rank,
                 world_size=world_size,
                 quarantine=self.quarantine,
@@ -208,6 +223,7 @@ class PlannedData(L.LightningDataModule, ABC):
                 f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) is not the {per_rank}"
                 " micro-batches that a step has on each rank; use data.accumulation(world_size)"
             )
+        agree("plan", self.plan().state(0) | {"max_steps": self.max_steps})
         self._origin, self._begun = self._begin(), trainer
         return self.loader(self._origin[0], end)
 

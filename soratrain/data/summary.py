@@ -28,12 +28,14 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
         count * (bucket.tokens if packs else 1 / size)
         for bucket, count, size in zip(assignment.buckets, expected, plan.sizes, strict=True)
     ]
+    folders = [part.folder for part in manifest.sets]
     buckets, shown, cropped = [], 0.0, 0.0
     for index, bucket in enumerate(assignment.buckets):
         members, rate = assignment.members[index], assignment.rates[index]
         buckets.append(
             {
                 "bucket": str(bucket),
+                "data": folders[assignment.sets[index] if assignment.sets else 0],
                 "samples": len(members),
                 "batch_size": each[index],
                 "tokens": each[index] * bucket.tokens,

@@ -21,9 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from soratrain.batch import to_pixels
+from soratrain.data.assignment import Assignment, Bucket
 from soratrain.data.atomic import replacing
-from soratrain.data.buckets import Assignment, Bucket, Buckets
-from soratrain.data.manifest import Manifest, read_manifest, write_manifest
+from soratrain.data.buckets import Buckets
+from soratrain.data.manifest import Manifest, write_manifest
+from soratrain.data.reading import read_manifest
 from soratrain.data.shards import ShardWriter
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights

@@ -23,7 +23,7 @@ import safetensors.torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from soratrain.data.buckets import Bucket
+from soratrain.data.assignment import Bucket
 from soratrain.data.decode import load_clip
 from soratrain.data.manifest import Manifest, Row
 from soratrain.data.members import read_members

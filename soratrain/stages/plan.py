@@ -17,8 +17,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from soratrain.data.assignment import Bucket
 from soratrain.data.atomic import replacing
-from soratrain.data.buckets import Bucket, Buckets
+from soratrain.data.buckets import Buckets
 from soratrain.data.datamodule import VideoData
 from soratrain.data.fitting import GRID, TIME
 from soratrain.data.plan import Plan

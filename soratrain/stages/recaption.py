@@ -25,9 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.data import DataLoader
 
 from soratrain.batch import draw_of, to_pixels
+from soratrain.data.assignment import Assignment, Bucket
 from soratrain.data.atomic import replacing
-from soratrain.data.buckets import Assignment, Bucket, Buckets
-from soratrain.data.manifest import Manifest, read_manifest, write_captions
+from soratrain.data.buckets import Buckets
+from soratrain.data.manifest import Manifest, write_captions
+from soratrain.data.reading import read_manifest
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
 from soratrain.models.captioner import Captioner

@@ -6,9 +6,11 @@ import math
 
 import numpy as np
 
-from soratrain.data.buckets import Bucket, Native
+from soratrain.data.assignment import Bucket
+from soratrain.data.buckets import Native
+from soratrain.data.budget import Budget
 from soratrain.data.manifest import Manifest
-from soratrain.data.plan import Budget, Plan
+from soratrain.data.plan import Plan
 from soratrain.data.summary import summarise
 
 TITLE = "Cost balance over 64 ranks, 200,000 clips and images of mixed size and duration (mean / max cost a micro-step)"

@@ -17,7 +17,7 @@ import webdataset
 
 from soratrain.data.buckets import Native
 from soratrain.data.datamodule import VideoData
-from soratrain.data.manifest import read_manifest
+from soratrain.data.reading import read_manifest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 TITLE = "Loading clips of 320x192, 17 frames, from local shards"

@@ -23,9 +23,11 @@ import numpy as np
 import webdataset
 
 from soratrain.data.buckets import Stored
-from soratrain.data.manifest import Manifest, read_manifest, write_manifest
+from soratrain.data.budget import Budget
+from soratrain.data.manifest import Manifest, write_manifest
 from soratrain.data.members import fetch_ahead, open_shards, read_members
-from soratrain.data.plan import Budget, Plan
+from soratrain.data.plan import Plan
+from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
 from soratrain.data.shards import ShardWriter
 

@@ -19,8 +19,10 @@ def once(clips: int) -> dict[str, float]:
     """Make a plan for `clips` clips and jump about in it."""
     from bench_balance import mixed
 
-    from soratrain.data.buckets import Bucket, Native
-    from soratrain.data.plan import Budget, Plan
+    from soratrain.data.assignment import Bucket
+    from soratrain.data.buckets import Native
+    from soratrain.data.budget import Budget
+    from soratrain.data.plan import Plan
 
     manifest = mixed(clips)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -43,7 +43,7 @@ def test_a_rank_whose_data_fail_stops_all_ranks_with_its_reason(tmp_path, worker
     from data_tiny import write_latents
     from ranks import free_port
 
-    from soratrain.data.manifest import read_manifest
+    from soratrain.data.reading import read_manifest
 
     folder = write_latents(tmp_path / "shards", [(32, 32, 9)] * 40)
     script = tmp_path / "program.py"

@@ -23,7 +23,7 @@ import pytest
 
 from data_prep.__main__ import main
 from data_prep.world import World, describe, render
-from soratrain.data.manifest import read_manifest
+from soratrain.data.reading import read_manifest
 from soratrain.data.shards import ShardReader
 
 ROOT = Path(__file__).resolve().parents[2]

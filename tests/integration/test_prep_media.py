@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from data_prep.__main__ import main
-from soratrain.data.manifest import read_manifest
+from soratrain.data.reading import read_manifest
 from soratrain.data.shards import ShardReader
 
 MEDIA = Path(__file__).resolve().parents[3] / "shared" / "media"

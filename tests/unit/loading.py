@@ -9,7 +9,7 @@ import torch
 
 from soratrain.data.buckets import Native
 from soratrain.data.datamodule import LatentData, VideoData
-from soratrain.data.manifest import read_manifest
+from soratrain.data.reading import read_manifest
 
 SHAPES = [(32, 32, 9)] * 9 + [(32, 48, 9)] * 5 + [(32, 32, 1)] * 6
 

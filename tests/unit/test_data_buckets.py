@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from data_tiny import manifest
 
-from soratrain.data.buckets import Bucket, Native, Stored, Table
-from soratrain.data.mixing import spread
+from soratrain.data.assignment import Bucket
+from soratrain.data.buckets import Native, Stored, Table
+from soratrain.data.mixing import assign, lasting, with_images
 from soratrain.errors import ConfigError, DataError
 
 
@@ -132,7 +133,7 @@ def test_a_latent_keeps_its_own_shape_and_one_off_the_grid_is_refused():
 
 def test_durations_show_each_clip_at_every_length_that_it_has():
     found = Native().assign(manifest([(64, 64, 17)] * 6 + [(64, 64, 9)] * 3 + [(64, 64, 1)] * 2), one)
-    mixed = spread(found, [1, 5, 9, 17], None)
+    mixed = lasting(found, [1, 5, 9, 17])
     rates = dict(zip(map(str, mixed.buckets), mixed.rates, strict=True))
     assert names(mixed) == {"64x64x1": 11, "64x64x5": 9, "64x64x9": 9, "64x64x17": 6}
     assert rates == pytest.approx({"64x64x1": 1.5 + 1 + 2, "64x64x5": 2.5, "64x64x9": 2.5, "64x64x17": 1.5})
@@ -141,10 +142,10 @@ def test_durations_show_each_clip_at_every_length_that_it_has():
 
 def test_image_fraction_sets_the_share_of_single_frames():
     found = Native().assign(manifest([(64, 64, 17)] * 9 + [(64, 64, 1)]), one)
-    mixed = spread(found, None, 0.25)
+    mixed = with_images(found, 0.25)
     rates = dict(zip(map(str, mixed.buckets), mixed.rates, strict=True))
     assert rates == pytest.approx({"64x64x1": 2.5, "64x64x17": 7.5})
-    assert [bucket.frames for bucket in spread(found, None, 0.0).buckets] == [17]
+    assert [bucket.frames for bucket in with_images(found, 0.0).buckets] == [17]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +158,5 @@ def test_image_fraction_sets_the_share_of_single_frames():
     ],
 )
 def test_a_mix_that_the_data_cannot_give_is_refused(durations, fraction, message):
-    found = Native().assign(manifest([(64, 64, 17)]), one)
     with pytest.raises(ConfigError, match=message):
-        spread(found, durations, fraction)
+        assign(manifest([(64, 64, 17)]), Native(), one, 1, durations=durations, image_fraction=fraction)

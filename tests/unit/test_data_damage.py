@@ -11,7 +11,8 @@ from data_tiny import key, write_clips, write_latents
 from test_data_loader import SHAPES, cached, damage, video
 
 from soratrain.data.buckets import Table
-from soratrain.data.manifest import read_manifest, write_manifest
+from soratrain.data.manifest import write_manifest
+from soratrain.data.reading import read_manifest
 from soratrain.errors import ConfigError, DataError
 
 VICTIM = 2

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from data_tiny import grey, mp4, pixels, png
 
-from soratrain.data.buckets import Bucket
+from soratrain.data.assignment import Bucket
 from soratrain.data.decode import ByteBudget, Window, crop, load_clip, load_whole, pick, scale, scaled_size
 from soratrain.errors import DataError
 

@@ -157,7 +157,7 @@ def test_a_damaged_sample_is_replaced_by_another_of_its_bucket_and_reported(tmp_
 
 @pytest.mark.parametrize("header", [b"[]", b"{", b'{"captions": 3}', b'{"captions": [{"text": 1}]}', b"\xff"])
 def test_a_damaged_header_is_put_aside_too(tmp_path, header):
-    from soratrain.data.manifest import read_manifest
+    from soratrain.data.reading import read_manifest
 
     folder = write_clips(tmp_path / "shards", SHAPES)
     row = read_manifest(folder).row(2)

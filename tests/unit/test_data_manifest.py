@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import pickle
 import subprocess
 import sys
 import threading
@@ -9,7 +10,9 @@ import threading
 import numpy as np
 import pytest
 
-from soratrain.data.manifest import read_captions, read_manifest, write_captions, write_manifest
+from soratrain.data.caption_table import open_captions
+from soratrain.data.manifest import write_captions, write_manifest
+from soratrain.data.reading import read_manifest
 from soratrain.errors import DataError
 
 
@@ -79,11 +82,13 @@ def test_captions_are_found_by_key_from_every_level_of_their_folder(tmp_path):
     write_captions(tmp_path / "captions" / "r" / "part-00001.parquet", rows[3:])
     write_captions(tmp_path / "captions" / "r" / "part-00000.parquet", rows[:3])
     for folder in (tmp_path, tmp_path / "captions", tmp_path / "captions" / "r"):
-        found = read_captions(folder)
-        assert [caption["text"] for caption in found[f"{1:032x}"]] == ["long 1", "short 1"]
-        assert sum(map(len, found.values())) == 6
+        found = open_captions(folder)
+        assert [caption["text"] for caption in found.get(f"{1:032x}")] == ["long 1", "short 1"]
+        assert len(found) == 6 and found.get(f"{9:032x}") == []
+        assert pickle.loads(pickle.dumps(found)).get(f"{2:032x}") == found.get(f"{2:032x}") != []
+        assert len(pickle.dumps(found)) < 300, "pickled as the place where it lies"
     with pytest.raises(DataError, match="stage=recaption"):
-        read_captions(tmp_path / "nothing")
+        open_captions(tmp_path / "nothing")
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from data_tiny import manifest
 
 from soratrain.data.buckets import Native
+from soratrain.data.budget import Budget
 from soratrain.data.order import Streams, permutation
-from soratrain.data.plan import Budget, Plan
+from soratrain.data.plan import Plan
 
 WIDE, TALL, STILL = (48, 80, 17), (80, 48, 17), (64, 64, 1)
 SHAPES = [(WIDE, TALL, WIDE, STILL)[number % 4] for number in range(3840)]
@@ -44,7 +47,7 @@ def test_a_pass_is_whole_windows_of_shards_in_an_order_of_its_own():
         for bucket, members in enumerate(plan.assignment.members):
             one = plan.streams.take(bucket, turn * len(members), len(members))
             assert sorted(one.tolist()) == members.tolist()
-            shards = plan.streams.shard[one]
+            shards = plan.streams.manifest.shard[one]
             windows = [set(part.tolist()) for part in np.split(shards, 20)]
             assert all(len(window) == 4 for window in windows) and len(set.union(*windows)) == 80
             seen.append([frozenset(window) for window in windows])
@@ -89,17 +92,13 @@ def test_a_stream_is_the_same_wherever_one_enters_it():
 
 
 def test_shards_that_hold_none_of_a_bucket_do_no_harm():
-    shard = np.repeat([0, 3, 9], [5, 2, 4])
-    streams = Streams(
-        names=[("a",)],
-        members=[np.arange(11)],
-        shard=shard,
-        shards=12,
-        sizes=[3],
-        slots=2,
-        seed=0,
-        window=2,
+    data = replace(
+        manifest([(64, 64, 17)] * 11),
+        shard=np.repeat([0, 3, 9], [5, 2, 4]),
+        shards=tuple(f"{number}.tar" for number in range(12)),
     )
+    found = Native().assign(data, lambda bucket: 1)
+    streams = Streams(assignment=found, manifest=data, sizes=[3], slots=2, seed=0, window=2)
     assert [sorted(streams.take(0, turn * 11, 11).tolist()) for turn in range(5)] == [list(range(11))] * 5
 
 

@@ -10,7 +10,8 @@ from data_tiny import manifest
 
 from soratrain.data.blocks import PackBlocks
 from soratrain.data.buckets import Native
-from soratrain.data.plan import Budget, Plan
+from soratrain.data.budget import Budget
+from soratrain.data.plan import Plan
 from soratrain.data.schedule import Schedule
 from soratrain.data.summary import remarks, summarise, table
 from soratrain.errors import ConfigError

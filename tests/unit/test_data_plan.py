@@ -8,7 +8,8 @@ import pytest
 from data_tiny import manifest
 
 from soratrain.data.buckets import Native
-from soratrain.data.plan import Budget, Plan
+from soratrain.data.budget import Budget
+from soratrain.data.plan import Plan
 from soratrain.data.schedule import CHUNK, Schedule
 from soratrain.errors import ConfigError
 

@@ -9,7 +9,8 @@ from data_tiny import key, write_clips, write_latents
 from range_server import serving
 from test_data_loader import SHAPES, cached, same, video
 
-from soratrain.data.manifest import read_manifest, write_manifest
+from soratrain.data.manifest import write_manifest
+from soratrain.data.reading import read_manifest
 from soratrain.data.remote import GAP, Remote, RemoteFolder, merged
 from soratrain.errors import ConfigError, DataError, StoreError
 

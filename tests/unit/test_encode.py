@@ -22,8 +22,9 @@ from soratrain.batch import to_pixels
 from soratrain.data.buckets import Native
 from soratrain.data.datamodule import VideoData
 from soratrain.data.decode import load_clip
-from soratrain.data.manifest import read_manifest, write_manifest
+from soratrain.data.manifest import write_manifest
 from soratrain.data.members import read_members
+from soratrain.data.reading import read_manifest
 from soratrain.data.shards import ShardReader, ShardWriter
 from soratrain.distributed.trainer import build_trainer, fit
 from soratrain.errors import ConfigError, DataError

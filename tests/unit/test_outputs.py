@@ -88,8 +88,8 @@ def test_a_run_goes_on_only_from_the_upstream_that_it_began_with(tmp_path):
     shards.mkdir()
     out.mkdir()
     outputs.finish(shards, {"clips": 1})
-    outputs.bind_upstream(out, {"shards": str(shards)})
-    outputs.bind_upstream(out, {"shards": str(shards)})
+    outputs.bind_upstream(out, [("shards", str(shards))])
+    outputs.bind_upstream(out, [("shards", str(shards))])
     outputs.finish(shards, {"clips": 2})
     with pytest.raises(ConfigError, match=r"inputs\.shards=.* was made anew since"):
-        outputs.bind_upstream(out, {"shards": str(shards)})
+        outputs.bind_upstream(out, [("shards", str(shards))])

@@ -13,7 +13,8 @@ from prep_clips import moving, picture, set_turn, write
 from data_prep.__main__ import main
 from data_prep.encode import encode_png
 from data_prep.index import read
-from soratrain.data.manifest import read_captions, read_manifest
+from soratrain.data.caption_table import open_captions
+from soratrain.data.reading import read_manifest
 
 
 def put(tar: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -56,8 +57,8 @@ def test_a_foreign_webdataset_gets_a_manifest_and_stays_as_it_is(foreign: Path) 
     ]
     for row in rows:
         assert before[row.shard][row.media_offset :][4:8] in (b"ftyp", b"\r\n\x1a\n")
-    captions = read_captions(foreign / "captions")
-    assert [[item["text"] for item in captions.get(row.key, [])] for row in rows] == [["a cat"], ["a dog"], []]
+    captions = open_captions(foreign / "captions")
+    assert [[item["text"] for item in captions.get(row.key)] for row in rows] == [["a cat"], ["a dog"], []]
     failures = [json.loads(line) for line in (foreign / "failures.jsonl").read_text().splitlines()]
     assert [item["uri"].split("/")[-1] for item in failures] == ["000002", "000003", "000004"]
     assert json.loads((foreign / "stats.json").read_text())["funnel"][0]["out"] == 3

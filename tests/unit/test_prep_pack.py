@@ -12,7 +12,7 @@ import pytest
 from data_prep import output
 from data_prep.pack import Report, pack, read_report, unit_done, write_unit
 from data_prep.records import Caption, Failure, Sample, key_of, make_sample
-from soratrain.data.manifest import read_manifest
+from soratrain.data.reading import read_manifest
 from soratrain.errors import ConfigError, DataError
 
 

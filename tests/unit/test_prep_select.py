@@ -12,7 +12,7 @@ import pytest
 from prep_clips import picture, write
 
 from data_prep.__main__ import main
-from soratrain.data.manifest import read_manifest
+from soratrain.data.reading import read_manifest
 from soratrain.data.shards import ShardReader
 
 

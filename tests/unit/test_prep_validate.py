@@ -16,7 +16,8 @@ from prep_clips import moving, write
 
 from data_prep.__main__ import main
 from data_prep.validate import check
-from soratrain.data.manifest import read_manifest, read_table, write_captions, write_manifest
+from soratrain.data.manifest import write_captions, write_manifest
+from soratrain.data.reading import read_manifest, read_table
 
 
 @pytest.fixture(scope="module")

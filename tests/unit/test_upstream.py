@@ -81,10 +81,10 @@ def test_what_was_made_from_something_older_is_refused_at_any_depth(tmp_path, ca
     make_vae(tmp_path / "shards")
     make_vae(tmp_path / "vae")
     (tmp_path / "vae" / "config.yaml").write_text("stage: {name: vae}\nrun: mine\n")
-    outputs.bind_upstream(tmp_path / "vae", {"shards": str(tmp_path / "shards")})
+    outputs.bind_upstream(tmp_path / "vae", [("shards", str(tmp_path / "shards"))])
     upstream.ensure(config(tmp_path), [])
     (tmp_path / "latents").mkdir()
-    outputs.bind_upstream(tmp_path / "latents", {"vae": str(tmp_path / "vae")})
+    outputs.bind_upstream(tmp_path / "latents", [("vae", str(tmp_path / "vae"))])
     (tmp_path / "shards" / "result.json").write_text('{"made": "anew"}')
     for place in ("vae", "latents"):
         with pytest.raises(DataError, match=r"shards, which has been made anew.*stage=vae run=mine fresh=true"):
@@ -99,7 +99,7 @@ def test_latents_that_are_not_complete_are_no_upstream(tmp_path):
 
 
 def test_shards_are_made_by_data_prep_at_the_machines_size(tmp_path):
-    words = upstream.command("shards", config(tmp_path), [])
+    words = upstream.command("shards", config(tmp_path)["inputs"]["shards"], config(tmp_path), [])
     assert words[1:] == ["-m", "data_prep", "input=world", f"output={tmp_path / 'shards'}", "world.clips=7"]
 
 

@@ -1,0 +1,78 @@
+"""What the processes of a node share: arrays in files, made by the process that first needs them.
+
+The pages of a mapped file are in memory once, however many ranks and loader processes look at it. The files lie in
+`SORATRAIN_NODE_DIR`, else in the system's folder for temporary ones; what nobody has opened for a month goes when the
+next is made.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from soratrain.errors import DataError
+
+UNUSED = 30 * 86_400  # seconds
+VARIABLE = "SORATRAIN_NODE_DIR"
+MEND = f"set {VARIABLE} to a folder of your own on a local disk with room"
+
+
+def root() -> Path:
+    """Return the folder of what this user's processes share. Raises DataError where it is somebody else's."""
+    folder = Path(os.environ.get(VARIABLE) or Path(tempfile.gettempdir()) / f"soratrain-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be made: {error.strerror}; {MEND}") from error
+    if folder.stat().st_uid != os.getuid():
+        raise DataError(f"{folder} belongs to another user; {MEND}")
+    return folder
+
+
+def shared(name: str, make: Callable[[Path], None]) -> Path:
+    """Return the folder `name`, filled by `make` in the first process of this node that asks; the others wait for it.
+
+    `name` must identify what is in it. Raises DataError where the disk is full.
+    """
+    folder = root() / name
+    with (root() / f"{name}.lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.is_dir():
+            _tidy()
+            temporary = root() / f".{name}.{os.getpid()}"
+            try:
+                temporary.mkdir()
+                make(temporary)
+                temporary.rename(folder)
+            except OSError as error:
+                raise DataError(f"{folder} cannot be written: {error.strerror or error}; {MEND}") from error
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+    os.utime(folder)
+    return folder
+
+
+def new_array(path: Path, dtype: np.dtype | type | str, count: int) -> np.ndarray:
+    """Return an array in a new file, to be filled."""
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=(count,))
+
+
+def mapped(path: Path) -> np.ndarray:
+    """Return the array in a file, without reading it."""
+    return np.load(path, mmap_mode="r")
+
+
+def _tidy() -> None:
+    for path in root().iterdir():
+        if time.time() - path.stat().st_mtime > UNUSED:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
