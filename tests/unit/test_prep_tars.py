@@ -20,7 +20,7 @@ from data_prep.encode import encode_png
 from data_prep.ingest import find
 from data_prep.members import Member, Window
 from data_prep.pack import Report
-from soratrain.data.manifest import read_manifest
+from soratrain.data.reading import read_manifest
 from soratrain.data.shards import ShardReader
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
