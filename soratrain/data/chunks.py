@@ -73,8 +73,11 @@ class ChunkCache:
         chunks = list(self._chunks(one))
         if not chunks or any(chunk not in have for chunk in chunks):
             return self.fetch([one])[0]  # a shard cut short may still hold this sample
-        first = offset - chunks[0][1] * CHUNK
-        return b"".join(have[chunk] for chunk in chunks)[first : first + length]
+        begins = [chunk[1] * CHUNK for chunk in chunks]
+        parts = (memoryview(have[chunk]) for chunk in chunks)
+        return b"".join(
+            part[max(0, offset - begin) : offset + length - begin] for part, begin in zip(parts, begins, strict=True)
+        )
 
     def _path(self, chunk: tuple[str, int]) -> Path:
         shard = hashlib.blake2b(chunk[0].encode(), digest_size=8).hexdigest()

@@ -6,7 +6,6 @@ All that is random about a sample is keyed on (seed, step, sample key), so neith
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -17,18 +16,19 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from soratrain.batch import Batch, LatentBatch, VideoBatch, draw_of
+from soratrain.data.ahead import ReadAhead, Reader
 from soratrain.data.assignment import Bucket
 from soratrain.data.captions import CaptionMix, captions_of
 from soratrain.data.decode import ByteBudget, Window, crop, load_clip, load_whole, scaled_size
 from soratrain.data.fitting import TIME
 from soratrain.data.manifest import Manifest
-from soratrain.data.members import fetch_ahead, open_shards, read_members
-from soratrain.data.plan import Plan
+from soratrain.data.members import open_shards, range_of, read_members
+from soratrain.data.plan import Micro, Plan
 from soratrain.data.quarantine import Quarantine
-from soratrain.data.remote import Remote
+from soratrain.data.remote import Range, Remote
 from soratrain.errors import DataError
 
 ATTEMPTS = 16  # substitutes tried for one unreadable sample
@@ -50,9 +50,10 @@ class Source(Protocol):
     """A kind of sample: how it is read, and how samples become a batch."""
 
     manifest: Manifest
+    reader: Reader
 
-    def ahead(self, samples: Sequence[int], buckets: Sequence[Bucket]) -> None:
-        """Fetch at once the bytes of samples that are about to be loaded. Raises StoreError where that fails."""
+    def cached(self, index: int, bucket: Bucket) -> bool:
+        """Return whether a sample is in memory, so that its bytes are not needed."""
         ...
 
     def load(self, index: int, bucket: Bucket, draw: int) -> tuple[Any, float, list[dict[str, Any]]]:
@@ -76,11 +77,9 @@ class ClipSource:
         self.manifest, self.stride, self.cache = manifest, stride, ByteBudget(cache)
         self.reader = open_shards(manifest, remote)
 
-    def ahead(self, samples: Sequence[int], buckets: Sequence[Bucket]) -> None:
-        """Fetch the bytes of samples that are not in memory."""
-        named = zip(samples, buckets, strict=True)
-        kept = [self.cache.get((index, bucket.height, bucket.width)) is not None for index, bucket in named]
-        fetch_ahead(self.reader, self.manifest, samples, kept)
+    def cached(self, index: int, bucket: Bucket) -> bool:
+        """Return whether a clip is in memory at the bucket's size."""
+        return self.cache.get((index, bucket.height, bucket.width)) is not None
 
     def load(self, index: int, bucket: Bucket, draw: int) -> tuple[np.ndarray, float, list[dict[str, Any]]]:
         """Return uint8 `[T, H, W, 3]` of the bucket's size."""
@@ -121,9 +120,9 @@ class LatentSource:
         self.manifest, self.cache = manifest, ByteBudget(cache)
         self.reader = open_shards(manifest, remote)
 
-    def ahead(self, samples: Sequence[int], buckets: Sequence[Bucket]) -> None:
-        """Fetch the bytes of samples that are not in memory."""
-        fetch_ahead(self.reader, self.manifest, samples, [self.cache.get(index) is not None for index in samples])
+    def cached(self, index: int, bucket: Bucket) -> bool:
+        """Return whether a latent is in memory."""
+        return self.cache.get(index) is not None
 
     def load(self, index: int, bucket: Bucket, draw: int) -> tuple[dict[str, Tensor], float, list[dict[str, Any]]]:
         """Return the sample's tensors, in fp32; `latent` is `[C, t, h, w]`, `text` (if there) `[L, D]`."""
@@ -176,13 +175,18 @@ class MicroBatches(Dataset):
     ) -> None:
         self.plan, self.source, self.captions = plan, source, captions
         self.rank, self.world_size = rank, world_size
+        self.end: int | None = None  # the number after the last one that will be asked for, where that is known
+        self._micros: dict[int, Micro] = {}  # of those that are read ahead
         self.quarantine = Quarantine(quarantine, source.manifest.folder, max_bad, len(source.manifest))
 
     def __getitem__(self, number: int) -> Batch:
-        micro = self.plan.local(number, self.rank, self.world_size)
-        numbers = micro.samples.tolist()
-        self.source.ahead(numbers, [self.plan.assignment.buckets[bucket] for bucket in micro.buckets])
-        placed = zip(numbers, micro.buckets, strict=True)
+        if isinstance(reader := self.source.reader, ReadAhead):
+            worker = get_worker_info()
+            if number not in self._micros:
+                self._micros.clear()
+            reader.reach(number, self._wanted, every=worker.num_workers if worker else 1, end=self.end)
+        micro = self._micros.pop(number, None) or self._micro(number)
+        placed = zip(micro.samples.tolist(), micro.buckets, strict=True)
         samples = [self._sample(index, micro.step, bucket) for index, bucket in placed]
         common = {
             "keys": tuple(sample.key for sample in samples),
@@ -194,6 +198,18 @@ class MicroBatches(Dataset):
             "scale": float(self.plan.micros_per_step),
         }
         return self.source.stack(samples, common)
+
+    def _micro(self, number: int) -> Micro:
+        return self.plan.local(number, self.rank, self.world_size)
+
+    def _wanted(self, number: int) -> list[Range]:
+        """Return the ranges of the samples of a micro-batch that are not in memory."""
+        micro = self._micros[number] = self._micro(number)
+        buckets, manifest = self.plan.assignment.buckets, self.source.manifest
+        placed = zip(micro.samples.tolist(), micro.buckets, strict=True)
+        return [
+            range_of(manifest.row(index)) for index, bucket in placed if not self.source.cached(index, buckets[bucket])
+        ]
 
     def _sample(self, index: int, step: int, bucket: int) -> Sample:
         """Load a sample, or the first of its substitutes that can be read."""

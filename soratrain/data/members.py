@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from soratrain.data.ahead import FarReader, ReadAhead, Reader
 from soratrain.data.manifest import Manifest, Row
 from soratrain.data.remote import Range, Remote
 from soratrain.data.shards import ShardReader
@@ -25,21 +26,6 @@ def range_of(row: Row) -> Range:
     start = min(row.json_offset, row.media_offset)
     end = max(row.json_offset + row.json_length, row.media_offset + row.media_length)
     return row.shard, start, end - start
-
-
-class Reader(Protocol):
-    """Reads byte ranges of shards; see `ShardReader`."""
-
-    @property
-    def remote(self) -> bool:
-        """Whether reading ahead is of use."""
-        ...
-
-    def read(self, shard: str, offset: int, length: int) -> bytes: ...
-
-    def ahead(self, ranges: Sequence[Range]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class MixedReader:
@@ -62,11 +48,16 @@ class MixedReader:
         folder, _, name = shard.rpartition("/")
         return self.readers[folder].read(name, offset, length)
 
-    def ahead(self, ranges: Sequence[Range]) -> None:
-        """Fetch ranges that are about to be read, all at once."""
+    def fetch(self, ranges: Sequence[Range]) -> dict[Range, bytes | DataError]:
+        """Return the bytes of ranges in stores, all fetched at once, or what is damaged about each; others are left."""
+        found: dict[Range, bytes | DataError] = {}
         for folder, reader in self.readers.items():
-            own = [(shard.rpartition("/")[2], *place) for shard, *place in ranges if shard.rpartition("/")[0] == folder]
-            reader.ahead(own)  # type: ignore[arg-type]
+            if reader.remote:
+                own = [one for one in ranges if one[0].rpartition("/")[0] == folder]
+                bare = [(shard.rpartition("/")[2], offset, length) for shard, offset, length in own]
+                data = reader.fetch(bare)
+                found |= {one: data[inside] for one, inside in zip(own, bare, strict=True)}
+        return found
 
     def close(self) -> None:
         """Close what is open."""
@@ -75,11 +66,14 @@ class MixedReader:
 
 
 def open_shards(manifest: Manifest, remote: Remote | None) -> Reader:
-    """Return a reader of the shards of `manifest`."""
+    """Return a reader of the shards of `manifest`, which reads ahead where they are in a store."""
+    reader: FarReader
     if manifest.folders:
         sets = zip(manifest.folders, manifest.sets, strict=True)
-        return MixedReader({folder.rstrip("/"): open_folder(part, folder, remote) for (folder, _), part in sets})
-    return open_folder(manifest, manifest.folder, remote)
+        reader = MixedReader({folder.rstrip("/"): open_folder(part, folder, remote) for (folder, _), part in sets})
+    else:
+        reader = open_folder(manifest, manifest.folder, remote)
+    return ReadAhead(reader, int((remote or Remote()).ahead_mb * 1e6)) if reader.remote else reader
 
 
 def open_folder(manifest: Manifest, folder: str, remote: Remote | None) -> ShardReader:
@@ -112,10 +106,3 @@ def read_members(reader: Reader, row: Row) -> tuple[dict[str, Any], bytes]:
     if not isinstance(header, dict):
         raise DataError(f"its K.json holds a {type(header).__name__}, not an object")
     return header, media
-
-
-def fetch_ahead(reader: Reader, manifest: Manifest, samples: Sequence[int], kept: Sequence[bool]) -> None:
-    """Fetch at once, where shards are in a store, the samples that are not `kept` in memory."""
-    if reader.remote:
-        wanted = [index for index, have in zip(samples, kept, strict=True) if not have]
-        reader.ahead([range_of(manifest.row(index)) for index in wanted])

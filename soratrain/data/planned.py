@@ -204,7 +204,9 @@ class PlannedData(L.LightningDataModule, ABC):
 
     def loader(self, start: int, end: int) -> DataLoader[Batch]:
         """Return a loader of this rank's micro-batches from number `start` up to `end`."""
-        return make_loader(self.items(), start, end, workers=self.workers, prefetch=self.prefetch)
+        items = self.items()
+        items.end = end
+        return make_loader(items, start, end, workers=self.workers, prefetch=self.prefetch)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Return the rest of the run; asked after its last step, as much again of what would come next."""

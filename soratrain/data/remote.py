@@ -41,6 +41,7 @@ class Remote:
         timeout: seconds that a connection, and then each answer, may keep silent.
         backoff: seconds before the second try; twice as long before each further one, up to half a minute.
         requests: reads of one process that are under way at a time.
+        ahead_mb: megabytes that each loader process reads ahead of need; 0 reads a micro-batch when it is asked for.
         cache_dir: folder on a disk of the node where all its processes keep what they read (`ChunkCache`), or None.
         cache_gb: gigabytes that may lie there.
 
@@ -52,11 +53,12 @@ class Remote:
     timeout: float = 60.0
     backoff: float = 0.25
     requests: int = 16
+    ahead_mb: float = 64.0
     cache_dir: str | None = None
     cache_gb: float = 50.0
 
     def __post_init__(self) -> None:
-        for name, least in (("retries", 0), ("backoff", 0), ("requests", 1)):
+        for name, least in (("retries", 0), ("backoff", 0), ("requests", 1), ("ahead_mb", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"data.remote.{name}={getattr(self, name)}: must be at least {least}")
         for name in ("timeout", "cache_gb"):

@@ -178,7 +178,6 @@ class ShardReader:
         self._files: OrderedDict[str, int] = OrderedDict()
         self._store: RemoteFolder | None = None
         self._cache: ChunkCache | None = None
-        self._ahead: dict[Range, bytes | DataError] = {}
 
     def read(self, shard: str, offset: int, length: int) -> bytes:
         """Return `length` bytes at `offset`.
@@ -188,8 +187,7 @@ class ShardReader:
             StoreError: the store that holds it cannot be read.
         """
         if self.remote:
-            found = self._ahead.get((shard, offset, length))
-            found = self._far([(shard, offset, length)])[0] if found is None else found
+            found = self._far([(shard, offset, length)])[0]
             if isinstance(found, DataError):
                 raise found
             return found
@@ -201,13 +199,9 @@ class ShardReader:
             raise DataError(f"{self.folder}/{shard} ends before byte {offset + length}; write the shards again")
         return data
 
-    def ahead(self, ranges: Sequence[Range]) -> None:
-        """Fetch ranges that are about to be read, all at once; those of the last call are forgotten.
-
-        Local shards are left to the system's own reading ahead.
-        """
-        if self.remote:
-            self._ahead = dict(zip(ranges, self._far(ranges), strict=True))
+    def fetch(self, ranges: Sequence[Range]) -> dict[Range, bytes | DataError]:
+        """Return the bytes of ranges in a store, all fetched at once, or what is damaged about each."""
+        return dict(zip(ranges, self._far(ranges), strict=True))
 
     def _far(self, ranges: Sequence[Range]) -> list[bytes | DataError]:
         store = self.store
@@ -238,7 +232,7 @@ class ShardReader:
         """Close the open files; the next read opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
-        self._store, self._cache, self._ahead = None, None, {}
+        self._store, self._cache = None, None
 
     def __del__(self) -> None:
         self.close()

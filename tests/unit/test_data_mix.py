@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import yaml
 from data_tiny import key, write_latents
 from loading import cached, same
+from range_server import serving
 
 from soratrain.compose import LIST_KEYS, TEXT_KEYS
 from soratrain.data.manifest import write_captions
@@ -49,6 +51,14 @@ def test_workers_and_packs_change_nothing_in_a_mix(folders):
         one, two = (list(cached(folders, mix=[1, 1], workers=workers, **options).loader(0, 6)) for workers in (0, 2))
         assert all(same(a, b) for a, b in zip(one, two, strict=True))
     assert any(len({int(name, 16) >= 1000 for name in batch.keys}) == 2 for batch in one), "a pack holds of both"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_some_of_the_data_sets_may_be_in_a_store(folders, workers):
+    local = list(cached(folders, mix=[1, 1]).loader(0, 6))
+    with serving(Path(folders[1])) as server:
+        far = list(cached([folders[0], server.url], mix=[1, 1], workers=workers).loader(0, 6))
+        assert all(same(a, b) for a, b in zip(local, far, strict=True)) and server.asked
 
 
 def test_one_folder_alone_is_ordered_as_if_it_were_given_bare(folders):

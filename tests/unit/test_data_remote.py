@@ -96,7 +96,9 @@ def test_ranges_close_to_each_other_are_one_read_and_damage_of_one_spares_the_ot
     assert isinstance(found[2], DataError) and isinstance(found[4], DataError)
 
 
-@pytest.mark.parametrize("values", [dict(retries=-1), dict(timeout=0), dict(backoff=-1), dict(requests=0)])
+@pytest.mark.parametrize(
+    "values", [dict(retries=-1), dict(timeout=0), dict(backoff=-1), dict(requests=0), dict(ahead_mb=-1)]
+)
 def test_settings_that_cannot_work_are_refused(values):
     with pytest.raises(ConfigError, match=f"data.remote.{next(iter(values))}="):
         Remote(**values)
