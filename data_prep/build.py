@@ -77,12 +77,13 @@ def plan(config: PrepConfig) -> tuple[Sequence[Unit], Report, str]:
         from data_prep.scenes import scene_units
 
         return scene_units(**asdict(config.world), encoding=encoding, prep=prep), Report(), ""
+    from data_prep.captions import Columns
     from data_prep.files import file_units
     from data_prep.ingest import find
     from data_prep.shots import Cutting
 
     report = Report()
-    sources, listing = find(config.input, report)
+    sources, listing = find(config.input, report, config.captions, Columns(**asdict(config.captions_columns)))
     cutting = Cutting(**asdict(config.shots))
     return file_units(sources, cutting=cutting, encoding=encoding, license=config.license, prep=prep), report, listing
 
@@ -119,7 +120,9 @@ def finish(config: PrepConfig, identity: output.Identity, report: Report, packed
     output.write_lines(shards / "failures.jsonl", [asdict(failure) for failure in report.failures])
     funnel = [report.tallies[step].as_dict() for step in STEPS if step in report.tallies]
     seconds = {"in": round(report.seconds, 6), "out": packed.totals["seconds"]}
-    output.write_json(shards / "stats.json", {"schema": SCHEMA, "funnel": funnel, "seconds": seconds})
+    stats = {"schema": SCHEMA, "funnel": funnel, "seconds": seconds}
+    stats |= {"captions": report.captions.as_dict()} if report.captions else {}
+    output.write_json(shards / "stats.json", stats)
     output.publish(config.folder, output.described(identity, packed))
 
 

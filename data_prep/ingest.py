@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep.captioned import captioned
+from data_prep.captions import NONE, Captions, Columns, found_in, read
 from data_prep.kinds import IMAGES, VIDEOS, kind_of
 from data_prep.members import Member
 from data_prep.pack import Report
@@ -16,20 +18,26 @@ from data_prep.sidecars import ENDINGS, beside, captions_of, from_name
 from data_prep.tars import tar_sources
 from soratrain.errors import DataError
 
+ALL = Columns()
 
-def find(where: str, report: Report) -> tuple[list[Source], str]:
-    """Return the sources that `where` names, in a fixed order, and a hash of their names and sizes.
+
+def find(where: str, report: Report, captions: str | None = None, columns: Columns = ALL) -> tuple[list[Source], str]:
+    """Return the sources that `where` names, in a fixed order, and a hash of their names, sizes and captions.
 
     A folder is searched with all below it; files whose names are not of a video, image or tar are left out and counted.
     Files that a list names are taken whatever their names. Hidden files are left out.
 
+    Args:
+        captions: a table of captions, or `none`; without it the one that a folder brings along is taken.
+
     Raises:
-        DataError: there is no such input, or nothing in it to use.
+        DataError: there is no such input, or nothing in it to use; the table cannot be read or names none of it.
     """
     tally = report.tally("ingest", "files")
     path = Path(where)
+    said = table_of(path, captions, columns)
     if path.is_dir():
-        named = [(str(item.relative_to(path)), item) for item in walk(path)]
+        named = [(str(item.relative_to(path)), item) for item in walk(path) if not same(item, said)]
         listed = False
     elif path.is_file() and path.suffix.lower() == ".txt":
         named, listed = read_list(path), True
@@ -52,6 +60,9 @@ def find(where: str, report: Report) -> tuple[list[Source], str]:
         what = "is an empty list" if path.suffix.lower() == ".txt" else "holds no videos or images"
         first = f"; {report.failures[0].uri}: {report.failures[0].reason}" if report.failures else ""
         raise DataError(f"input={where} {what}; known names end in .{', .'.join(sorted(VIDEOS | IMAGES))}, .tar{first}")
+    if said is not None:
+        sources, report.captions = captioned(sources, said, where)
+        tally.how[f"with captions from {said.path.name}"] = report.captions.files
     digest = hashlib.blake2b(digest_size=8)
     for source in sources:
         digest.update(f"{source.uri}\x1f{bytes_of(source)}\x1f{source.captions}\x1e".encode("utf-8", "replace"))
@@ -69,6 +80,22 @@ def sources_of(uri: str, path: Path, listed: bool, report: Report) -> Iterator[S
         yield Source(uri, path, kind, tuple(captions_of(beside(path), uri, report)) or from_name(path))
     elif path.suffix.lower() not in ENDINGS:
         report.tally("ingest", "files").how["other files left out"] += 1
+
+
+def table_of(path: Path, captions: str | None, columns: Columns) -> Captions | None:
+    """Return what the table of captions says that was asked for, or that the folder `path` brings along."""
+    if captions is not None:
+        return None if captions == NONE else read(Path(captions), columns)
+    try:
+        found = found_in(path, columns)
+        return None if found is None else read(found, columns)
+    except DataError as error:
+        raise DataError(f"{error}; captions={NONE} builds without it") from error
+
+
+def same(path: Path, table: Captions | None) -> bool:
+    """Return whether a file is the table."""
+    return table is not None and path.name == table.path.name and path.samefile(table.path)
 
 
 def bytes_of(source: Source) -> int:

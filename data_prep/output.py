@@ -194,8 +194,8 @@ def _compare(folder: Path, found: dict[str, Any], identity: Identity, what: str)
         )
     if found.get("listing") != identity.listing:
         raise ConfigError(
-            f"output={folder} {what} from an input that has changed since (files added, removed or of another size); "
-            "fresh=true builds it again"
+            f"output={folder} {what} from an input that has changed since (files added, removed or of another size, or "
+            "other captions); fresh=true builds it again"
         )
 
 

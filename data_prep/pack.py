@@ -16,6 +16,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_prep.matched import Matched
 from data_prep.records import Failure, Sample, Tally, dumps
 from data_prep.similar import duplicates
 from soratrain.data.atomic import replacing
@@ -30,6 +31,7 @@ class Report:
     tallies: dict[str, Tally] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
+    captions: Matched | None = None  # of the whole input
 
     def tally(self, step: str, unit: str) -> Tally:
         """Return the tally of `step`, which counts `unit` (files or clips)."""

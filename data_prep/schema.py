@@ -14,7 +14,7 @@ from data_prep.records import dumps
 from soratrain.errors import ConfigError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-PATHS = ("input", "output", "license", "validate.report")  # keys whose values may hold anything
+PATHS = ("input", "output", "license", "captions", "captions_columns.*", "validate.report")  # values may be anything
 TASKS = ("build", "index", "select", "validate", "report")
 ENGINES = ("local", "slurm")
 PRESETS = ["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
@@ -28,6 +28,16 @@ class WorldConfig:
     preset: str = "demo"
     clips: int = 2400
     seed: int = 0
+
+
+@dataclass
+class CaptionsColumns:
+    """Which columns of the table of captions hold what; null is by their names."""
+
+    file: str | None = None
+    text: str | None = None
+    type: str | None = None
+    lang: str | None = None
 
 
 @dataclass
@@ -118,6 +128,8 @@ class PrepConfig:
     workers: str = "auto"
     engine: str = "local"
     license: str = ""
+    captions: str | None = None
+    captions_columns: CaptionsColumns = field(default_factory=CaptionsColumns)
     world: WorldConfig = field(default_factory=WorldConfig)
     shots: ShotsConfig = field(default_factory=ShotsConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
@@ -139,9 +151,12 @@ class PrepConfig:
         return len(os.sched_getaffinity(0)) if self.workers == "auto" else int(self.workers)
 
     def identity(self) -> dict[str, Any]:
-        """Return the settings that decide what the shards hold, as plain values."""
+        """Return the settings that decide what the shards hold, as plain values.
+
+        What a table of captions says of the input's files is part of what the input holds, whatever the table is named.
+        """
         settings = asdict(self)
-        for key in ("output", "fresh", "workers", "engine", "limits", "slurm"):
+        for key in ("output", "fresh", "workers", "engine", "limits", "slurm", "captions", "captions_columns"):
             del settings[key]
         if self.task == "select":
             return {key: settings[key] for key in ("task", "input", "select")}
@@ -230,6 +245,9 @@ def check(config: PrepConfig) -> PrepConfig:
         config.output = "data/world"
     if not config.output:
         raise ConfigError("output is missing; name the folder for the shards, for example output=data/videos")
+    given = config.captions is not None or any(asdict(config.captions_columns).values())
+    if given and (config.task != "build" or config.input == "world"):
+        raise ConfigError("captions= and captions_columns.* are for task=build with an input of files; leave them out")
     if config.workers != "auto" and not (config.workers.isdigit() and int(config.workers) > 0):
         raise ConfigError(f"workers={config.workers} must be auto or a number of at least 1")
     if config.engine not in ENGINES:

@@ -64,7 +64,8 @@ def texts_in(value: object) -> list[str]:
 
 
 def plain(text: str) -> str:
-    """Return a text in one line."""
+    """Return a text in one line. Raises ValueError where it is none: half of a pair of UTF-16, which JSON lets pass."""
+    text.encode("utf-8")
     return " ".join(text.split())
 
 

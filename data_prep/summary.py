@@ -28,6 +28,8 @@ def show(console: Console, folder: Path, report: Report, packed: Packed) -> None
         f"{totals['videos']} clips ({totals['seconds']:.1f} s of video, {report.seconds:.1f} s came in) and "
         f"{totals['images']} images in {len(packed.shards)} shards, {totals['bytes'] / 1e6:.1f} MB"
     )
+    for line in report.captions.lines() if report.captions else ():
+        console.print(line)
     reasons = Counter(f"{failure.reason}{f' ({failure.used})' if failure.used else ''}" for failure in report.failures)
     for reason, count in reasons.most_common(SHOWN):
         console.print(f"  {count} × {reason}")
