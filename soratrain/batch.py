@@ -60,6 +60,7 @@ class Batch:
         draws: 63-bit seeds `[B]`, int64.
         scale: micro-batches in an optimizer step over all ranks; undoes the averaging over them.
         styles: the type of each chosen caption (`short`, `long`, `gt`, …), or empty where nothing was chosen by type.
+        sources: where each caption is from, `synthetic` or `original`, or empty like `styles`.
     """
 
     keys: tuple[str, ...]
@@ -69,6 +70,7 @@ class Batch:
     draws: Tensor
     scale: float
     styles: tuple[str, ...] = field(default=(), kw_only=True)
+    sources: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.keys)

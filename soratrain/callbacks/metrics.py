@@ -7,6 +7,7 @@ sums of an unfinished row travel in checkpoints, so that a continued run writes 
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -21,9 +22,11 @@ from torch import Tensor
 from soratrain.callbacks.step import StepCallback
 from soratrain.data.atomic import replacing
 from soratrain.errors import UserError
-from soratrain.stages.base import COUNTS, TrainStage
+from soratrain.stages.base import COUNTS, SHARE, SHOWN, TrainStage, summed
 
 VITAL = {"loss": "loss", "grad_norm": "gradient's norm"}  # what must be finite, and what it is called
+log = logging.getLogger(__name__)
+
 NOT_REPEATABLE = ("seconds", "tokens_per_s", "samples_per_s")
 
 
@@ -72,6 +75,8 @@ class Metrics(StepCallback):
         assert isinstance(pl_module, TrainStage)
         if self.steps and self.step >= pl_module.max_steps:
             self.finish_row(trainer, pl_module)
+            if words := captions_shown(self.rows):
+                log.info("%s", words)
 
     def finish_row(self, trainer: L.Trainer, stage: TrainStage) -> None:
         """Reduce the sums over ranks and write them as a row.
@@ -82,11 +87,12 @@ class Metrics(StepCallback):
         means, seconds = self.reduced(stage.device), time.monotonic() - self.began
         self.check(means)
         row: dict[str, float] = {"step": self.step}
-        row |= {key: means[key] for key in sorted(means, key=lambda key: (key != "loss", key)) if key not in COUNTS}
+        row |= {key: means[key] for key in sorted(means, key=lambda key: (key != "loss", key)) if not summed(key)}
         row["lr"] = stage.optimizer_factory.lr * stage.schedule(self.step - 1, stage.max_steps)
         for key in COUNTS:
             if key in means:
                 row[key] = means[key] * self.steps
+        row |= self.shares(means)
         row["seconds"] = seconds / self.steps
         row |= {f"{key}_per_s": row[key] / max(seconds, 1e-9) for key in ("tokens", "samples") if key in row}
         self.row, self.sums, self.steps, self.began = row, {}, 0, time.monotonic()
@@ -105,8 +111,13 @@ class Metrics(StepCallback):
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(values)
             ranks = dist.get_world_size()
-            values = values / torch.tensor([1 if key in COUNTS else ranks for key in keys], device=values.device)
+            values = values / torch.tensor([1 if summed(key) else ranks for key in keys], device=values.device)
         return dict(zip(keys, (values / max(self.steps, 1)).tolist(), strict=True))
+
+    def shares(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Return the share of the row's samples whose caption is of each source and type that the run has shown."""
+        shares = {key: value / means["samples"] for key, value in means.items() if key.startswith(SHARE)}
+        return {key: value for key, value in shares.items() if value or key in columns(self.rows)}
 
     def check(self, values: Mapping[str, float]) -> None:
         for name, called in VITAL.items():
@@ -130,9 +141,21 @@ class Metrics(StepCallback):
         ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.steps = state_dict["steps"]
         self.sums = {
-            key: torch.tensor(mean * self.steps / (ranks if key in COUNTS else 1), dtype=torch.float64)
+            key: torch.tensor(mean * self.steps / (ranks if summed(key) else 1), dtype=torch.float64)
             for key, mean in state_dict["means"].items()
         }
+
+
+def captions_shown(rows: list[dict[str, str]]) -> str:
+    """Return in words of which sources and types the captions were that a run has shown, by the rows of its CSV."""
+    samples = sum(float(row.get("samples") or 0) for row in rows)
+    found = {
+        name.removeprefix(SHARE): sum(float(row.get(name) or 0) * float(row["samples"]) for row in rows) / samples
+        for name in columns(rows)
+        if name.startswith(SHARE)
+    }
+    parts = [", ".join(f"{name} {found[name]:.1%}" for name in kind if found.get(name)) for kind in SHOWN]
+    return f"captions shown: {'; '.join(part for part in parts if part)}" if found else ""
 
 
 def shown(value: float) -> str:

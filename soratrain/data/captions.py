@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from soratrain.batch import draw_of
 from soratrain.errors import ConfigError, DataError
@@ -42,6 +42,14 @@ class ByKey(Protocol):
         ...
 
 
+class Choice(NamedTuple):
+    """A caption that was chosen; its type and source are empty where a sample has none."""
+
+    text: str
+    type: str
+    source: str
+
+
 class CaptionMix:
     """Chooses a caption from those in the shard (`original`) and those made later (`synthetic`).
 
@@ -75,8 +83,8 @@ class CaptionMix:
             if wrong := sorted(key for key, weight in weights.items() if weight < 0):
                 raise ConfigError(f"data.{name}.{wrong[0]}={weights[wrong[0]]}: must not be negative")
 
-    def choose(self, key: str, original: Sequence[Mapping[str, Any]], draw: int) -> tuple[str, str]:
-        """Return (text, type) for sample `key`; `original` are the captions in its K.json."""
+    def choose(self, key: str, original: Sequence[Mapping[str, Any]], draw: int) -> Choice:
+        """Return the caption of sample `key` at `draw`; `original` are the captions in its K.json."""
         original = first_of(self.beside, key) or original
         found: dict[str, dict[str, list[str]]] = {}
         for source, captions in (("synthetic", first_of(self.made, key)), ("original", original)):
@@ -84,11 +92,11 @@ class CaptionMix:
                 if self.sources.get(source, 0) > 0 and self.types.get(caption["type"], 0) > 0:
                     found.setdefault(source, {}).setdefault(caption["type"], []).append(caption["text"])
         if not found:
-            return "", ""
+            return Choice("", "", "")
         source = _weighted({name: self.sources[name] for name in found}, draw_of(draw, "caption source"))
         kind = _weighted({name: self.types[name] for name in found[source]}, draw_of(draw, "caption type"))
         texts = found[source][kind]
-        return texts[draw_of(draw, "caption text") % len(texts)], kind
+        return Choice(texts[draw_of(draw, "caption text") % len(texts)], kind, source)
 
 
 def first_of(tables: Sequence[ByKey], key: str) -> Sequence[Mapping[str, Any]]:

@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, get_worker_info
 from soratrain.batch import Batch, LatentBatch, VideoBatch, draw_of
 from soratrain.data.ahead import ReadAhead, Reader
 from soratrain.data.assignment import Bucket
-from soratrain.data.captions import CaptionMix, captions_of
+from soratrain.data.captions import CaptionMix, Choice, captions_of
 from soratrain.data.decode import ByteBudget, Window, crop, load_clip, load_whole, scaled_size
 from soratrain.data.fitting import TIME
 from soratrain.data.manifest import Manifest
@@ -36,13 +36,12 @@ ATTEMPTS = 16  # substitutes tried for one unreadable sample
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample, ready to be stacked; `payload` is its frames or tensors, `style` its caption's type."""
+    """One sample, ready to be stacked; `payload` is its frames or tensors."""
 
     payload: Any
     fps: float
     key: str
-    caption: str
-    style: str
+    caption: Choice
     draw: int
 
 
@@ -190,8 +189,9 @@ class MicroBatches(Dataset):
         samples = [self._sample(index, micro.step, bucket) for index, bucket in placed]
         common = {
             "keys": tuple(sample.key for sample in samples),
-            "captions": tuple(sample.caption for sample in samples),
-            "styles": tuple(sample.style for sample in samples),
+            "captions": tuple(sample.caption.text for sample in samples),
+            "styles": tuple(sample.caption.type for sample in samples),
+            "sources": tuple(sample.caption.source for sample in samples),
             "fps": torch.tensor([sample.fps for sample in samples], dtype=torch.float32),
             "weights": torch.tensor(micro.weights, dtype=torch.float32),
             "draws": torch.tensor([sample.draw for sample in samples], dtype=torch.int64),
@@ -222,7 +222,7 @@ class MicroBatches(Dataset):
                 self.quarantine.add(self.source.manifest.row(index), step, str(error))
             else:
                 key = self.source.manifest.key[index].decode()
-                return Sample(payload, fps, key, *self.captions.choose(key, original, draw), draw)
+                return Sample(payload, fps, key, self.captions.choose(key, original, draw), draw)
             index = self.plan.substitute(bucket, wanted, attempt)
         name = self.plan.assignment.buckets[bucket]
         raise DataError(

@@ -5,6 +5,7 @@ A subclass implements `training_step(batch, batch_idx) -> loss` and takes all ra
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from soratrain.batch import draw_of
+from soratrain.batch import Batch, draw_of
 from soratrain.models import weights
 from soratrain.optim import OptimizerFactory, Schedule
 
-COUNTS = ("tokens", "samples", "frames")  # reported quantities that are summed; all others are averaged
+COUNTS = ("tokens", "samples", "frames")  # reported quantities that are summed
+SHARE = "captions_"  # how names begin of what is summed and shown as a share of the samples; all others are averaged
+SHOWN = ("synthetic", "original", "none"), ("gt", "short", "long", "camera", "tags", "other")  # sources, types
+
+
+def summed(key: str) -> bool:
+    """Return whether a reported quantity is summed over micro-batches and ranks, not averaged."""
+    return key in COUNTS or key.startswith(SHARE)
 
 
 class TrainStage(L.LightningModule):
@@ -100,15 +108,23 @@ class TrainStage(L.LightningModule):
     def report(self, **values: Tensor | float) -> None:
         """Hand numbers of this micro-batch to the progress bar, `metrics.csv` and the logger.
 
-        `tokens`, `samples` and `frames` are counts, summed over micro-batches and ranks; all else is averaged.
+        `tokens`, `samples`, `frames` and what begins with `captions_` are counts, summed over micro-batches and ranks;
+        all else is averaged.
         """
         for key, value in values.items():
             number = value.detach().double() if isinstance(value, Tensor) else torch.tensor(float(value)).double()
             before, count = self.reported.get(key, (torch.zeros_like(number), 0))
             self.reported[key] = (before + number, count + 1)
 
+    def report_captions(self, batch: Batch) -> None:
+        """Report of which sources and types the captions of a batch are, the same names on every rank."""
+        sources, types = SHOWN
+        found = Counter(source or "none" for source in batch.sources)
+        found += Counter(style if style in types else "other" for style in batch.styles if style)
+        self.report(**{f"{SHARE}{name}": found[name] for name in (*sources, *types)})
+
     def take_reported(self) -> dict[str, Tensor]:
         """Return this rank's numbers since the last call: counts summed, the rest averaged; then start anew."""
-        taken = {key: total if key in COUNTS else total / count for key, (total, count) in self.reported.items()}
+        taken = {key: total if summed(key) else total / count for key, (total, count) in self.reported.items()}
         self.reported = {}
         return taken

@@ -77,6 +77,7 @@ class CaptionerStage(TrainStage):
         language, contrast = self.captioner(batch.pixels(), batch.fps, batch.captions, styles, packing.mean(features))
         heard = language.new_tensor(told)
         loss = batch.mean(heard * (language + self.contrast_weight * contrast))
+        self.report_captions(batch)
         self.report(loss=loss, language=language.mean(), contrast=contrast.mean(), samples=len(batch))
         return loss
 

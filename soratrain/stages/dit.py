@@ -78,6 +78,7 @@ class DiTStage(TrainStage):
         prediction = self.dit(flat.tokens, *self.text(self.text.tokenize(captions)))
         errors = (prediction.float() - torch.cat(targets)).square().mean(-1)
         loss = batch.mean(flat.mean(errors) * self.objective.weight(sigma).to(device))
+        self.report_captions(batch)
         self.report(loss=loss, tokens=flat.tokens.packing.total, samples=len(batch))
         return loss
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from soratrain.callbacks import loggers
-from soratrain.callbacks.metrics import DivergedError, Metrics, append_row, read_rows, shown, write_rows
+from soratrain.callbacks.metrics import DivergedError, Metrics, append_row, captions_shown, read_rows, shown, write_rows
 from soratrain.callbacks.progress import duration, short
 from soratrain.errors import UserError
+from soratrain.stages.base import TrainStage
 
 
 class Unwritable:
@@ -35,6 +37,30 @@ def test_a_row_that_was_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     file = tmp_path / "metrics.csv"
     file.write_text("step,loss\n11,2\n1")
     assert [row["step"] for row in read_rows(file)] == ["11"]
+
+
+def test_a_row_has_the_share_of_samples_that_each_kind_of_caption_had_and_the_end_says_so_of_the_run() -> None:
+    metrics, stage = (
+        Metrics(Path("unused.csv"), every=1),
+        TrainStage(nets={}, optimizer=None, schedule=None, max_steps=1),
+    )
+    found = (("synthetic", "long"), ("synthetic", "short"), ("original", "gt"), ("synthetic", "odd"), ("", ""))
+    for sources, styles in (zip(*found[:3], strict=True), zip(*found[3:], strict=True)):
+        stage.report_captions(SimpleNamespace(sources=sources, styles=styles))
+        stage.report(samples=len(sources))
+    row = metrics.shares({key: float(value) for key, value in stage.take_reported().items()})
+    assert row == {
+        f"captions_{name}": share
+        for name, share in dict(synthetic=0.6, original=0.2, none=0.2, gt=0.2, short=0.2, long=0.2, other=0.2).items()
+    }
+    rows = [
+        {"step": "1", "samples": "30", "captions_synthetic": "0.9", "captions_original": "0.1", "captions_long": "1"}
+    ]
+    rows += [
+        {"step": "2", "samples": "10", "captions_synthetic": "0.5", "captions_original": "0.5", "captions_long": "1"}
+    ]
+    assert captions_shown(rows) == "captions shown: synthetic 80.0%, original 20.0%; long 100.0%"
+    assert captions_shown([{"step": "1", "samples": "30"}]) == captions_shown([]) == ""
 
 
 def test_numbers_in_the_csv_tell_any_two_fp32_apart() -> None:

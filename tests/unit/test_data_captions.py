@@ -53,9 +53,9 @@ def test_captions_come_as_often_as_their_weights():
     original = [{"type": "short", "text": "os"}, {"type": "tags", "text": "ot"}]
     made = {"k": [{"type": "long", "text": "a"}, {"type": "long", "text": "b"}, {"type": "short", "text": "c"}]}
     mix = CaptionMix(sources={"synthetic": 0.8, "original": 0.2}, types={"long": 3, "short": 1}, made=[made])
-    found = Counter(mix.choose("k", original, draw_of(number))[0] for number in range(8000))
+    found = Counter(mix.choose("k", original, draw_of(number)).text for number in range(8000))
     assert found["ot"] == 0
     assert {text: found[text] / 8000 for text in "abc"} == pytest.approx({"a": 0.3, "b": 0.3, "c": 0.2}, abs=0.02)
-    assert mix.choose("other", original, 1) == ("os", "short")
-    assert mix.choose("other", [], 1) == ("", "")
+    assert mix.choose("other", original, 1) == ("os", "short", "original")
+    assert mix.choose("other", [], 1) == ("", "", "")
     assert mix.choose("k", original, 17) == mix.choose("k", original, 17)
