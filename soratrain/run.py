@@ -148,7 +148,10 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     result = {**metrics, "stage": stage["name"], "seconds": round(time.monotonic() - began, 1)}
     if first:
         outputs.finish(out, result)
-        figures = {key: value for key, value in result.items() if not isinstance(value, dict | list)}
+        told = {
+            key: value for key, value in result.items() if not key.startswith("captions_")
+        }  # in a line of their own
+        figures = {key: value for key, value in told.items() if not isinstance(value, dict | list)}
         log.info("%s", "  ".join(f"{key} {shown(value)}" for key, value in figures.items()))
     return result
 

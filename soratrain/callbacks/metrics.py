@@ -73,8 +73,9 @@ class Metrics(StepCallback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainStage)
-        if self.steps and self.step >= pl_module.max_steps:
-            self.finish_row(trainer, pl_module)
+        if self.step >= pl_module.max_steps:
+            if self.steps:
+                self.finish_row(trainer, pl_module)
             if words := captions_shown(self.rows):
                 log.info("%s", words)
 
