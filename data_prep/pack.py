@@ -108,9 +108,10 @@ def read_heads(folder: Path, number: int) -> Iterator[dict[str, Any]]:
 
 
 def near_duplicates(units: Path, numbers: Iterable[int], report: Report) -> dict[str, str]:
-    """Return which samples of the units are near duplicates, each with the first of its like; count them."""
+    """Return which contents in the units are near duplicates, each with the first of its like; count them."""
     heads = (head for number in numbers for head in read_heads(units, number) if "phash" in head["scores"])
-    found = duplicates([(head["key"], head["scores"]["phash"], seconds_of(head["video"])) for head in heads])
+    clips = {head["key"]: (head["scores"]["phash"], seconds_of(head["video"])) for head in heads}  # each content once
+    found = duplicates([(key, *clip) for key, clip in clips.items()])
     if found:
         report.tally("transcode", "clips").how["near duplicates of another, marked"] += len(found)
     return found

@@ -13,6 +13,7 @@ from data_prep import output
 from data_prep.pack import Report, pack, read_report, unit_done, write_unit
 from data_prep.records import Caption, Failure, Sample, key_of, make_sample
 from soratrain.data.reading import read_manifest
+from soratrain.data.shards import ShardReader
 from soratrain.errors import ConfigError, DataError
 
 
@@ -43,6 +44,21 @@ def packed(tmp_path: Path, samples: list[list[Sample]], **settings: int) -> Repo
         write_unit(tmp_path / "units", number, iter(unit), Report())
     pack(tmp_path / "units", range(len(samples)), tmp_path / "out", report=report, **{"max_bytes": 1 << 20} | settings)
     return report
+
+
+def test_the_same_content_under_two_names_is_no_near_duplicate_of_itself(tmp_path: Path) -> None:
+    samples = [sample(1), sample(2), sample(1, uri="copy.mp4"), sample(3)]
+    for item, bits in zip(samples, (0, 2**192 - 1, 0, 1), strict=True):
+        item.record["scores"]["phash"] = f"{bits:048x}"
+    report = packed(tmp_path, [samples])
+    rows = read_manifest(tmp_path / "out").rows()
+    reader = ShardReader(tmp_path / "out")
+    found = {
+        row.key: json.loads(reader.read(row.shard, row.json_offset, row.json_length))["scores"].get("duplicate_of")
+        for row in rows
+    }
+    assert found == {samples[0].key: None, samples[1].key: None, samples[3].key: samples[0].key}
+    assert report.tallies["transcode"].how == {"near duplicates of another, marked": 1}
 
 
 def test_the_manifest_says_where_each_member_lies(tmp_path: Path) -> None:
