@@ -70,7 +70,10 @@ class Native:
         cells[:, 0], cells[:, 1] = on_grid(sizes[:, 0], sizes[:, 1], self.area)
         cells[:, 2] = 1 + (np.minimum(sizes[:, 2], self.max_frames or sizes[:, 2]) - 1) // TIME * TIME
         used = np.flatnonzero(~small[size_of])
-        names, which, counts = distinct(cells[size_of[used]])
+        names, cell_of, _ = distinct(cells[~small])
+        place = np.cumsum(~small) - 1  # of each size among those that are large enough
+        which = cell_of[place[size_of[used]]]
+        counts = np.bincount(which, minlength=len(names))
         buckets = [Bucket(*map(int, name)) for name in names]
         full = np.array([block(bucket) for bucket in buckets])
         parent, merged, held = merge_rare(names, counts, np.maximum(least, np.ceil(full * FILL)))
@@ -181,9 +184,10 @@ def _assignment(
         raise DataError(
             f"no sample fits a bucket: {dropped or 'the manifest is empty'}; look at buckets and the shards"
         )
-    order = np.argsort(which, kind="stable")
-    numbers, starts = np.unique(which[order], return_index=True)
-    members = tuple(np.sort(part) for part in np.split(used[order], starts[1:]))
+    which = which.astype(np.uint16 if len(buckets) < 1 << 16 else np.int64)  # 16 bits are sorted in linear time
+    order, counts = np.argsort(which, kind="stable"), np.bincount(which)
+    numbers = np.flatnonzero(counts).tolist()
+    members = tuple(np.split(used[order], np.cumsum(counts[numbers])[:-1]))
     return Assignment(
         buckets=tuple(buckets[number] for number in numbers),
         members=members,

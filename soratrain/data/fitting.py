@@ -8,21 +8,28 @@ import numpy as np
 
 GRID = 16  # pixels: VAE stride 8 × patch 2
 TIME = 4  # frames: the VAE's stride; a clip has 1 + 4k
+PART = 1 << 18  # rows that are sorted at a time, so that they stay in a core's cache
 SAME_ASPECT = 0.1  # ratios within 10 % count as equal: rounding to GRID moves them by about as much
 
 
 def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the distinct rows of [N, K] small non-negative integers, which one each row is [N], and how often each.
 
-    It sorts packed integers, a hundred times as fast as sorting rows.
+    It sorts packed integers, a hundred times as fast as sorting rows, a part at a time: few differ among millions.
     """
     bits = 63 // rows.shape[1]
     assert not len(rows) or (rows.min() >= 0 and rows.max() < 1 << bits), "sizes and durations are below 2 million"
     packed = np.zeros(len(rows), dtype=np.int64)
     for column in range(rows.shape[1]):
         packed = (packed << bits) | rows[:, column].astype(np.int64)
-    _, first, which, counts = np.unique(packed, return_index=True, return_inverse=True, return_counts=True)
-    return rows[first], which, counts
+    parts = [slice(start, start + PART) for start in range(0, len(packed), PART)]
+    found = np.unique(np.concatenate([np.unique(packed[part]) for part in parts] or [packed]))
+    which = np.empty(len(packed), dtype=np.int64)
+    for part in parts:
+        which[part] = np.searchsorted(found, packed[part])
+    shifts = bits * np.arange(rows.shape[1])[::-1]
+    unpacked = (found[:, None] >> shifts & ((1 << bits) - 1)).astype(rows.dtype)
+    return unpacked, which, np.bincount(which, minlength=len(found))
 
 
 def on_grid(height: np.ndarray, width: np.ndarray, area: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -70,8 +70,9 @@ def _fill(new: Path, found: Sequence[tuple[str, Sequence[Part]]]) -> None:
     for (folder, listed), start, stop in zip(found, starts[:-1], starts[1:], strict=True):
         part = {name: column[start:stop] for name, column in columns.items()}
         names = _read_columns(listed, part, exts)
-        order = np.lexsort((part["media_offset"], part["shard"]))
-        if (order[1:] < order[:-1]).any():
+        after, same = part["shard"][1:] > part["shard"][:-1], part["shard"][1:] == part["shard"][:-1]
+        if not (after | same & (part["media_offset"][1:] >= part["media_offset"][:-1])).all():
+            order = np.lexsort((part["media_offset"], part["shard"]))
             for column in part.values():
                 column[:] = column[order]
         part["shard"] += len(shards)
