@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import av
@@ -16,9 +16,10 @@ import soratrain
 from data_prep import output, summary
 from data_prep.encode import Encoding
 from data_prep.pack import Packed, Report, Unit, clean, pack, read_report, unit_done
-from data_prep.records import SCHEMA
+from data_prep.records import SCHEMA, Source
 from data_prep.report import write as write_report
 from data_prep.schema import PrepConfig
+from data_prep.stored import StoredUnit, stored_units
 from data_prep.workers import Limits, do_unit, do_units
 from soratrain.errors import DataError
 
@@ -32,14 +33,18 @@ def build(config: PrepConfig, console: Console) -> None:
         ConfigError: the output was made with other settings.
         DataError: there is no usable input, or the output cannot be written.
     """
-    units, report, listing = plan(config)
-    identity = output.Identity(config.identity(), listing)
+    planned = plan(config)
+    units, report, identity = planned.units, planned.report, planned.identity
     state = output.claim(config.folder, identity, fresh=config.fresh)
     if state == "done":
         console.print(f"{config.folder} is complete and was made by the same command; fresh=true makes it again")
         if not (config.folder / "report.html").is_file():  # a kill came between it and the rest
             write_report(config.folder)
         return
+    shards = output.stored(config.folder)
+    if shards is not None:
+        console.print(f"{config.folder}: only captions have changed; the media come from its own shards")
+        units = stored_units(config.folder, shards, planned.sources)
     with output.held(config.folder):
         packed = make(config, console, units, report, resumed=state == "continue")
         if not packed.totals["samples"]:
@@ -69,23 +74,36 @@ def make(config: PrepConfig, console: Console, units: Sequence[Unit], report: Re
         raise DataError(f"output={config.folder}: {reason}; the same command continues when that is mended") from error
 
 
-def plan(config: PrepConfig) -> tuple[Sequence[Unit], Report, str]:
-    """Return the units of work, a report that ingest has begun, and a hash of what the input holds."""
+@dataclass(frozen=True)
+class Plan:
+    """The units of work, a report that ingest has begun, what the build is, and the files of the input."""
+
+    units: Sequence[Unit]
+    report: Report
+    identity: output.Identity
+    sources: Sequence[Source] = ()
+
+
+def plan(config: PrepConfig) -> Plan:
+    """Return what is to be done."""
     encoding = Encoding(crf=config.video.crf, preset=config.video.preset, gop=config.video.gop)
     prep = {"config_hash": config.hash(), "versions": {"soratrain": soratrain.__version__, "av": av.__version__}}
     if config.input == "world":
         from data_prep.scenes import scene_units
 
-        return scene_units(**asdict(config.world), encoding=encoding, prep=prep), Report(), ""
+        units = scene_units(**asdict(config.world), encoding=encoding, prep=prep)
+        return Plan(units, Report(), output.Identity(config.identity(), ""))
     from data_prep.captions import Columns
     from data_prep.files import file_units
-    from data_prep.ingest import find
+    from data_prep.ingest import files_hash, find
     from data_prep.shots import Cutting
 
     report = Report()
     sources, listing = find(config.input, report, config.captions, Columns(**asdict(config.captions_columns)))
     cutting = Cutting(**asdict(config.shots))
-    return file_units(sources, cutting=cutting, encoding=encoding, license=config.license, prep=prep), report, listing
+    identity = output.Identity(config.identity(), listing, files_hash(sources))
+    made = file_units(sources, cutting=cutting, encoding=encoding, license=config.license, prep=prep)
+    return Plan(made, report, identity, sources)
 
 
 def work(folder: Path, units: Sequence[Unit], pending: Sequence[int], config: PrepConfig) -> None:
@@ -98,9 +116,8 @@ def work(folder: Path, units: Sequence[Unit], pending: Sequence[int], config: Pr
         def done(number: int) -> None:
             progress.advance(task, units[number].size)
 
-        if (
-            config.processes == 1 and config.input == "world" and config.engine == "local"
-        ):  # nothing foreign is decoded, so nothing needs watching
+        alone = config.processes == 1 and config.input == "world" and config.engine == "local"
+        if alone or isinstance(units[0], StoredUnit):  # nothing foreign is decoded, so nothing needs watching
             for number in pending:
                 do_unit(folder, number, units[number], {})
                 done(number)

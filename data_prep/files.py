@@ -20,6 +20,7 @@ from data_prep.stills import still
 from data_prep.transcode import transcode
 
 COUNTED = {"probe": "files", "transcode": "clips"}
+SEVERAL = "its caption describes the whole file, which became several clips"
 TROUBLE = (av.FFmpegError, OSError, ValueError, ArithmeticError, MemoryError)
 
 
@@ -116,20 +117,12 @@ class FileWork:
                 reason = f"every part is shorter than shots.min_seconds={unit.cutting.min_seconds:g}"
                 report.failures.append(Failure(source.uri, "shots", reason))
             return
-        captions = self.captions(len(clips))
+        captions = for_clips(source, len(clips), report)
         self.step, self.expected = "transcode", len(clips)
         report.tally("transcode", "clips").entered += len(clips)
         made = transcode(source, found, clips, captions, encoding=unit.encoding, license=unit.license, prep=unit.prep)
         for sample in made:
             yield self.finished(sample)
-
-    def captions(self, clips: int) -> tuple[Caption, ...]:
-        """Return the captions for each clip: those of the file, if the clip is the file or it is only a name."""
-        if clips > 1 and any(caption.model != FROM_NAME for caption in self.source.captions):
-            reason = f"its caption describes the whole file, which became {clips} clips"
-            self.report.failures.append(Failure(self.source.uri, "shots", reason, "the clips without that caption"))
-            return ()
-        return self.source.captions
 
     def finished(self, sample: Sample) -> Sample:
         """Score a sample, count it and return it."""
@@ -141,6 +134,14 @@ class FileWork:
         written.how["copied" if sample.copied else "encoded"] += 1
         self.made += 1
         return sample
+
+
+def for_clips(source: Source, clips: int, report: Report) -> tuple[Caption, ...]:
+    """Return the captions for each of a file's clips: the file's own, if it is one clip or they are only its name."""
+    if clips > 1 and any(caption.model != FROM_NAME for caption in source.captions):
+        report.failures.append(Failure(source.uri, "shots", SEVERAL, "the clips without that caption"))
+        return ()
+    return source.captions
 
 
 def file_units(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.captioned import captioned
@@ -68,6 +68,16 @@ def find(where: str, report: Report, captions: str | None = None, columns: Colum
         digest.update(f"{source.uri}\x1f{bytes_of(source)}\x1f{source.captions}\x1e".encode("utf-8", "replace"))
     tally.entered = tally.left = len(sources)
     return sources, digest.hexdigest()
+
+
+def files_hash(sources: Sequence[Source]) -> str:
+    """Return a hash of the sources without their captions; nothing where two have one name."""
+    if len({source.uri for source in sources}) < len(sources):
+        return ""
+    digest = hashlib.blake2b(digest_size=8)
+    for source in sources:
+        digest.update(f"{source.uri}\x1f{bytes_of(source)}\x1e".encode("utf-8", "replace"))
+    return digest.hexdigest()
 
 
 def sources_of(uri: str, path: Path, listed: bool, report: Report) -> Iterator[Source]:

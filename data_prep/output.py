@@ -29,10 +29,14 @@ PARTS = ("manifest", "captions/gt", "failures.jsonl", "stats.json")
 
 @dataclass(frozen=True)
 class Identity:
-    """What a build is: its settings, and a hash of what its input held when it began."""
+    """What a build is: its settings, and a hash of what its input held when it began.
+
+    `files` is a hash of the same without the captions; empty where nothing can be told from that.
+    """
 
     settings: dict[str, Any]
     listing: str
+    files: str = ""
 
     @property
     def hash(self) -> str:
@@ -71,10 +75,16 @@ def claim(
             with held(folder):
                 shutil.rmtree(building)
         (building / "units").mkdir(parents=True)
-        write_json(building / "state.json", {"settings": identity.settings, "listing": identity.listing})
+        write_json(building / "state.json", asdict(identity) | {"stored": _stored(dataset, identity)})
     except OSError as error:
         raise DataError(f"output={folder} cannot be written: {error.strerror}; name another folder") from error
     return "new"
+
+
+def stored(folder: Path) -> dict[str, int] | None:
+    """Return the shards, with their numbers of samples, that an unfinished build takes its media from; None of none."""
+    found: dict[str, int] | None = (_read(folder / BUILDING / "state.json") or {}).get("stored")
+    return found
 
 
 def fingerprint(dataset: dict[str, Any]) -> str:
@@ -88,6 +98,7 @@ def described(identity: Identity, packed: Packed) -> dict[str, Any]:
         "config_hash": identity.hash,
         "settings": identity.settings,
         "listing": identity.listing,
+        "files": identity.files,
         "shards": [asdict(shard) for shard in packed.shards],
         "totals": packed.totals,
         "histograms": packed.histograms,
@@ -177,6 +188,19 @@ def _indexed(found: dict[str, Any] | None) -> bool:
     return found is not None and found.get("settings", {}).get("task") == "index"
 
 
+def _stored(dataset: dict[str, Any] | None, identity: Identity) -> dict[str, int] | None:
+    """Return the shards of a finished folder from which only the captions differ."""
+    if dataset is None or not _ours(dataset) or dataset.get("settings") != identity.settings:
+        return None
+    if not _captions_only(dataset, identity):
+        return None
+    return {shard["name"]: shard["samples"] for shard in dataset["shards"]}
+
+
+def _captions_only(found: dict[str, Any], identity: Identity) -> bool:
+    return found.get("listing") != identity.listing and bool(identity.files) and found.get("files") == identity.files
+
+
 def _same(state: dict[str, Any], identity: Identity) -> bool:
     return state.get("settings") == identity.settings and state.get("listing") == identity.listing
 
@@ -192,10 +216,15 @@ def _compare(folder: Path, found: dict[str, Any], identity: Identity, what: str)
         raise ConfigError(
             f"output={folder} {what} with {', '.join(changed)}; give another output, or fresh=true to replace it"
         )
+    if _captions_only(found, identity):
+        raise ConfigError(
+            f"output={folder} {what} with other captions of the same files; fresh=true takes these, and of a finished "
+            "folder nothing is decoded again"
+        )
     if found.get("listing") != identity.listing:
         raise ConfigError(
-            f"output={folder} {what} from an input that has changed since (files added, removed or of another size, or "
-            "other captions); fresh=true builds it again"
+            f"output={folder} {what} from an input that has changed since (files added, removed or of another size); "
+            "fresh=true builds it again"
         )
 
 

@@ -23,6 +23,8 @@ from soratrain.data.atomic import replacing
 from soratrain.data.manifest import write_manifest
 from soratrain.data.shards import Shard, ShardWriter
 
+NEAR = "near duplicates of another, marked"
+
 
 @dataclass
 class Report:
@@ -113,7 +115,7 @@ def near_duplicates(units: Path, numbers: Iterable[int], report: Report) -> dict
     clips = {head["key"]: (head["scores"]["phash"], seconds_of(head["video"])) for head in heads}  # each content once
     found = duplicates([(key, *clip) for key, clip in clips.items()])
     if found:
-        report.tally("transcode", "clips").how["near duplicates of another, marked"] += len(found)
+        report.tally("transcode", "clips").how[NEAR] += len(found)
     return found
 
 

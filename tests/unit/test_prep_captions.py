@@ -352,4 +352,4 @@ def test_a_build_with_a_table_says_what_matched_and_ends_with_its_captions(
     table.rename(tmp_path / "moved.csv")
     table_of(table, [{"clip": "a1", "said": "a dog"}])
     assert main(command) == 2
-    assert "from an input that has changed since" in capsys.readouterr().err
+    assert "with other captions of the same files" in capsys.readouterr().err
