@@ -7,6 +7,7 @@ process, wherever its main thread waits.
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import threading
@@ -19,6 +20,7 @@ KEY = "soratrain/halt"
 EVERY = 0.5  # seconds between two looks
 LINGER = 3.0  # seconds for the others to see it, before this process and perhaps the store are gone
 _watched: set[int] = set()  # processes in which the thread runs
+_over = threading.Event()
 
 
 def together() -> bool:
@@ -31,7 +33,9 @@ def watch() -> None:
     if not together() or os.getpid() in _watched:
         return
     _watched.add(os.getpid())
-    threading.Thread(target=_look, name="halt", daemon=True).start()
+    thread = threading.Thread(target=_look, name="halt", daemon=True)
+    thread.start()
+    atexit.register(_end, thread)
 
 
 def announce(reason: str) -> None:
@@ -44,10 +48,15 @@ def announce(reason: str) -> None:
     time.sleep(LINGER)
 
 
+def _end(thread: threading.Thread) -> None:
+    """Let the thread end before Python does: one that is inside the store by then takes the whole process with it."""
+    _over.set()
+    thread.join(LINGER)
+
+
 def _look() -> None:
     store, own = _get_default_store(), dist.get_rank()
-    while dist.is_initialized():
-        time.sleep(EVERY)
+    while not _over.wait(EVERY) and dist.is_initialized():
         try:
             said = store.get(KEY).decode() if store.check([KEY]) else None
         except RuntimeError:  # the store went with the rank that held it: an end of the run like any other
