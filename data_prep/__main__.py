@@ -31,14 +31,15 @@ def run(argv: list[str]) -> int:
     """Compose the settings from `argv`, run the task and print its summary."""
     from rich.console import Console
 
-    from data_prep import schema
+    from data_prep.compose import compose
+    from data_prep.schema import CONF, PATHS
     from soratrain.quoting import quote
 
     console = Console(highlight=False, markup=False, soft_wrap=True)
     if any(word in ("-h", "--help") for word in argv):
-        console.print((schema.CONF / "data_prep.yaml").read_text(encoding="utf-8"))
+        console.print((CONF / "data_prep.yaml").read_text(encoding="utf-8"))
         return 0
-    config = schema.compose(quote(argv, schema.PATHS))
+    config = compose(quote(argv, PATHS))
     if config.task == "index":
         from data_prep.index import index
 
@@ -47,6 +48,10 @@ def run(argv: list[str]) -> int:
         from data_prep.select import select
 
         select(config, console)
+    elif config.task == "repack":
+        from data_prep.repack import repack
+
+        repack(config, console)
     elif config.task == "validate":
         from data_prep.validate import validate
 

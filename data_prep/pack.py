@@ -21,7 +21,7 @@ from data_prep.records import Failure, Sample, Tally, dumps
 from data_prep.similar import duplicates
 from soratrain.data.atomic import replacing
 from soratrain.data.manifest import write_manifest
-from soratrain.data.shards import Shard, ShardWriter
+from soratrain.data.shards import Placed, Shard, ShardWriter
 
 NEAR = "near duplicates of another, marked"
 
@@ -161,22 +161,18 @@ def pack(units: Path, numbers: Sequence[int], target: Path, *, max_bytes: int, r
                     record["scores"]["duplicate_of"] = alike[row["key"]]
                     row["scores"] = dumps(record["scores"])
                 placed = writer.write(row["key"], {"json": dumps(record).encode(), row["ext"]: media})
-                (json_offset, json_length), (offset, length) = placed.members["json"], placed.members[row["ext"]]
-                rows.append(
-                    row
-                    | {
-                        "shard": placed.shard,
-                        "json_offset": json_offset,
-                        "json_length": json_length,
-                        "media_offset": offset,
-                        "media_length": length,
-                        "crc32": zlib.crc32(media),
-                    }
-                )
+                rows.append(row | place_of(placed, row["ext"]) | {"crc32": zlib.crc32(media)})
                 tally.left += 1
                 count(totals, histograms, rows[-1])
     write_manifest(target, rows)
     return Packed(tuple(writer.finished), totals | {"seconds": round(totals["seconds"], 6)}, ordered(histograms))
+
+
+def place_of(placed: Placed, ext: str) -> dict[str, Any]:
+    """Return the manifest columns that say where a sample lies."""
+    (json_offset, json_length), (offset, length) = placed.members["json"], placed.members[ext]
+    places = {"json_offset": json_offset, "json_length": json_length, "media_offset": offset, "media_length": length}
+    return {"shard": placed.shard} | places
 
 
 def count(totals: dict[str, Any], histograms: dict[str, dict[str, int]], row: dict[str, Any]) -> None:

@@ -10,19 +10,18 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from data_prep import output, summary
-from data_prep.pack import Packed, Report, count, ordered
-from data_prep.records import SCHEMA, Failure
+from data_prep import output, result, summary
+from data_prep.pack import Packed, Report
+from data_prep.records import Failure
 from data_prep.report import write as write_report
 from data_prep.schema import PrepConfig, SelectConfig
 from soratrain.data.caption_table import read_original_captions
-from soratrain.data.manifest import write_captions, write_manifest
 from soratrain.data.reading import read_table
 from soratrain.data.shards import Shard
 from soratrain.errors import DataError
@@ -114,28 +113,14 @@ def make(
         tally = report.tallies["select"]
         worst = "; ".join(f"{reason} ({number})" for reason, number in tally.dropped.most_common(3))
         raise DataError(f"input={config.input}: none of {tally.entered} samples passes: {worst}; lower a threshold")
-    totals: dict[str, Any] = {"samples": 0, "videos": 0, "images": 0, "frames": 0, "seconds": 0.0, "bytes": 0}
-    histograms: dict[str, dict[str, int]] = {"size": {}, "frames": {}, "fps": {}}
-    for row in kept:
-        count(totals, histograms, row)
-    totals["seconds"] = round(totals["seconds"], 6)
     needed = {row["shard"] for row in kept}
     shards = tuple(Shard(**entry) for entry in dataset["shards"] if entry["name"] in needed)
     for shard in shards:
         link(source / shard.name, building / shard.name)
-    write_manifest(building, kept)
     keys = {row["key"] for row in kept}
     captions = [row for row in read_original_captions(source) if row["key"] in keys]
-    if captions:
-        write_captions(building / "captions" / "gt" / "part-00000.parquet", captions)
-    output.write_lines(building / "failures.jsonl", [asdict(failure) for failure in report.failures])
-    funnel = [tally.as_dict() for tally in report.tallies.values()]
-    came = round(report.seconds, 6)
-    output.write_json(
-        building / "stats.json", {"schema": SCHEMA, "funnel": funnel, "seconds": {"in": came, "out": totals["seconds"]}}
-    )
-    packed = Packed(shards, totals, ordered(histograms))
-    output.publish(config.folder, output.described(identity, packed))
+    packed = result.packed_of(shards, kept)
+    result.publish(config.folder, identity, packed, kept, captions, report)
     return packed
 
 

@@ -26,6 +26,7 @@ from data_prep.media import Unusable
 from data_prep.schema import PrepConfig, hash_of
 from soratrain.data.atomic import replacing
 from soratrain.data.caption_table import read_original_captions
+from soratrain.data.members import json_object
 from soratrain.data.reading import read_table
 from soratrain.errors import DataError
 
@@ -219,17 +220,13 @@ def check_row(file: Any, row: Row, layout: Layout, decode: bool) -> Iterator[tup
 
 def check_record(text: bytes, row: Row) -> Iterator[str]:
     """Yield what is wrong with a sample's K.json."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
     try:
-        record = json.loads(text, parse_constant=refuse)
-    except ValueError as error:
-        yield f"its JSON cannot be read: {error}"
+        record = json_object(text)
+    except DataError as error:
+        yield str(error)
         return
     if not ours(record, row["key"]):
-        if isinstance(record, dict) and "prep" in record and record.get("key") != row["key"]:
+        if "prep" in record and record.get("key") != row["key"]:
             yield f"its JSON is of sample {record.get('key')}"
         return
     video = record["video"]

@@ -16,11 +16,6 @@ from soratrain.data.shards import ShardReader
 from soratrain.errors import DataError
 
 
-def _refuse(constant: str) -> None:
-    """Take NaN and Infinity for what they are in JSON: an error."""
-    raise ValueError(f"{constant} is not JSON")
-
-
 def range_of(row: Row) -> Range:
     """Return where a sample's members lie: shard, offset and length in bytes."""
     start = min(row.json_offset, row.media_offset)
@@ -97,12 +92,20 @@ def read_members(reader: Reader, row: Row) -> tuple[dict[str, Any], bytes]:
     media = data[row.media_offset - start : row.media_offset - start + row.media_length]
     if zlib.crc32(media) != row.crc32:
         raise DataError("its bytes are not those that the manifest knows (CRC-32)")
+    # a foreign sample may have no JSON: nothing is known of it but what the manifest says
+    return json_object(data[row.json_offset - start : row.json_offset - start + row.json_length] or b"{}"), media
+
+
+def json_object(text: bytes) -> dict[str, Any]:
+    """Return a sample's K.json. Raises DataError where it is no JSON object: NaN and Infinity are not JSON either."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
     try:
-        # a foreign sample may have no JSON: nothing is known of it but what the manifest says
-        text = data[row.json_offset - start : row.json_offset - start + row.json_length] or b"{}"
-        header = json.loads(text, parse_constant=_refuse)
-    except ValueError as error:
+        value = json.loads(text, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"its K.json cannot be read: {error}") from error
-    if not isinstance(header, dict):
-        raise DataError(f"its K.json holds a {type(header).__name__}, not an object")
-    return header, media
+    if not isinstance(value, dict):
+        raise DataError(f"its K.json holds a {type(value).__name__}, not an object")
+    return value

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.__main__ import main
-from data_prep.schema import PATHS, PrepConfig, compose, keys_of
+from data_prep.compose import compose, keys_of
+from data_prep.schema import PATHS, PrepConfig
 from soratrain.errors import ConfigError
 from soratrain.quoting import quote
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import schema as prep_schema
+from data_prep import compose as prep_compose
+from data_prep.schema import PATHS
 from soratrain.compose import TEXT_KEYS
 from soratrain.quoting import quote
 from soratrain.run import prepare
@@ -30,7 +31,7 @@ def test_the_readme_shows_every_stage():
 def test_a_command_of_the_readme_composes(command):
     module, *words = shlex.split(command)
     if module == "data_prep":
-        assert prep_schema.compose(quote(words, prep_schema.PATHS)).output
+        assert prep_compose.compose(quote(words, PATHS)).output
         return
     words = [word for word in words if word != "--cfg"]
     runs = combinations(quote(words[1:], TEXT_KEYS)) if words[0] == "-m" else [quote(words, TEXT_KEYS)]
