@@ -131,7 +131,7 @@ class FileWork:
         sample = replace(sample, record=sample.record | {"scores": scores})
         written = self.report.tally("transcode", "clips")
         written.left += 1
-        written.how["copied" if sample.copied else "encoded"] += 1
+        written.how[sample.how] += 1
         self.made += 1
         return sample
 

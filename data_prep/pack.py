@@ -79,7 +79,7 @@ def write_unit(folder: Path, number: int, samples: Iterable[Sample], report: Rep
     """Write a unit's samples as they come, then its report, which `samples` may still fill while it is read."""
     with replacing(folder / f"{number:06d}.tar") as temporary, tarfile.open(temporary, "w") as tar:
         for sample in samples:
-            header = dumps({"row": sample.row(), "record": sample.record, "copied": sample.copied})
+            header = dumps({"row": sample.row(), "record": sample.record})
             for name, data in (("head", header.encode()), ("media", sample.media)):
                 info = tarfile.TarInfo(name)
                 info.size = len(data)

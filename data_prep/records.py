@@ -18,6 +18,7 @@ from data_prep.members import File
 SCHEMA = 1  # of K.json, dataset.json and stats.json
 
 Kind = Literal["video", "image"]
+How = Literal["copied", "remuxed", "encoded"]  # a media member came to be
 
 
 FROM_NAME = "filename"  # the `model` of a caption that is only the words of a file's name
@@ -138,7 +139,12 @@ class Sample:
     ext: str
     media: bytes
     record: dict[str, Any]
-    copied: bool = False
+
+    @property
+    def how(self) -> How:
+        """How the media came to be: the file itself, its packets in another container, or encoded anew."""
+        how: How = self.record["video"]["how"]
+        return how
 
     def row(self) -> dict[str, Any]:
         """Return the manifest columns that do not depend on where the sample is packed."""
@@ -214,7 +220,7 @@ def make_sample(
     video: dict[str, Any],
     captions: tuple[Caption, ...],
     prep: dict[str, Any],
-    copied: bool = False,
+    how: How = "encoded",
 ) -> Sample:
     """Return a sample with its key and K.json; `source` has id, uri, start_us, end_us and license."""
     key = key_of(source["id"], source["start_us"], source["end_us"])
@@ -222,9 +228,9 @@ def make_sample(
         "schema": SCHEMA,
         "key": key,
         "source": source,
-        "video": video,
+        "video": video | {"how": how},
         "scores": {},
         "captions": [asdict(caption) for caption in captions],
         "prep": prep,
     }
-    return Sample(key, kind, ext, media, record, copied)
+    return Sample(key, kind, ext, media, record)

@@ -56,7 +56,7 @@ def still(source: Source, *, license: str, prep: dict[str, Any]) -> Sample:
         video=video,
         captions=source.captions,
         prep=prep,
-        copied=copied,
+        how="copied" if copied else "encoded",
     )
 
 

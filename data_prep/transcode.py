@@ -1,7 +1,8 @@
 """Clips of a video to the one form that shards hold: upright, square pixels, even size, constant rate, 8-bit 4:2:0.
 
-Playback speed never changes: a frame of the result shows what the source showed at that time. A file that is already
-in this form, and used whole, is copied byte for byte.
+Playback speed never changes: a frame of the result shows what the source showed at that time. Nothing is encoded again
+without need: an MP4 that is already in this form, and used whole, is copied byte for byte; where only its container is
+not, the stream's packets are (`remux`).
 """
 
 from __future__ import annotations
@@ -17,27 +18,25 @@ from data_prep import hdr
 from data_prep.convert import converted, size_of
 from data_prep.encode import Encoder, Encoding
 from data_prep.media import UPRIGHT, Unusable, decoded, opened, video_stream
-from data_prep.records import Caption, Probe, Sample, Source, Span, make_sample
+from data_prep.records import Caption, How, Probe, Sample, Source, Span, make_sample
+from data_prep.remux import remuxed
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A finished media member: its bytes, frames, most frames between key frames, and whether it is the file itself."""
+    """A finished media member: its bytes, frames, most frames between key frames, and how it came to be."""
 
     media: bytes
     frames: int
     gop: int
-    copied: bool
+    how: How
 
 
-def is_right(source: Source, probe: Probe, encoding: Encoding) -> bool:
-    """Return whether a file can go into a shard as it is."""
+def is_right(probe: Probe, encoding: Encoding) -> bool:
+    """Return whether the packets of a whole video can go into a shard as they are."""
     picture = probe.picture
     return (
-        source.path.suffix.lower() == ".mp4"
-        and "mp4" in probe.container
-        and probe.streams == 1
-        and probe.codec == "h264"
+        probe.codec == "h264"
         and picture.pix_fmt == "yuv420p"
         and not picture.full_range
         and picture.turn == UPRIGHT
@@ -49,6 +48,21 @@ def is_right(source: Source, probe: Probe, encoding: Encoding) -> bool:
         and probe.headed
         and not probe.damage
     )
+
+
+def is_alone(source: Source, probe: Probe) -> bool:
+    """Return whether a file is an MP4 with one stream and nothing else."""
+    return source.path.suffix.lower() == ".mp4" and "mp4" in probe.container and probe.streams == 1
+
+
+def kept(source: Source, probe: Probe, encoding: Encoding) -> Encoded | None:
+    """Return a whole video whose packets are right without encoding it; None where it has to be encoded."""
+    if not is_right(probe, encoding):
+        return None
+    if is_alone(source, probe):
+        return Encoded(source.path.read_bytes(), len(probe.times), probe.gop, "copied")
+    found = remuxed(source, probe, encoding.gop)
+    return Encoded(found.media, len(probe.times), found.gop, "remuxed") if found else None
 
 
 def resampled(probe: Probe, span: Span) -> list[int]:
@@ -84,10 +98,8 @@ def transcode(
     """
     if min(size_of(probe.picture)) < 2:
         raise Unusable(f"the picture is only {probe.picture.width}x{probe.picture.height} pixels")
-    if len(spans) == 1 and spans[0].whole and is_right(source, probe, encoding):
-        media = source.path.read_bytes()
-        encoded = Encoded(media, len(probe.times), probe.gop, copied=True)
-        yield sample_of(source, probe, spans[0], captions, encoded, license=license, prep=prep)
+    if len(spans) == 1 and spans[0].whole and (whole := kept(source, probe, encoding)):
+        yield sample_of(source, probe, spans[0], captions, whole, license=license, prep=prep)
         return
     queue = iter(spans)
     span = next(queue, None)
@@ -106,7 +118,7 @@ def transcode(
             while encoder.frames < len(shows) and shows[encoder.frames] == index:
                 encoder.add(frame)
             if index == span.stop - 1:
-                encoded = Encoded(encoder.finish(), encoder.frames, encoder.gop, copied=False)
+                encoded = Encoded(encoder.finish(), encoder.frames, encoder.gop, "encoded")
                 yield sample_of(source, probe, span, captions, encoded, license=license, prep=prep)
                 span, encoder = next(queue, None), None
     if span is not None:
@@ -172,5 +184,5 @@ def sample_of(
         video=video,
         captions=captions,
         prep=prep,
-        copied=encoded.copied,
+        how=encoded.how,
     )

@@ -75,7 +75,7 @@ def test_a_file_comes_out_in_the_colours_that_the_formulas_give(
 ) -> None:
     (sample,), _ = prepared(write_hdr(tmp_path / "a.mp4", signal, transfer))
     assert sample.record["video"]["orig"]["hdr"] == {PQ: "PQ", HLG: "HLG"}[transfer]
-    assert sample.record["video"]["pix_fmt"] == "yuv420p" and not sample.copied
+    assert sample.record["video"]["pix_fmt"] == "yuv420p" and sample.how == "encoded"
     expected = 255 * to_sdr(np.array(signal), transfer)
     made = frames_of(sample.media)[5][24, 32].astype(float)
     assert np.abs(made - expected).max() < 5, (made, expected)
