@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import av
 
 from data_prep import hdr
+from data_prep.alpha import laid
 from data_prep.media import UPRIGHT
 from data_prep.records import Picture
 
@@ -42,6 +44,8 @@ def converted(frames: Iterable[av.VideoFrame], picture: Picture, time_base: Any)
     """Yield as many frames as come in, upright, of even size, yuv420p, BT.709 in limited range."""
     graph = av.filter.Graph()
     graph.threads = 1
+    if picture.alpha == "laid on white":
+        frames, picture = map(laid, frames), replace(picture, pix_fmt="rgb24")
     for step, frame in enumerate(frames):
         if step == 0:
             configure(graph, picture, frame, time_base)
@@ -55,7 +59,8 @@ def converted(frames: Iterable[av.VideoFrame], picture: Picture, time_base: Any)
 def configure(graph: Any, picture: Picture, frame: av.VideoFrame, time_base: Any) -> None:
     """Build the chain of filters: deinterlace, square and even, 8-bit 4:2:0 in BT.709, then turn upright."""
     width, height = size_of(picture)
-    chain = [("bwdif", "mode=send_frame:deint=interlaced")] if picture.interlaced else []
+    which = "all" if picture.alpha == "laid on white" else "interlaced"  # laid frames do not say what they are
+    chain = [("bwdif", f"mode=send_frame:deint={which}")] if picture.interlaced else []
     if picture.aspect == 1 and (width, height) != (picture.width, picture.height):
         chain.append(("crop", f"w={width}:h={height}:x=0:y=0:exact=1"))
     ranges = f"in_range={'full' if picture.full_range else 'limited'}:out_range=limited"

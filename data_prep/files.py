@@ -9,6 +9,7 @@ from typing import Any
 import av
 
 from data_prep import pulse
+from data_prep.alpha import WHY
 from data_prep.encode import Encoding
 from data_prep.media import Unusable
 from data_prep.pack import Report
@@ -112,6 +113,8 @@ class FileWork:
             used = f"the {found.end:.3g} s before it" if clips else ""
             report.failures.append(Failure(source.uri, "probe", found.damage, used))
             probed.how["damaged"] += 1
+        if clips and found.picture.alpha in WHY:
+            report.failures.append(Failure(source.uri, "probe", WHY[found.picture.alpha], "the picture without it"))
         if not clips:
             if not found.damage:
                 reason = f"every part is shorter than shots.min_seconds={unit.cutting.min_seconds:g}"

@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import av
+from av.codec.codec import UnknownCodecError
 from av.stream import Disposition
 
 from data_prep import pulse
 from data_prep.members import File, Member
 
 UPRIGHT = (1, 0, 0, 1)
+STRICT = {"err_detect": "explode"}  # or damage would be painted over in silence
+LIBVPX = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"}
 
 
@@ -107,7 +110,7 @@ def video_stream(container: Any) -> Any:
     if stream.codec_context is None:
         raise Unusable("its video codec is one that FFmpeg cannot decode")
     stream.codec_context.thread_count = 1
-    stream.codec_context.options = {"err_detect": "explode"}  # or damage would be painted over in silence
+    stream.codec_context.options = STRICT
     return stream
 
 
@@ -117,9 +120,28 @@ def area(stream: Any) -> int:
     return -1 if context is None else context.width * context.height
 
 
+def hides_alpha(stream: Any) -> bool:
+    """Return whether transparency lies beside the picture (WebM), where FFmpeg's own decoders pass over it."""
+    return stream.codec_context.name in LIBVPX and stream.metadata.get("alpha_mode") == "1"
+
+
+def decoder_of(stream: Any) -> Any:
+    """Return what decodes a stream: libvpx where transparency lies beside the picture, if it is there; else its own."""
+    own = stream.codec_context
+    if not hides_alpha(stream):
+        return own
+    try:
+        decoder = av.CodecContext.create(LIBVPX[own.name], "r")
+    except UnknownCodecError:
+        return own
+    decoder.extradata, decoder.thread_count, decoder.options = own.extradata, 1, STRICT
+    return decoder
+
+
 def decoded(container: Any, stream: Any, damage: Callable[[str], None]) -> Iterator[av.VideoFrame]:
     """Yield the frames of `stream` as they are shown, up to the first that is damaged; `damage` is told why it is."""
     count, size, broken = 0, None, ""
+    decoder = decoder_of(stream)
     try:
         packets = iter(container.demux(stream))
         while not broken:
@@ -127,12 +149,12 @@ def decoded(container: Any, stream: Any, damage: Callable[[str], None]) -> Itera
                 packet = next(packets, None)
                 if packet is None:
                     return
-                frames = packet.decode()
+                frames = decoder.decode(packet)
             except av.EOFError:
                 return
             except (av.FFmpegError, OSError) as error:
                 broken = f"the stream is damaged after frame {{}} ({getattr(error, 'strerror', None) or error})"
-                frames = flush(stream)
+                frames = flush(decoder)
             for frame in frames:
                 size = size or (frame.width, frame.height, frame.format.name)
                 if frame.is_corrupt:
@@ -151,10 +173,10 @@ def decoded(container: Any, stream: Any, damage: Callable[[str], None]) -> Itera
             damage(broken.format(count))
 
 
-def flush(stream: Any) -> list[av.VideoFrame]:
+def flush(decoder: Any) -> list[av.VideoFrame]:
     """Return the frames that a decoder still holds."""
     try:
-        return stream.codec_context.decode(None)
+        return list(decoder.decode(None))
     except (av.FFmpegError, OSError):
         return []
 

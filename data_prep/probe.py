@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from statistics import median
@@ -12,7 +13,8 @@ from typing import Any
 import av
 
 from data_prep import pulse
-from data_prep.media import Unusable, cut_off, decoded, opened, turn_of, video_stream
+from data_prep.alpha import AlphaWatch, has_alpha
+from data_prep.media import Unusable, cut_off, decoded, hides_alpha, opened, turn_of, video_stream
 from data_prep.members import File
 from data_prep.records import Cut, Picture, Probe, Source
 
@@ -27,7 +29,7 @@ PART = 1 << 22  # bytes read at once for a hash
 
 
 def probe(source: Source, watch: Callable[[av.VideoFrame], None], cuts: Callable[[], tuple[Cut, ...]]) -> Probe:
-    """Decode all of a video; `watch` sees each frame, and `cuts` is asked afterwards where shots begin.
+    """Decode all of a video; `watch` sees each frame as it is shown, and `cuts` is asked afterwards where shots begin.
 
     Raises:
         Unusable: it cannot be opened, has no video, or no frame of it can be decoded.
@@ -36,18 +38,20 @@ def probe(source: Source, watch: Callable[[av.VideoFrame], None], cuts: Callable
     stamps: list[tuple[int | None, int | None, int]] = []
     picture: Picture | None = None
     keys: list[int] = []
-    interlaced = False
+    interlaced = lost = False
+    alpha = AlphaWatch()
     with opened(source.path) as container:
         stream = video_stream(container)
         tick = float(stream.time_base)
         for frame in decoded(container, stream, damages.append):
             if picture is None:
                 picture = picture_of(frame, stream)
+                lost = hides_alpha(stream) and not has_alpha(frame)
             interlaced = interlaced or frame.interlaced_frame
             if frame.key_frame:
                 keys.append(len(stamps))
             stamps.append((frame.pts, frame.dts, frame.duration or 0))
-            watch(frame)
+            watch(alpha.seen(frame))
         if picture is None:
             raise Unusable("no frame could be decoded" + (f": {damages[0].format(0)}" if damages else ""))
         if not damages and (cut_off(source.path) or len(stamps) < stream.frames and container.format.name == "avi"):
@@ -64,7 +68,7 @@ def probe(source: Source, watch: Callable[[av.VideoFrame], None], cuts: Callable
             codec=stream.codec_context.name,
             stream=stream.index,
             streams=len(container.streams),
-            picture=Picture(**{**vars(picture), "interlaced": interlaced}),
+            picture=replace(picture, interlaced=interlaced, alpha="lost" if lost else alpha.result),
             times=tuple(times),
             end=len(times) / float(rate) if constant else end,
             rate=rate,

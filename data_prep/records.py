@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
+from data_prep.alpha import Alpha
 from data_prep.members import File
 
 SCHEMA = 1  # of K.json, dataset.json and stats.json
@@ -60,6 +61,7 @@ class Picture:
         interlaced: whether any frame is made of two fields.
         full_range: whether black is 0 and white 255, rather than 16 and 235.
         matrix, transfer: H.273 codes of the matrix and the transfer characteristic; 2 is unspecified.
+        alpha: what becomes of its transparency; empty where it has none.
     """
 
     width: int
@@ -71,6 +73,7 @@ class Picture:
     full_range: bool = False
     matrix: int = 2
     transfer: int = 2
+    alpha: Alpha = ""
 
     @property
     def sideways(self) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import av
 import numpy as np
 
+from data_prep.alpha import on_white, transparent
 from data_prep.encode import encode_png
 from data_prep.media import UPRIGHT, Unusable, decoded, opened, turn_of, video_stream
 from data_prep.probe import hash_file
@@ -58,20 +58,6 @@ def still(source: Source, *, license: str, prep: dict[str, Any]) -> Sample:
         prep=prep,
         how="copied" if copied else "encoded",
     )
-
-
-def transparent(frame: av.VideoFrame) -> bool:
-    """Return whether any pixel of an image lets through what is behind it."""
-    if not any(part.is_alpha for part in frame.format.components) and frame.format.name != "pal8":
-        return False
-    return bool((frame.to_ndarray(format="rgba")[..., 3] < 255).any())
-
-
-def on_white(frame: av.VideoFrame) -> np.ndarray:
-    """Return an image with transparency as uint8 RGB `[H, W, 3]` before a white ground."""
-    pixels = frame.to_ndarray(format="rgba").astype(np.uint16)
-    alpha = pixels[..., 3:]
-    return ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def turned(pixels: np.ndarray, turn: tuple[int, int, int, int]) -> np.ndarray:

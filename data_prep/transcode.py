@@ -171,6 +171,7 @@ def sample_of(
             "aspect": [picture.aspect.numerator, picture.aspect.denominator],
             "interlaced": picture.interlaced,
             "full_range": picture.full_range,
+            "alpha": picture.alpha,
             "hdr": hdr.NAMES.get(picture.transfer, ""),
             "damage": probe.damage,
         },
