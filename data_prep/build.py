@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,17 +11,17 @@ from pathlib import Path
 
 import av
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import soratrain
-from data_prep import output, summary
+from data_prep import output, pulse, summary
 from data_prep.encode import Encoding
+from data_prep.live import Live
 from data_prep.pack import Packed, Report, Unit, clean, pack, read_report, unit_done
 from data_prep.records import SCHEMA, Source
 from data_prep.report import write as write_report
 from data_prep.schema import PrepConfig
 from data_prep.stored import StoredUnit, stored_units
-from data_prep.workers import Limits, do_unit, do_units
+from data_prep.workers import Doing, Limits, do_unit, do_units
 from soratrain.errors import DataError
 
 STEPS = ("ingest", "render", "probe", "shots", "transcode", "pack")
@@ -63,7 +64,7 @@ def make(config: PrepConfig, console: Console, units: Sequence[Unit], report: Re
     if resumed:
         console.print(f"{config.folder}: continuing, {len(units) - len(pending)} of {len(units)} units were done")
     try:
-        work(building / "units", units, pending, config)
+        work(building / "units", units, pending, config, report)
         for number in range(len(units)):
             report.add(read_report(building / "units", number))
         shutil.rmtree(building / "shards", ignore_errors=True)
@@ -106,29 +107,26 @@ def plan(config: PrepConfig) -> Plan:
     return Plan(made, report, identity, sources)
 
 
-def work(folder: Path, units: Sequence[Unit], pending: Sequence[int], config: PrepConfig) -> None:
-    """Do the pending units with a progress bar; an interruption loses only those that are under way."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        total = sum(unit.size for unit in units)
-        task = progress.add_task("data_prep", total=total, completed=total - sum(units[n].size for n in pending))
-
-        def done(number: int) -> None:
-            progress.advance(task, units[number].size)
-
+def work(folder: Path, units: Sequence[Unit], pending: Sequence[int], config: PrepConfig, begun: Report) -> None:
+    """Do the pending units and show how far it is; an interruption loses only those that are under way."""
+    unit, result = ("scenes", "render") if config.input == "world" else ("files", "transcode")
+    with Live("build", folder, units, pending, begun=begun, steps=STEPS, result=result, unit=unit) as live:
         alone = config.processes == 1 and config.input == "world" and config.engine == "local"
         if alone or isinstance(units[0], StoredUnit):  # nothing foreign is decoded, so nothing needs watching
             for number in pending:
+                live.doing([Doing(number, pulse.NOWHERE, time.monotonic())])
                 do_unit(folder, number, units[number], {})
-                done(number)
+                live.done(number)
             return
         limits = Limits(**asdict(config.limits))
         if config.engine == "slurm":
             from data_prep.slurm import Array, do_units_as_jobs
 
-            do_units_as_jobs(folder, units, pending, array=Array(**asdict(config.slurm)), limits=limits, done=done)
+            do_units_as_jobs(folder, units, pending, array=Array(**asdict(config.slurm)), limits=limits, done=live.done)
         else:
-            do_units(folder, units, pending, processes=config.processes, limits=limits, done=done)
+            do_units(
+                folder, units, pending, processes=config.processes, limits=limits, done=live.done, doing=live.doing
+            )
 
 
 def finish(config: PrepConfig, identity: output.Identity, report: Report, packed: Packed) -> None:

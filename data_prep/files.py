@@ -40,6 +40,10 @@ class FileUnit:
         """How many files it has."""
         return len(self.sources)
 
+    def name(self, file: int) -> str:
+        """Return the name of one of them."""
+        return "" if file == pulse.NOWHERE else self.sources[file].uri
+
     def samples(self, report: Report, skips: Mapping[int, str] | None = None) -> Iterator[Sample]:
         """Yield the samples of each file; what cannot be used is recorded with its reason."""
         for number, source in enumerate(self.sources):

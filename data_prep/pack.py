@@ -54,6 +54,9 @@ class Unit(Protocol):
     def size(self) -> int:
         """How many files or scenes it is made of."""
 
+    def name(self, file: int) -> str:
+        """Return what a person would call its file number `file`; with pulse.NOWHERE all of it, or nothing."""
+
     def samples(self, report: Report, skips: Mapping[int, str] | None = None) -> Iterator[Sample]:
         """Yield its samples and count in `report` what entered and left each step.
 

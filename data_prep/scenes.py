@@ -30,6 +30,10 @@ class SceneUnit:
         """How many samples it will give."""
         return self.stop - self.first
 
+    def name(self, file: int) -> str:
+        """Return which scenes they are."""
+        return f"scenes {self.first} to {self.stop - 1}"
+
     def samples(self, report: Report, skips: Mapping[int, str] | None = None) -> Iterator[Sample]:
         """Render and encode each scene."""
         from data_prep.world import World

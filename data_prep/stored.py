@@ -105,6 +105,10 @@ class StoredUnit:
     size: int
     first: bool
 
+    def name(self, file: int) -> str:
+        """Return the shard's name."""
+        return self.shard
+
     def samples(self, report: Report, skips: Mapping[int, str] | None = None) -> Iterator[Sample]:
         """Yield the samples with the captions that their files have now."""
         if self.first:

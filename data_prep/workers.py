@@ -48,6 +48,15 @@ class Limits:
         return int(self.memory_gb * 2**30)
 
 
+@dataclass(frozen=True)
+class Doing:
+    """What a worker is at: file `file` (or pulse.NOWHERE) of unit `number`, since a time of `time.monotonic()`."""
+
+    number: int
+    file: int
+    since: float
+
+
 def do_units(
     folder: Path,
     units: Sequence[Unit] | Mapping[int, Unit],
@@ -56,10 +65,11 @@ def do_units(
     processes: int,
     limits: Limits,
     done: Callable[[int], None],
+    doing: Callable[[list[Doing]], None] = lambda workers: None,
 ) -> None:
     """Do the `pending` units and leave their results in `folder`; `done` is told the number of each as it ends.
 
-    An interruption loses only those that are under way.
+    `doing` is told a few times a second what the workers are at. An interruption loses only what is under way.
 
     Raises:
         DataError: a worker died outside any file.
@@ -77,6 +87,7 @@ def do_units(
             for seat in seats:
                 if seat.busy and seat.look():
                     done(seat.number)
+            doing([seat.doing for seat in seats if seat.busy])
     finally:
         for seat in seats:
             seat.end()
@@ -93,12 +104,20 @@ class Seat:
         self._pipe: Connection | None = None
         self._cell: Any = None
         self._seen, self._since = 0, 0.0
+        self._file, self._began = pulse.NOWHERE, 0.0  # the file that it is at, and since when
         self._killed: set[tuple[int, int]] = set()  # (unit, file) at which somebody killed the process once
 
     @property
     def ends(self) -> list[Any]:
         """What to wait on: a message, or the process's end."""
         return [self._pipe, self._process.sentinel]
+
+    @property
+    def doing(self) -> Doing:
+        """What the worker is at."""
+        if self._cell[0] != self._file:
+            self._file, self._began = self._cell[0], time.monotonic()
+        return Doing(self.number, self._file, self._began)
 
     def give(self, number: int, unit: Unit) -> None:
         """Let the worker do a unit."""
@@ -114,6 +133,7 @@ class Seat:
         self.busy, self.number, self._unit = True, number, unit
         self._cell[0] = pulse.NOWHERE
         self._seen, self._since = self._cell[1], time.monotonic()
+        self._file, self._began = pulse.NOWHERE, self._since
         with suppress(BrokenPipeError):  # it died just now, which `look` will find
             self._pipe.send((number, unit, read_skips(self.folder, number)))
 

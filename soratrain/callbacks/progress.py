@@ -11,25 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from soratrain.amounts import duration, short
 from soratrain.callbacks.metrics import Metrics
 from soratrain.callbacks.step import StepCallback
 from soratrain.stages.base import TrainStage
 
 log = logging.getLogger(__name__)
-
-
-def short(value: float) -> str:
-    """Return a rate with three digits and a unit: 12.3k."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time as h:mm:ss."""
-    whole = max(round(seconds), 0)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
 class Progress(StepCallback):

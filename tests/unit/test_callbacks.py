@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from soratrain.amounts import duration, short
 from soratrain.callbacks import loggers
 from soratrain.callbacks.metrics import DivergedError, Metrics, append_row, captions_shown, read_rows, shown, write_rows
-from soratrain.callbacks.progress import duration, short
 from soratrain.errors import UserError
 from soratrain.stages.base import TrainStage
 
@@ -98,7 +98,7 @@ def test_metrics_that_cannot_be_written_anew_stay_as_they_were(tmp_path: Path) -
 
 
 def test_rates_and_times_read_well() -> None:
-    assert [short(value) for value in (12.34, 1234, 5.6e6)] == ["12.3", "1.23k", "5.6M"]
+    assert [short(value) for value in (12.34, 1234, 999_900, 5.6e6)] == ["12.3", "1.23k", "1M", "5.6M"]
     assert [duration(value) for value in (0, 75, 3661)] == ["0:00:00", "0:01:15", "1:01:01"]
 
 

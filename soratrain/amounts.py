@@ -1,0 +1,23 @@
+"""Numbers as people read them while something is at work."""
+
+from __future__ import annotations
+
+
+def short(value: float) -> str:
+    """Return a rate with three digits and a unit: 12.3k."""
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * limit:  # which three digits round up
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes with three digits and a unit: 12.3 MB."""
+    text = short(count)
+    return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
+
+
+def duration(seconds: float) -> str:
+    """Return a time as h:mm:ss."""
+    whole = max(round(seconds), 0)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
