@@ -91,7 +91,8 @@ def read_members(reader: Reader, row: Row) -> tuple[dict[str, Any], bytes]:
     data = reader.read(shard, start, length)
     media = data[row.media_offset - start : row.media_offset - start + row.media_length]
     if zlib.crc32(media) != row.crc32:
-        raise DataError("its bytes are not those that the manifest knows (CRC-32)")
+        changed = "it is damaged, or its shard was written again after it was indexed"
+        raise DataError(f"its bytes are not those that the manifest knows (CRC-32): {changed}")
     # a foreign sample may have no JSON: nothing is known of it but what the manifest says
     return json_object(data[row.json_offset - start : row.json_offset - start + row.json_length] or b"{}"), media
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
+import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ from soratrain.data.reading import read_manifest
 from soratrain.errors import ConfigError, DataError
 
 VICTIM = 2
+STALE = r"its bytes are not those that the manifest knows \(CRC-32\): .* written again after it was indexed"
 
 
 @pytest.fixture
@@ -85,6 +90,32 @@ def test_a_truncated_shard_loses_the_samples_behind_its_end_and_no_other(folder,
     lost = {row.key for row in rows if row.media_offset + row.media_length > cut}
     assert len(lost) == 3 and not keys & lost
     assert {json.loads(line)["key"] for line in (tmp_path / "q").read_text().splitlines()} <= lost
+
+
+def rewritten(folder: Path) -> None:
+    """Write the shards again with their samples in another order, as somebody's script would; no table is told."""
+    for path in folder.glob("*.tar"):
+        with tarfile.open(path) as tar:
+            members = [(item, tar.extractfile(item).read()) for item in tar]  # type: ignore[union-attr]
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            for item, data in sorted(members, key=lambda member: member[0].name, reverse=True):
+                tar.addfile(item, io.BytesIO(data))
+
+
+def test_shards_written_again_after_their_manifest_stop_the_run_with_the_reason(folder, tmp_path):
+    rewritten(folder)
+    with pytest.raises(DataError, match=STALE):
+        list(cached(str(folder), quarantine=str(tmp_path / "q"), max_bad=0.05).loader(0, 20))
+    reasons = {json.loads(line)["reason"] for line in (tmp_path / "q").read_text().splitlines()}
+    assert len(reasons) == 1 and re.search(STALE, reasons.pop())
+
+
+def test_the_manifest_of_another_build_stops_the_run_with_the_reason(folder, tmp_path):
+    other = write_latents(tmp_path / "other", SHAPES[1:])
+    shutil.rmtree(folder / "manifest")
+    shutil.copytree(other / "manifest", folder / "manifest")
+    with pytest.raises(DataError, match=STALE):
+        list(cached(str(folder), quarantine=str(tmp_path / "q"), max_bad=0.05).loader(0, 20))
 
 
 def test_a_bucket_of_one_sample_gives_it_alone(tmp_path):
