@@ -34,6 +34,7 @@ class Report:
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
     captions: Matched | None = None  # of the whole input
+    sha256: str = ""  # of the tar that was read, where that is the unit
 
     def tally(self, step: str, unit: str) -> Tally:
         """Return the tally of `step`, which counts `unit` (files or clips)."""
@@ -91,6 +92,7 @@ def write_unit(folder: Path, number: int, samples: Iterable[Sample], report: Rep
         "tallies": [tally.as_dict() for tally in report.tallies.values()],
         "failures": [asdict(failure) for failure in report.failures],
         "seconds": report.seconds,
+        "sha256": report.sha256,
     }
     with replacing(folder / f"{number:06d}.json") as temporary:
         temporary.write_text(dumps(value), encoding="utf-8")
@@ -101,7 +103,7 @@ def read_report(folder: Path, number: int) -> Report:
     value = json.loads((folder / f"{number:06d}.json").read_text(encoding="utf-8"))
     tallies = [Tally.from_dict(row) for row in value["tallies"]]
     failures = [Failure(**row) for row in value["failures"]]
-    return Report({tally.step: tally for tally in tallies}, failures, value["seconds"])
+    return Report({tally.step: tally for tally in tallies}, failures, value["seconds"], sha256=value.get("sha256", ""))
 
 
 def read_heads(folder: Path, number: int) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,7 @@ from rich.console import Console
 
 import soratrain
 from data_prep import output, result, summary
-from data_prep.index import ours
+from data_prep.indexed import ours
 from data_prep.pack import Packed, Report, clean, place_of, seconds_of
 from data_prep.records import SCHEMA, Failure, dumps
 from data_prep.report import write as write_report

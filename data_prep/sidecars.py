@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path, PurePath
 
 from data_prep.members import File
@@ -22,16 +22,43 @@ def beside(path: Path) -> list[Path]:
     return [item for item in found if item != path and item.is_file()]
 
 
-def captions_of(files: Iterable[File], uri: str, report: Report) -> Iterator[Caption]:
-    """Yield the captions in the text and JSON files that belong to `uri`; one that cannot be read is reported."""
+def captions_of(files: Iterable[File], uri: str, report: Report) -> list[Caption]:
+    """Return the captions in the text and JSON files that belong to `uri`; one that cannot be read is reported."""
+    found, wrong = read_captions(files)
+    for name, why in wrong:
+        reason = f"the caption beside it, {name}, cannot be read: {why}"
+        report.failures.append(Failure(uri, "ingest", reason, used="the file without that caption"))
+    return found
+
+
+def read_captions(files: Iterable[File]) -> tuple[list[Caption], list[tuple[str, str]]]:
+    """Return the captions in text and JSON files, and (name, why) of each file that cannot be read."""
+    found: list[Caption] = []
+    wrong = []
     for file in files:
         try:
             text = file.read_bytes().decode("utf-8")
-            found = captions_in(json.loads(text)) if file.suffix.lower() == ".json" else [Caption("gt", plain(text))]
-            yield from (caption for caption in found if caption.text)
+            here = captions_in(json.loads(text)) if file.suffix.lower() == ".json" else [Caption("gt", plain(text))]
+            found += [caption for caption in here if caption.text]
         except (OSError, ValueError, RecursionError) as error:
-            reason = f"the caption beside it, {PurePath(file.name).name}, cannot be read: {str(error).splitlines()[0]}"
-            report.failures.append(Failure(uri, "ingest", reason, used="the file without that caption"))
+            wrong.append((PurePath(file.name).name, why_not(error)))
+    return found, wrong
+
+
+def why_not(error: Exception) -> str:
+    """Return why a caption cannot be read, in words that are the same wherever in its file it goes wrong."""
+    match error:
+        case OSError():
+            return error.strerror or str(error)
+        case json.JSONDecodeError():
+            return "it is not JSON"
+        case UnicodeDecodeError():
+            return "it is not UTF-8"
+        case UnicodeEncodeError():
+            return "it has half a character (a lone surrogate)"
+        case RecursionError():
+            return "it is nested too deeply"
+    return str(error)
 
 
 def captions_in(value: object) -> list[Caption]:

@@ -22,14 +22,26 @@ from data_prep.sidecars import ENDINGS, captions_of, from_name
 
 BLOCK = tarfile.BLOCKSIZE
 PART = 2048 * BLOCK  # bytes looked at at once
+HEADER = 3 * BLOCK  # what one member has at most where its name is short: two blocks of PAX, and its own
+COMPRESSED = {
+    b"\x1f\x8b": ("gzip", "rename it to .tar.gz and gunzip it"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "rename it to .tar.zst and unzstd it"),
+    b"BZh": ("bzip2", "bunzip2 it"),
+    b"\xfd7zXZ\0": ("xz", "rename it to .tar.xz and unxz it"),
+}
 TROUBLE = (tarfile.TarError, ValueError, OverflowError, IndexError)
 
 
 @dataclass
 class Group:
-    """The members of one sample by what follows the first dot of their names, in lower case."""
+    """The members of one sample by what follows the first dot of their names, in lower case.
+
+    `repeats` is the ending that the sample before has as well, of the same name: where a member stands twice, another
+    sample is taken to begin, or it could get what belongs to the first.
+    """
 
     name: str
+    repeats: str = ""
     members: dict[str, Member] = field(default_factory=dict)
 
 
@@ -60,10 +72,10 @@ def texts(group: Group, media: str, *, alone: bool) -> list[Member]:
     return found
 
 
-def groups(path: Path, uri: str, report: Report) -> Iterator[Group]:
-    """Yield the samples of a tar."""
+def groups(path: Path, uri: str, report: Report, step: str = "ingest") -> Iterator[Group]:
+    """Yield the samples of a tar; `report` is told, as of `step`, what cannot be read."""
     group = Group("")
-    for member in members(path, uri, report):
+    for member in members(path, uri, report, step):
         base = PurePosixPath(member.name).name
         stem, dot, ending = base.partition(".")
         if not stem or not dot:  # hidden, or without an ending
@@ -72,42 +84,53 @@ def groups(path: Path, uri: str, report: Report) -> Iterator[Group]:
         if name != group.name or ending.lower() in group.members:
             if group.members:
                 yield group
-            group = Group(name)
+            group = Group(name, ending.lower() if name == group.name else "")
         group.members[ending.lower()] = member
     if group.members:
         yield group
 
 
-def members(path: Path, uri: str, report: Report) -> Iterator[Member]:
+def members(path: Path, uri: str, report: Report, step: str) -> Iterator[Member]:
     """Yield the files in a tar that are whole; `report` is told of what is damaged, and of what is no tar at all."""
     damage: list[int] = []
     empty = True
+
+    def failed(name: str, reason: str, used: str = "") -> None:
+        report.failures.append(Failure(name, step, reason, used))
+
     try:
         size = length_of(path)
         for header in headers(path, size, damage):
             empty = False
             name = os.fsencode(header.name.removeprefix("./")).decode("utf-8", "replace")
             there = size - header.offset_data
-            reason = ""
             if header.size > there:
-                reason = f"the tar is cut off in the middle of it, after {there} of {header.size} bytes"
+                failed(f"{uri}/{name}", f"the tar is cut off in the middle of it, after {there} of {header.size} bytes")
             elif header.issparse():
-                reason = "is stored with holes; make the tar without --sparse"
+                failed(f"{uri}/{name}", "is stored with holes; make the tar without --sparse")
             elif header.isfile():
                 yield Member(path, name, header.offset_data, header.size)
-            if reason:
-                report.failures.append(Failure(f"{uri}/{name}", "ingest", reason))
     except (Unusable, OSError) as error:
-        reason = str(error) if isinstance(error, Unusable) else f"cannot be read: {error.strerror}"
-        report.failures.append(Failure(uri, "ingest", reason))
+        failed(uri, str(error) if isinstance(error, Unusable) else f"cannot be read: {error.strerror}")
         return
     if empty:
-        reason = "is not a tar, or a compressed one" if damage else "is an empty tar"
-        report.failures.append(Failure(uri, "ingest", reason))
+        failed(uri, why_no_tar(path) if damage else "is an empty tar")
+    elif damage and size - damage[0] < HEADER:
+        failed(uri, f"is cut off in the middle of a header, after byte {damage[0]}", "what comes before")
     elif damage:
         rest = len(damage) - 1
         more = f" and in {rest} more place{'s' if rest > 1 else ''}" if rest else ""
-        report.failures.append(Failure(uri, "ingest", f"is damaged at byte {damage[0]}{more}", used="what can be read"))
+        failed(uri, f"is damaged at byte {damage[0]}{more}", "what can be read")
+
+
+def why_no_tar(path: Path) -> str:
+    """Return why nothing in a file can be read as a tar."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    for magic, (name, mend) in COMPRESSED.items():
+        if start.startswith(magic):
+            return f"is compressed with {name}, in which nothing can be found by its place; {mend}"
+    return "is not a tar"
 
 
 def headers(path: Path, size: int, damage: list[int]) -> Iterator[tarfile.TarInfo]:

@@ -21,8 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.index import look, ours
+from data_prep.indexed import look, ours
 from data_prep.media import Unusable
+from data_prep.members import Member
 from data_prep.schema import PrepConfig, hash_of
 from soratrain.data.atomic import replacing
 from soratrain.data.caption_table import read_original_captions
@@ -209,7 +210,7 @@ def check_row(file: Any, row: Row, layout: Layout, decode: bool) -> Iterator[tup
         yield from ((row["json_offset"], what) for what in check_record(file.read(row["json_length"]), row))
     if decode:
         try:
-            facts, _ = look(media)
+            facts, _ = look(Member(Path(file.name), name, at, length))
         except (Unusable, ValueError, ArithmeticError) as error:
             yield at, f"cannot be decoded: {error}"
             return

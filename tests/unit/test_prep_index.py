@@ -12,7 +12,7 @@ from prep_clips import moving, picture, set_turn, write
 
 from data_prep.__main__ import main
 from data_prep.encode import encode_png
-from data_prep.index import read
+from data_prep.index import work
 from soratrain.data.caption_table import open_captions
 from soratrain.data.reading import read_manifest
 
@@ -61,7 +61,7 @@ def test_a_foreign_webdataset_gets_a_manifest_and_stays_as_it_is(foreign: Path) 
     assert [[item["text"] for item in captions.get(row.key)] for row in rows] == [["a cat"], ["a dog"], []]
     failures = [json.loads(line) for line in (foreign / "failures.jsonl").read_text().splitlines()]
     assert [item["uri"].split("/")[-1] for item in failures] == ["000002", "000003", "000004"]
-    assert json.loads((foreign / "stats.json").read_text())["funnel"][0]["out"] == 3
+    assert json.loads((foreign / "stats.json").read_text())["funnel"][1]["out"] == 3
 
 
 def test_indexing_again_says_so_and_notices_a_new_tar(foreign: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,17 +121,20 @@ def test_a_folder_with_the_name_of_a_tar_is_no_tar(foreign: Path) -> None:
     assert main(["task=index", f"input={foreign}"]) == 0
 
 
-def test_a_failure_of_the_disk_is_one_line_and_leaves_nothing_begun(
+def test_a_failure_of_the_disk_is_one_line_and_the_same_command_goes_on(
     foreign: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "manifest")
 
-    monkeypatch.setattr("data_prep.index.write_manifest", full)
-    assert main(["task=index", f"input={foreign}"]) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.result.write_manifest", full)
+        assert main(["task=index", f"input={foreign}"]) == 2
     error = capsys.readouterr().err
     assert "No space left" in error and "manifest" in error and error.count("\n") == 1
-    assert not (foreign / ".building").exists() and (foreign / "00000.tar").exists()
+    assert main(["task=index", f"input={foreign}"]) == 0
+    assert "continuing, 2 of 2 tars were read" in capsys.readouterr().out
+    assert len(read_manifest(foreign)) == 3 and not (foreign / ".building").exists()
 
 
 def test_an_index_waits_for_no_other_and_does_not_disturb_it(
@@ -139,13 +142,13 @@ def test_an_index_waits_for_no_other_and_does_not_disturb_it(
 ) -> None:
     inner: list[int] = []
 
-    def twice(*values: object) -> object:
+    def twice(*values: object, **more: object) -> object:
         if not inner:
             inner.append(0)
             inner.append(main(["task=index", f"input={foreign}"]))
-        return read(*values)  # type: ignore[arg-type]
+        return work(*values, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("data_prep.index.read", twice)
+    monkeypatch.setattr("data_prep.index.work", twice)
     assert main(["task=index", f"input={foreign}"]) == 0
     assert inner == [0, 2] and "another data_prep is at work" in capsys.readouterr().err
     assert len(read_manifest(foreign)) == 3

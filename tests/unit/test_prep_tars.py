@@ -180,9 +180,10 @@ def test_what_is_no_tar_costs_itself_and_says_so(tmp_path: Path, media: dict[str
     assert uris(tmp_path, report) == ["good.tar/plain.mp4"]
     assert {failure.uri: failure.reason for failure in report.failures} == {
         "gone.tar": "cannot be read: No such file or directory",
-        "noise.tar": "is not a tar, or a compressed one",
+        "noise.tar": "is not a tar",
         "none.tar": "is an empty tar",
-        "packed.tar": "is not a tar, or a compressed one",
+        "packed.tar": "is compressed with gzip, in which nothing can be found by its place; "
+        "rename it to .tar.gz and gunzip it",
         "pipe.tar": "is not a file but a pipe, a socket or a device",
         "zero.tar": "is an empty tar",
     }
