@@ -71,6 +71,10 @@ def work(config: PrepConfig, console: Console, folder: Path, tars: list[Path], *
     """Read the tars that are not read yet, over all cores."""
     units, target = [TarUnit(path) for path in tars], folder / output.BUILDING / "units"
     clean(target)
+    for number, path in enumerate(tars):
+        for known in (target / f"{number:06d}.json", target / f"{number:06d}.skip.json"):
+            if known.is_file() and path.stat().st_mtime > known.stat().st_mtime:  # the tar was written again since
+                known.unlink()
     pending = [number for number in range(len(units)) if not unit_done(target, number)]
     if resumed:
         console.print(f"{folder}: continuing, {len(units) - len(pending)} of {len(units)} tars were read")
