@@ -66,6 +66,15 @@ def remuxed(source: Source, probe: Probe, most: int) -> Remuxed | None:
     return None
 
 
+def closed(source: Source) -> bool:
+    """Return whether decoding may begin at every packet that the container calls a key frame."""
+    with opened(source.path) as container:
+        stream = video_stream(container)
+        _, prefix = parameter_sets(bytes(stream.codec_context.extradata or b""))
+        keys = [bytes(packet) for packet in container.demux(stream) if packet.size and packet.is_keyframe]
+    return all(any(unit[0] & 31 == IDR for unit in units_of(data, prefix)) for data in keys)
+
+
 def packets_of(container: Any, stream: Any) -> list[Packet]:
     """Return a stream's packets as they lie in the file; none where a parameter set is not in its header."""
     header = bytes(stream.codec_context.extradata or b"")

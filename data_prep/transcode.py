@@ -19,7 +19,7 @@ from data_prep.convert import converted, size_of
 from data_prep.encode import Encoder, Encoding
 from data_prep.media import UPRIGHT, Unusable, decoded, opened, video_stream
 from data_prep.records import Caption, How, Probe, Sample, Source, Span, make_sample
-from data_prep.remux import remuxed
+from data_prep.remux import closed, remuxed
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def kept(source: Source, probe: Probe, encoding: Encoding) -> Encoded | None:
     """Return a whole video whose packets are right without encoding it; None where it has to be encoded."""
     if not is_right(probe, encoding):
         return None
-    if is_alone(source, probe):
+    if is_alone(source, probe) and closed(source):
         return Encoded(source.path.read_bytes(), len(probe.times), probe.gop, "copied")
     found = remuxed(source, probe, encoding.gop)
     return Encoded(found.media, len(probe.times), found.gop, "remuxed") if found else None

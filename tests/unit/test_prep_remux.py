@@ -121,9 +121,12 @@ def test_an_edit_list_is_obeyed_and_one_that_begins_between_key_frames_is_encode
 
 
 @pytest.mark.parametrize("leading", ["", ":b-adapt=1:b-bias=-100"])  # with frames shown before a key frame, or none
-def test_open_groups_are_encoded_since_reading_cannot_begin_at_their_key_frames(tmp_path: Path, leading: str) -> None:
+@pytest.mark.parametrize("name", ["a.mkv", "a.mp4"])
+def test_open_groups_are_encoded_since_reading_cannot_begin_at_their_key_frames(
+    tmp_path: Path, leading: str, name: str
+) -> None:
     options = DEEP["options"] | {"x264-params": f"open-gop=1{leading}"}
-    path = write(tmp_path / "a.mkv", rolling(40), **DEEP | {"options": options})
+    path = write(tmp_path / name, rolling(40), **DEEP | {"options": options})
     with av.open(str(path)) as file:
         assert sum(frame.key_frame for frame in file.decode(video=0)) > 1, "the test needs open groups"
     encoded(path, 40)
