@@ -5,12 +5,14 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import av
 from rich.console import Console
+from rich.progress import Progress
 
 import soratrain
 from data_prep import output, pulse, summary
@@ -69,10 +71,21 @@ def make(config: PrepConfig, console: Console, units: Sequence[Unit], report: Re
             report.add(read_report(building / "units", number))
         shutil.rmtree(building / "shards", ignore_errors=True)
         max_bytes = config.shards.mb << 20
-        return pack(building / "units", range(len(units)), building / "shards", max_bytes=max_bytes, report=report)
+        numbers = range(len(units))
+        with packing(len(units)) as seen:
+            return pack(building / "units", numbers, building / "shards", max_bytes=max_bytes, report=report, seen=seen)
     except OSError as error:
         reason = error.strerror or error
         raise DataError(f"output={config.folder}: {reason}; the same command continues when that is mended") from error
+
+
+@contextmanager
+def packing(units: int) -> Iterator[Callable[[], None]]:
+    """Show on a terminal how far packing is; each unit is read twice, to find near duplicates and then to pack it."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("pack", total=2 * units)
+        yield lambda: progress.advance(task)
 
 
 @dataclass(frozen=True)

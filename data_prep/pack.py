@@ -10,7 +10,7 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -139,29 +139,39 @@ def read_samples(folder: Path, number: int) -> Iterator[tuple[dict[str, Any], di
             yield header["row"], header["record"], _content(tar, media)
 
 
-def pack(units: Path, numbers: Sequence[int], target: Path, *, max_bytes: int, report: Report) -> Packed:
+def pack(
+    units: Path,
+    numbers: Sequence[int],
+    target: Path,
+    *,
+    max_bytes: int,
+    report: Report,
+    seen: Callable[[], None] = lambda: None,
+) -> Packed:
     """Pack the units' samples, in order, into shards and a manifest under `target`; count them in `report`.
+
+    Each unit is read twice, which `seen` is told each time.
 
     A sample whose content was packed before (the same bytes under another name) is dropped and recorded. One that only
     looks like another is kept, and says so in its scores: `duplicate_of`.
     """
-    alike = near_duplicates(units, numbers, report)
+    alike = near_duplicates(units, told(numbers, seen), report)
     tally = report.tally("pack", "clips")
     rows: list[dict[str, Any]] = []
-    seen: dict[str, str] = {}
+    packed: dict[str, str] = {}
     totals: dict[str, Any] = {"samples": 0, "videos": 0, "images": 0, "frames": 0, "seconds": 0.0, "bytes": 0}
     histograms: dict[str, dict[str, int]] = {"size": {}, "frames": {}, "fps": {}}
     with ShardWriter(target, max_bytes=max_bytes) as writer:
-        for number in numbers:
+        for number in told(numbers, seen):
             for row, record, media in read_samples(units, number):
                 tally.entered += 1
                 uri = record["source"]["uri"]
-                if row["key"] in seen:
+                if row["key"] in packed:
                     tally.dropped["the same content under two names"] += 1
-                    reason = f"has the same content as {seen[row['key']]}, which is used"
+                    reason = f"has the same content as {packed[row['key']]}, which is used"
                     report.failures.append(Failure(uri, "pack", reason))
                     continue
-                seen[row["key"]] = uri
+                packed[row["key"]] = uri
                 if row["key"] in alike:
                     record["scores"]["duplicate_of"] = alike[row["key"]]
                     row["scores"] = dumps(record["scores"])
@@ -171,6 +181,13 @@ def pack(units: Path, numbers: Sequence[int], target: Path, *, max_bytes: int, r
                 count(totals, histograms, rows[-1])
     write_manifest(target, rows)
     return Packed(tuple(writer.finished), totals | {"seconds": round(totals["seconds"], 6)}, ordered(histograms))
+
+
+def told(numbers: Iterable[int], seen: Callable[[], None]) -> Iterator[int]:
+    """Yield `numbers`; `seen` is called after each."""
+    for number in numbers:
+        yield number
+        seen()
 
 
 def place_of(placed: Placed, ext: str) -> dict[str, Any]:
