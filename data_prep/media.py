@@ -142,8 +142,8 @@ def decoded(container: Any, stream: Any, damage: Callable[[str], None]) -> Itera
     """Yield the frames of `stream` as they are shown, up to the first that is damaged; `damage` is told why it is."""
     count, size, broken = 0, None, ""
     decoder = decoder_of(stream)
+    packets = container.demux(stream)
     try:
-        packets = iter(container.demux(stream))
         while not broken:
             try:
                 packet = next(packets, None)
@@ -169,6 +169,7 @@ def decoded(container: Any, stream: Any, damage: Callable[[str], None]) -> Itera
                     continue
                 break
     finally:
+        packets.close()  # left alone before its end, it would never free what it holds
         if broken:
             damage(broken.format(count))
 

@@ -6,6 +6,8 @@ Frames are chosen by their timestamps, so that playback speed never changes; ima
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -45,7 +47,7 @@ def decode(data: bytes, *, fps: Fraction, start: int = 0, count: int = 1, stride
             if start >= SEEK_FROM and origin is not None and stream.time_base:
                 container.seek(origin + int(start / fps / stream.time_base), stream=stream)
             shown: av.VideoFrame | None = None
-            for frame in container.decode(stream):
+            for frame in frames_of(container, stream):
                 if frame.pts is not None and frame.time_base is not None:
                     origin = frame.pts if origin is None else origin
                     number = round((frame.pts - origin) * frame.time_base * fps)
@@ -61,6 +63,16 @@ def decode(data: bytes, *, fps: Fraction, start: int = 0, count: int = 1, stride
     except (av.FFmpegError, ValueError, OverflowError) as error:
         raise DataError(f"cannot be decoded: {error}") from error
     raise DataError(f"ends after {len(found)} of {count} frames from {start}")
+
+
+def frames_of(container: Any, stream: Any) -> Iterator[av.VideoFrame]:
+    """Yield the frames of a stream; whoever stops before the last one loses no memory.
+
+    PyAV frees what it holds for reading packets at the stream's end or when told to, not when it is just left alone.
+    """
+    with closing(container.demux(stream)) as packets:
+        for packet in packets:
+            yield from packet.decode()
 
 
 def to_rgb(frames: list[av.VideoFrame]) -> np.ndarray:
