@@ -15,7 +15,6 @@ from data_prep.records import Cut, Probe, Span
 SIDE = 256  # pixels of the longer side that the detector looks at
 EDGE = 1e-6  # seconds
 STRONG = 2.0  # times min_content
-CONTENT = "content_val"  # PySceneDetect's name of how much a frame differs from the one before, of 255
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,15 @@ class CutFinder:
 
     def __init__(self, cutting: Cutting) -> None:
         import cv2
-        from scenedetect import AdaptiveDetector, FrameTimecode, StatsManager
+        from scenedetect import FrameTimecode
+
+        from data_prep.detector import Detector
 
         cv2.setNumThreads(1)
         self._timecode = FrameTimecode
-        self._detector = AdaptiveDetector(
+        self._detector = Detector(
             adaptive_threshold=cutting.threshold, min_content_val=cutting.min_content, min_scene_len=1
         )
-        self._stats = self._detector.stats_manager = StatsManager()
         self._reformatter = VideoReformatter()
         self._seen = 0
         self._cuts: list[int] = []
@@ -59,9 +59,7 @@ class CutFinder:
 
     def cuts(self) -> tuple[Cut, ...]:
         """Return where new shots begin."""
-        frames = sorted(set(self._cuts))
-        strengths = (self._stats.get_metrics(self._timecode(frame, fps=25.0), [CONTENT])[0] for frame in frames)
-        return tuple(Cut(frame, float(strength)) for frame, strength in zip(frames, strengths, strict=True))
+        return tuple(Cut(frame, self._detector.contents[frame]) for frame in sorted(set(self._cuts)))
 
 
 def spans(probe: Probe, cutting: Cutting) -> tuple[list[Span], Counter[str]]:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from prep_clips import close, frames_of, moving, picture, prepared, write
+from scenedetect import AdaptiveDetector, FrameTimecode, StatsManager
 
+from data_prep.detector import Detector
 from data_prep.records import Cut, Picture, Probe
 from data_prep.shots import Cutting, spans
 
@@ -43,6 +45,21 @@ def test_a_file_is_cut_exactly_where_the_picture_changes(tmp_path: Path) -> None
     assert [sample.record["video"]["frames"] for sample in samples] == [12, 15, 11]
     times = [(s.record["source"]["start_us"], s.record["source"]["end_us"]) for s in samples]
     assert times == [(0, 1_200_000), (1_200_000, 2_700_000), (2_700_000, 3_800_000)]
+
+
+def test_cuts_and_their_strengths_are_those_of_pyscenedetect() -> None:
+    theirs = AdaptiveDetector(adaptive_threshold=3.0, min_content_val=15.0, min_scene_len=1)
+    ours = Detector(adaptive_threshold=3.0, min_content_val=15.0, min_scene_len=1)
+    stats = theirs.stats_manager = StatsManager()
+    frames = [image for seed in (0, 1, 5, 2) for image in moving(9, seed=seed)]
+    found: dict[bool, list[int]] = {True: [], False: []}
+    for number, image in enumerate(frames):
+        time = FrameTimecode(number, fps=25.0)
+        for detector in (theirs, ours):
+            found[detector is ours] += [cut.frame_num for cut in detector.process_frame(time, image)]
+    assert found[True] == found[False] == [9, 18, 27]
+    for number in range(1, len(frames)):
+        assert [ours.contents[number]] == stats.get_metrics(FrameTimecode(number, fps=25.0), ["content_val"])
 
 
 def test_motion_is_not_a_cut(tmp_path: Path) -> None:
