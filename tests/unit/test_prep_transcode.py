@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from prep_clips import close, frames_of, moving, picture, prepared, set_turn, turned_by_definition, write
 
-from data_prep.convert import FILTERS
+from data_prep.convert import FILTERS, converted
 from data_prep.encode import Encoding
+from data_prep.records import Picture
 
 
 def test_a_clip_keeps_its_pixels_rate_and_length(tmp_path: Path) -> None:
@@ -112,6 +113,30 @@ def test_a_clip_without_a_stated_matrix_looks_as_decoders_show_it(tmp_path: Path
     assert int(stored.colorspace) not in (1, 9)
     (sample,), _ = prepared(path)
     assert close(frames_of(sample.media)[0], stored.to_ndarray(format="rgb24"), mean=2)
+
+
+def matrix_of(red: float, blue: float) -> np.ndarray:
+    """Return what makes levels of Y, Cb and Cr of RGB by a matrix with these weights (H.273, 8.3)."""
+    luma = np.array([red, 1 - red - blue, blue])
+    rows = [luma, (np.eye(3)[2] - luma) / (1 - blue) / 2, (np.eye(3)[0] - luma) / (1 - red) / 2]
+    return np.array([219, 224, 224])[:, None] * rows
+
+
+@pytest.mark.parametrize(("matrix", "red", "blue"), [(2, 0.299, 0.114), (6, 0.299, 0.114), (9, 0.2627, 0.0593)])
+def test_colours_of_another_matrix_come_over_to_the_nearest_level(matrix: int, red: float, blue: float) -> None:
+    levels = np.random.default_rng(0).integers(90, 160, (3, 16, 24))
+    planes = [np.kron(levels[0], np.ones((2, 2))), levels[1], levels[2]]
+    frame = av.VideoFrame.from_ndarray(
+        np.concatenate([p.ravel() for p in planes]).reshape(48, 48).astype(np.uint8), "yuv420p"
+    )
+    frame.colorspace, frame.color_range = matrix, 1
+    found = Picture(48, 32, "yuv420p", matrix=matrix)
+    (made,) = converted([frame], found, Fraction(1, 10))
+    got = [np.array(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width] for plane in made.planes]
+    carry = matrix_of(0.2126, 0.0722) @ np.linalg.inv(matrix_of(red, blue))
+    exact = np.einsum("ij,jyx->iyx", carry, levels - np.array([16, 128, 128])[:, None, None])
+    exact += np.array([16, 128, 128])[:, None, None]
+    assert max(np.abs(a - b).max() for a, b in zip((got[0][::2, ::2], *got[1:]), exact, strict=True)) < 0.51
 
 
 def test_interlaced_video_is_flagged_and_keeps_its_frame_count(tmp_path: Path) -> None:
