@@ -34,7 +34,7 @@ from soratrain.data.shards import ShardWriter
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 TITLE = "Reading from a store: bytes fetched / used, and speed beside webdataset"
-NODES, ROUNDS, BATCH, WINDOW = 8, 3, 16, 16
+NODES, ROUNDS, BATCH, WINDOW = 8, 5, 16, 16
 KINDS = {"clips, 0.4-2 MB": (400_000, 2_000_000, 240), "latents, 10-100 KB": (10_000, 100_000, 3200)}
 
 
@@ -80,18 +80,16 @@ def ours(url: str, manifest: Manifest, cache: str | None, ahead: float = Remote.
         reader = open_shards(replace(manifest, folder=url), remote)
         assert isinstance(reader, ReadAhead)
 
-        def wanted(index: int, node: int = node) -> list[int]:
+        def samples(index: int, node: int = node) -> list[int]:
             return plan.local(index, node, NODES).samples.tolist()
 
-        def ranges(index: int, wanted: Any = wanted) -> list[Range]:
-            return [range_of(manifest.row(sample)) for sample in wanted(index)]
+        def wanted(index: int, samples: Callable[[int], list[int]] = samples) -> list[Range]:
+            return [range_of(manifest.row(sample)) for sample in samples(index)]
 
         count = len(manifest) // (NODES * BATCH)
         for index in range(count):
-            reader.reach(
-                index, lambda index: [range_of(manifest.row(one)) for one in wanted(index)], every=1, end=count
-            )
-            for sample in wanted(index):
+            reader.reach(index, wanted, every=1, end=count)
+            for sample in samples(index):
                 header, media = read_members(reader, manifest.row(sample))
                 used += len(media) + len(header)
         reader.close()

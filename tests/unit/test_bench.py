@@ -20,7 +20,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def test_every_benchmark_has_a_title_and_can_be_measured(run) -> None:
     names = [path.stem for path in BENCH.glob("bench_*.py")]
-    assert len(names) >= 4
+    assert len(names) >= 6
     for name in names:
         module = importlib.import_module(name)
         assert module.TITLE and callable(module.measure)
