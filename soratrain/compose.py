@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,7 +18,16 @@ from omegaconf.errors import OmegaConfBaseException
 from soratrain.errors import ConfigError
 from soratrain.schema import CONF, ROOT_KEYS, groups, launchers, suggest
 
-TEXT_KEYS = ("prompt", "input", "output", "inputs.*", "init", "out")  # values that may hold any text
+TEXT_KEYS = (
+    "prompt",
+    "input",
+    "output",
+    "inputs.*",
+    "lpips.*",
+    "fvd.i3d",
+    "init",
+    "out",
+)  # values that may hold any text
 LIST_KEYS = ("inputs.shards", "inputs.latents", "inputs.captions")  # of these, those that may be [a, b]
 
 
@@ -57,6 +67,24 @@ def check_overrides(overrides: Sequence[str]) -> None:
             raise ConfigError(f"{key}={value}: no such key; {suggest(root, ROOT_KEYS)}")
 
 
+def aim(overrides: Sequence[str]) -> list[str]:
+    """Return `overrides` with the stage's file chosen by `target=` where a stage has a file for each target.
+
+    Raises:
+        ConfigError: there is no such target.
+    """
+    given = dict(split_override(item) for item in overrides)
+    stage, target = given.get("stage", ""), given.get("target")
+    files = {file.stem for file in (CONF / "stage" / stage).glob("*.yaml")} if stage else set()
+    if not files or target is None:
+        return list(overrides)
+    usual = str(yaml.safe_load((CONF / "stage" / f"{stage}.yaml").read_text())["target"])
+    if target not in (usual, *files):
+        raise ConfigError(f"target={target}: stage={stage} has no such target; {suggest(target, (usual, *files))}")
+    chosen = stage if target == usual else f"{stage}/{target}"
+    return [f"stage={chosen}" if split_override(item)[0] == "stage" else item for item in overrides]
+
+
 def one_line(error: Exception) -> str:
     """Return the first telling line of a Hydra or OmegaConf error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -91,15 +119,18 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
     check_overrides(overrides)
     if not any(split_override(item)[0] == "stage" for item in overrides):
         raise ConfigError(f"stage is missing; {suggest('', groups()['stage'])}")
+    overrides = aim(overrides)
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            composed = hydra_compose("config", list(overrides), return_hydra_config=True)
+            composed = hydra_compose("config", overrides, return_hydra_config=True)
         choices = {key: value for key, value in composed.hydra.runtime.choices.items() if value is not None}
         OmegaConf.set_struct(composed, False)
         composed.pop("hydra")
         experiment = choices.get("experiment")
         if experiment and not any(split_override(item)[0] == "out" for item in overrides):
-            composed.out = f"outputs/{composed.run}/{composed.stage.name}/{folder_name(experiment)}"
+            base = Path(composed.out).name
+            name = folder_name(experiment) if base == "base" else f"{base}-{folder_name(experiment)}"
+            composed.out = f"outputs/{composed.run}/{composed.stage.name}/{name}"
         composed.run = str(composed.run)  # run=2024 is a name too
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,21 +11,23 @@ import numpy as np
 from PIL import Image
 
 
-def write_video(path: Path, frames: np.ndarray, fps: float, crf: int = 12) -> None:
-    """Write uint8 `[T, H, W, 3]` as H.264 (4:2:0, BT.709), odd sizes padded by the nearest row and column.
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: float, crf: int = 12) -> None:
+    """Write frames as H.264 (4:2:0, BT.709), odd sizes padded by the nearest row and column.
 
     Args:
+        frames: uint8 `[T, H, W, 3]`, or `[H, W, 3]` one after another, so that a long clip need not be held.
         fps: frames per second; kept exactly up to a denominator of 1001.
         crf: x264's constant rate factor; 12 is visually lossless.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    _, height, width, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        stream.options = {"crf": str(crf)}
-        for frame in frames:
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": str(crf)}
+        for number, frame in enumerate(frames):
+            height, width, _ = frame.shape
+            frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+            if not number:
+                stream.height, stream.width = frame.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
 

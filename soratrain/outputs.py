@@ -121,12 +121,19 @@ def finish(out: Path, result: Mapping[str, Any]) -> None:
 
 
 def fingerprint(place: str | Path) -> str:
-    """Return a short hash of what an upstream folder holds, from the file that its maker writes last."""
+    """Return a short hash of what an upstream folder holds, from the file that its maker writes last.
+
+    Of a folder that no maker has finished, a plain one of videos say, names, sizes and times of its files count.
+    """
     for name in ("result.json", "dataset.json"):
         file = Path(place) / name
         if file.is_file():
             return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
-    return "unknown"
+    if not Path(place).is_dir():
+        return "unknown"
+    files = sorted(file for file in Path(place).rglob("*") if file.is_file())
+    stated = [(str(file.relative_to(place)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.blake2b(repr(stated).encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 
 def stored_upstream(out: Path) -> dict[str, dict[str, str]]:

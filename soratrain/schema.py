@@ -48,12 +48,15 @@ class Root:
     trainer: dict
     logger: dict
     inputs: dict
+    lpips: dict
+    fvd: dict
     out: str
     seed: int = 0
     run: str = "default"
     fresh: bool = False
     init: str | None = None
     upstream: str = "make"
+    target: str | None = None
     prompt: str | list | None = None
     size: str | None = None
     frames: int | None = None
@@ -61,6 +64,8 @@ class Root:
 
 KINDS = {"size": "WIDTHxHEIGHT, such as 64x48"}
 SOURCES = ("machine", "inputs", "trainer")  # groups that others interpolate: checked first, so that they are blamed
+OF_THE_ROOT = ("inputs", "lpips", "fvd")  # plain groups of the root's own file
+AIMED = ("evaluate", "plan")  # stages that have targets
 ROOT_KEYS = tuple(field.name for field in fields(Root))
 
 
@@ -136,11 +141,11 @@ def examples(group: str) -> dict[str, list[Any]]:
             for key, value in node.items():
                 walk(f"{prefix}.{key}", value)
 
-    files = [CONF / "config.yaml"] if group == "inputs" else sorted((CONF / group).glob("*.yaml"))
+    files = [CONF / "config.yaml"] if group in OF_THE_ROOT else sorted((CONF / group).rglob("*.yaml"))
     for file in files:
         text = file.read_text()
         document = yaml.safe_load(text) or {}
-        if group == "inputs" or "@package _global_" in text:
+        if group in OF_THE_ROOT or "@package _global_" in text:
             document = document.get(group, {})
         walk(group, {key: value for key, value in document.items() if key != "defaults"})
     return seen
@@ -210,6 +215,9 @@ def check_across(config: Mapping[str, Any]) -> None:
     """
     if config["upstream"] not in ("make", "fail"):
         raise ConfigError(f"upstream={config['upstream']!r}: must be make or fail")
+    if config["target"] is not None and config["stage"]["name"] not in AIMED:
+        stages = " and ".join(f"stage={name}" for name in AIMED)
+        raise ConfigError(f"target={config['target']}: only {stages} have one; leave it out")
     if not re.fullmatch(r"[\w.-]+", config["run"]) or config["run"].startswith("."):
         raise ConfigError(f"run={config['run']!r}: must be a folder name of letters, digits, '_', '-' and '.'")
     if not 0 <= config["seed"] < 2**32:

@@ -43,6 +43,13 @@ def ready(key: str, place: str) -> bool:
     return holds(key, place) and finished
 
 
+def is_videos(place: str) -> bool:
+    """Return whether `place` is a plain folder of videos, which a stage with `videos: true` takes for shards."""
+    from soratrain.stages.clips import is_videos  # brings the decoders in, which other stages do not need here
+
+    return is_videos(place)
+
+
 def check_current(place: str) -> None:
     """Refuse an upstream folder that was made from something that has been made anew since, at any depth.
 
@@ -103,7 +110,7 @@ def ensure(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """
     given = {split_override(item)[0] for item in overrides}
     for key, place in needed(config):
-        if not ready(key, place):
+        if not (ready(key, place) or (key == "shards" and config["stage"].get("videos") and is_videos(place))):
             make(key, place, config, overrides, own=f"inputs.{key}" not in given)
         check_current(place)
         check_nets(place, config, given)
