@@ -7,6 +7,7 @@ frames are first scaled down to cover it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -29,6 +30,8 @@ from soratrain.data.members import open_shards, read_members
 from soratrain.data.reading import read_manifest
 from soratrain.errors import DataError
 from soratrain.quality import WINDOW
+
+log = logging.getLogger(__name__)
 
 PIECE = 16  # frames decoded at once
 
@@ -169,6 +172,8 @@ def of_videos(places: Sequence[str], order: np.random.Generator) -> Iterator[Cli
         except (Unusable, *TROUBLE) as error:
             yield source.uri, f"cannot be used: {error}"
             continue
+        if found.damage:
+            log.warning("%s: %s; the %.3g s before are used", source.uri, found.damage, found.end)
         width, height = size_of(found.picture)
         height, width = (width, height) if found.picture.sideways else (height, width)
         span = Span(0, len(found.times), 0.0, found.end, whole=True)

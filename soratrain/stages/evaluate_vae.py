@@ -174,6 +174,7 @@ class EvaluateVAE:
                 bar.advance(task)
                 if len(taken) == self.clips:
                     break
+            bar.update(task, total=len(taken))  # there may be no more
         return taken, measured, left_out, features
 
     def measure_clip(self, rebuild: Rebuild, clip: Clip) -> tuple[Measured, tuple[Tensor, Tensor]]:

@@ -89,12 +89,12 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def table(rows: Sequence[Mapping[str, Any]], title: str, *, spread: bool) -> Table:
-    """Return the rows for a terminal; without `spread` only the means, for a narrow one."""
+def table(rows: Sequence[Mapping[str, Any]], title: str, *, spread: bool = True, counts: bool = True) -> Table:
+    """Return the rows for a terminal; a narrow one goes without the spread, a very narrow one without the counts."""
     metrics = [name for name in NAMES if name in rows[0]]
     shown = Table(title=title, title_justify="left")
     shown.add_column("", no_wrap=True)
-    for heading in (*(NAMES[name] for name in metrics), "clips", "frames"):
+    for heading in (*(NAMES[name] for name in metrics), *(("clips", "frames") if counts else ())):
         shown.add_column(heading, justify="right", no_wrap=True)
     kind = rows[0]["kind"]
     for item in rows:
@@ -102,7 +102,7 @@ def table(rows: Sequence[Mapping[str, Any]], title: str, *, spread: bool) -> Tab
             shown.add_section()
             kind = item["kind"]
         cells = [cell(item[name], DIGITS[name], spread) for name in metrics]
-        shown.add_row(item["name"], *cells, f"{item['clips']:,}", f"{item['frames']:,}")
+        shown.add_row(item["name"], *cells, *((f"{item['clips']:,}", f"{item['frames']:,}") if counts else ()))
     return shown
 
 
@@ -117,10 +117,12 @@ def cell(figure: Mapping[str, float | None], digits: int, spread: bool) -> str:
 def show(console: Console, report: Mapping[str, Any]) -> None:
     """Print the report, its table as wide as the terminal allows."""
     rows, title = report["rows"], f"reconstructions by {report['vae']}"
-    wide = table(rows, title, spread=True)
-    fits = console.measure(wide).minimum <= console.width
-    console.print(wide if fits else table(rows, title, spread=False))
-    console.print("means over clips" + (" ± their standard deviation" if fits else "; their spread is in metrics.csv"))
+    tries = [table(rows, title), table(rows, title, spread=False), table(rows, title, spread=False, counts=False)]
+    endless = console.options.update(max_width=1000)
+    needed = [console.measure(each, options=endless).maximum for each in tries]
+    chosen = next((number for number, width in enumerate(needed) if width <= console.width), len(tries) - 1)
+    console.print(tries[chosen])
+    console.print("means over clips" + ("; the whole table is in metrics.csv" if chosen else " ± standard deviation"))
     for line in remarks(report):
         console.print(line)
 
