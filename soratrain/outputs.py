@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from data_prep.kinds import kind_of
 from soratrain.data.atomic import replacing
 from soratrain.errors import ConfigError, DataError
 
@@ -123,16 +124,16 @@ def finish(out: Path, result: Mapping[str, Any]) -> None:
 def fingerprint(place: str | Path) -> str:
     """Return a short hash of what an upstream folder holds, from the file that its maker writes last.
 
-    Of a folder that no maker has finished, a plain one of videos say, names, sizes and times of its files count.
+    Of a plain folder of videos, which has no maker, names, sizes and times of the videos count.
     """
     for name in ("result.json", "dataset.json"):
         file = Path(place) / name
         if file.is_file():
             return hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
-    if not Path(place).is_dir():
+    videos = sorted(file for file in Path(place).rglob("*") if kind_of(file, listed=False) == "video")
+    if not videos:
         return "unknown"
-    files = sorted(file for file in Path(place).rglob("*") if file.is_file())
-    stated = [(str(file.relative_to(place)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stated = [(str(file.relative_to(place)), file.stat().st_size, file.stat().st_mtime_ns) for file in videos]
     return hashlib.blake2b(repr(stated).encode("utf-8", "replace"), digest_size=8).hexdigest()
 
 

@@ -83,6 +83,15 @@ def test_the_fingerprint_follows_what_the_maker_wrote(tmp_path):
     assert outputs.fingerprint(tmp_path) != first
 
 
+def test_the_fingerprint_of_a_folder_of_videos_follows_the_videos(tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"1")
+    first = outputs.fingerprint(tmp_path)
+    (tmp_path / "notes.txt").write_bytes(b"1")
+    assert outputs.fingerprint(tmp_path) == first != "unknown"
+    (tmp_path / "b.mp4").write_bytes(b"1")
+    assert outputs.fingerprint(tmp_path) != first
+
+
 def test_a_run_goes_on_only_from_the_upstream_that_it_began_with(tmp_path):
     shards, out = tmp_path / "shards", tmp_path / "vae"
     shards.mkdir()
