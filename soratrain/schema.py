@@ -46,9 +46,9 @@ class Root:
     schedule: dict
     strategy: dict
     trainer: dict
+    lpips: dict
     logger: dict
     inputs: dict
-    lpips: dict
     fvd: dict
     out: str
     seed: int = 0
@@ -64,7 +64,7 @@ class Root:
 
 KINDS = {"size": "WIDTHxHEIGHT, such as 64x48"}
 SOURCES = ("machine", "inputs", "trainer")  # groups that others interpolate: checked first, so that they are blamed
-OF_THE_ROOT = ("inputs", "lpips", "fvd")  # plain groups of the root's own file
+OF_THE_ROOT = ("inputs", "fvd")  # plain groups of the root's own file
 AIMED = ("evaluate", "plan")  # stages that have targets
 ROOT_KEYS = tuple(field.name for field in fields(Root))
 

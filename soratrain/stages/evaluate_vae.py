@@ -18,12 +18,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from soratrain.batch import to_pixels
 from soratrain.data.atomic import replacing
 from soratrain.data.buckets import parse_size
 from soratrain.errors import ConfigError, DataError
 from soratrain.frechet import ClipFeatures, frechet_distance
-from soratrain.quality import psnr, ssim
+from soratrain.quality import perceptual, psnr, ssim
 from soratrain.stages.clips import Clip, Fit, candidates
 from soratrain.stages.encode import progress
 from soratrain.stages.rebuild import Rebuild, check_size
@@ -134,9 +133,9 @@ class EvaluateVAE:
     def load_judges(self) -> None:
         """Load the networks that judge, as far as their weights are given, and say which are not."""
         if self.lpips["vgg"]:
-            from soratrain.models.lpips import LPIPS
+            from soratrain.models.lpips import load_lpips
 
-            self.perceptual = LPIPS.load(self.lpips["vgg"], self.lpips["lin"]).to(self.device).eval()
+            self.perceptual = load_lpips(self.lpips["vgg"], self.lpips["lin"]).to(self.device)
         if self.fvd["i3d"]:
             self.features = ClipFeatures(self.fvd["i3d"], self.fvd["frames"], self.device)
         off = {"LPIPS (lpips.vgg=FILE lpips.lin=FILE)": self.perceptual, "rFVD (fvd.i3d=FILE)": self.features}
@@ -198,8 +197,7 @@ class EvaluateVAE:
         """Return each metric of uint8 frames `[N, H, W, 3]`, `[N]`."""
         found = {"psnr": psnr(original, rebuilt), "ssim": ssim(original, rebuilt)}
         if self.perceptual is not None:
-            both = (to_pixels(frames[None])[0].transpose(0, 1) for frames in (original, rebuilt))
-            found["lpips"] = self.perceptual(*both).flatten()
+            found["lpips"] = perceptual(self.perceptual, original, rebuilt)
         return found
 
     def distance(self, features: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Any] | None:

@@ -252,11 +252,6 @@ def test_rfvd_compares_both_sides_and_says_when_clips_are_too_few(tmp_path, know
 class StandIn(nn.Module):
     """In the place of LPIPS: the mean absolute difference of images in [-1, 1]."""
 
-    @classmethod
-    def load(cls, vgg: str, lin: str) -> StandIn:
-        assert (vgg, lin) == ("a.pth", "b.pth")
-        return cls()
-
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         assert x.shape[1] == 3 and x.min() >= -1 and x.max() <= 1
         return (x - y).abs().mean(dim=(1, 2, 3))
@@ -264,11 +259,13 @@ class StandIn(nn.Module):
 
 def test_lpips_is_measured_where_its_weights_are_given(tmp_path, known, monkeypatch):
     module = types.ModuleType("soratrain.models.lpips")
-    module.LPIPS = StandIn  # type: ignore[attr-defined]
+    read = []
+    module.load_lpips = lambda *files: read.append(files) or StandIn()  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "soratrain.models.lpips", module)
     shards = str(write_clips(tmp_path / "shards", [(32, 32, 9)]))
     job(tmp_path, shards, lpips={"vgg": "a.pth", "lin": "b.pth"})()
     assert figures(tmp_path, "lpips")["4k+2"] == pytest.approx(4 / 127.5, rel=1e-4)
+    assert read == [("a.pth", "b.pth")]
     with pytest.raises(ConfigError, match="lpips.vgg is given and lpips.lin is not"):
         job(tmp_path, shards, lpips={"vgg": "a.pth", "lin": None})
 
