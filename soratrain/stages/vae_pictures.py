@@ -28,7 +28,7 @@ def draw_clips(
     made = []
     for rank in pick(np.arange(len(order)), count) if count else ():
         clip, one = clips[order[rank]], measured[order[rank]]
-        place = "worst" if rank == 0 else "best" if rank == len(order) - 1 else "middle"
+        place = "only" if len(order) == 1 else {0: "worst", len(order) - 1: "best"}.get(int(rank), "middle")
         path = folder / f"{rank + 1:03d}-{place}-{slug(clip.name)}"
         frames = pick(np.arange(clip.bucket.frames), STRIP)
         kept: dict[int, Column] = {}
