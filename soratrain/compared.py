@@ -57,7 +57,7 @@ def heat(error: np.ndarray, top: float) -> np.ndarray:
 def scale_top(errors: Sequence[np.ndarray]) -> int:
     """Return the colour scale's upper end: a power of two that all but a thousandth of the errors lie below."""
     high = max(float(np.quantile(np.concatenate([error.ravel() for error in errors]), 0.999)), LEAST_SCALE)
-    return min(2 ** int(np.ceil(np.log2(high))), 255)
+    return 2 ** int(np.ceil(np.log2(high)))
 
 
 def draw(path: Path, title: str, notes: Sequence[str], columns: Sequence[Column]) -> None:
