@@ -44,6 +44,10 @@ def run(argv: list[str]) -> int:
         from data_prep.index import index
 
         index(config, console)
+    elif config.task == "score":
+        from data_prep.rated import score
+
+        score(config, console)
     elif config.task == "select":
         from data_prep.select import select
 

@@ -74,7 +74,7 @@ def check(config: PrepConfig) -> PrepConfig:
         raise ConfigError(f"task={config.task} is not there; use one of {', '.join(TASKS)}")
     if not config.input:
         raise ConfigError("input is missing; give input=FOLDER, a glob, a list file, or input=world")
-    if config.output is None and config.task in ("index", "validate", "report"):
+    if config.output is None and config.task in ("index", "score", "validate", "report"):
         config.output = config.input
     elif config.output is None and config.input == "world":
         config.output = "data/world"
@@ -83,6 +83,8 @@ def check(config: PrepConfig) -> PrepConfig:
     given = config.captions is not None or any(asdict(config.captions_columns).values())
     if given and (config.task != "build" or config.input == "world"):
         raise ConfigError("captions= and captions_columns.* are for task=build with an input of files; leave them out")
+    if config.task == "score":
+        check_score(config)
     if config.workers != "auto" and not (config.workers.isdigit() and int(config.workers) > 0):
         raise ConfigError(f"workers={config.workers} must be auto or a number of at least 1")
     if config.engine not in ENGINES:
@@ -104,6 +106,8 @@ def check(config: PrepConfig) -> PrepConfig:
         "video.crf": (config.video.crf, 0, 51),
         "video.gop": (config.video.gop, 1, 250),
         "shards.mb": (config.shards.mb, 1, 65536),
+        "score.frames": (config.score.frames, 1, 64),
+        "score.batch": (config.score.batch, 1, 65536),
         "slurm.jobs": (config.slurm.jobs, 1, 10_000),
         "slurm.cpus": (config.slurm.cpus, 1, 1024),
         "slurm.minutes": (config.slurm.minutes, 1, 60 * 24 * 365),
@@ -114,3 +118,15 @@ def check(config: PrepConfig) -> PrepConfig:
         if not low <= value <= high:
             raise ConfigError(f"{key}={value} must lie between {low} and {high}")
     return config
+
+
+def check_score(config: PrepConfig) -> None:
+    """Raise ConfigError where no score is asked for, half of one, or one elsewhere than beside its shards."""
+    given = config.score
+    if config.output != config.input:
+        raise ConfigError(f"output={config.output}: scores go into the manifest of input={config.input}; leave it out")
+    if given.clip is None and given.aesthetic is None and given.text is None:
+        raise ConfigError("no weights are given; name score.clip and score.aesthetic, or score.text, or all of them")
+    if (given.clip is None) != (given.aesthetic is None):
+        lacking = "clip" if given.clip is None else "aesthetic"
+        raise ConfigError(f"score.{lacking} is missing: a head in score.aesthetic reads embeddings of a score.clip")

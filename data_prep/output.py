@@ -88,12 +88,13 @@ def stored(folder: Path) -> dict[str, int] | None:
 
 
 def fingerprint(dataset: dict[str, Any]) -> str:
-    """Return a hash that identifies a finished folder by its shards and its settings."""
-    return hash_of({key: dataset.get(key) for key in ("settings", "listing", "shards", "totals")})
+    """Return a hash that identifies a finished folder by its shards, its settings and the models it is scored by."""
+    rated = {"rated": dataset["rated"]} if dataset.get("rated") else {}  # a folder without is what it was before
+    return hash_of({key: dataset.get(key) for key in ("settings", "listing", "shards", "totals")} | rated)
 
 
-def described(identity: Identity, packed: Packed) -> dict[str, Any]:
-    """Return what dataset.json says of finished shards."""
+def described(identity: Identity, packed: Packed, rated: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return what dataset.json says of finished shards; `rated` is from which trained models they have scores."""
     return {
         "config_hash": identity.hash,
         "settings": identity.settings,
@@ -102,7 +103,7 @@ def described(identity: Identity, packed: Packed) -> dict[str, Any]:
         "shards": [asdict(shard) for shard in packed.shards],
         "totals": packed.totals,
         "histograms": packed.histograms,
-    }
+    } | ({"rated": rated} if rated else {})
 
 
 @contextmanager
@@ -222,9 +223,10 @@ def _compare(folder: Path, found: dict[str, Any], identity: Identity, what: str)
             "folder nothing is decoded again"
         )
     if found.get("listing") != identity.listing:
+        finished = identity.settings.get("task") in ("select", "repack")
+        how = "it was made again, or scored" if finished else "files added, removed or of another size"
         raise ConfigError(
-            f"output={folder} {what} from an input that has changed since (files added, removed or of another size); "
-            "fresh=true builds it again"
+            f"output={folder} {what} from an input that has changed since ({how}); fresh=true builds it again"
         )
 
 

@@ -60,12 +60,20 @@ def repack(config: PrepConfig, console: Console) -> None:
         return
     report = Report()
     with output.held(config.folder):
-        packed = make(config, console, identity, report, resumed=state == "continue")
+        packed = make(config, console, identity, report, rated=dataset.get("rated"), resumed=state == "continue")
     summary.show(console, config.folder, report, packed)
     console.print(f"  what is in it, as a page: {write_report(config.folder)}")
 
 
-def make(config: PrepConfig, console: Console, identity: output.Identity, report: Report, *, resumed: bool) -> Packed:
+def make(
+    config: PrepConfig,
+    console: Console,
+    identity: output.Identity,
+    report: Report,
+    *,
+    rated: dict[str, Any] | None,
+    resumed: bool,
+) -> Packed:
     """Write the shards that are not there yet and publish all of them."""
     source, building = Path(config.input), config.folder / output.BUILDING
     samples = read_table(source).to_pylist()
@@ -105,7 +113,7 @@ def make(config: PrepConfig, console: Console, identity: output.Identity, report
     report.seconds = result.packed_of((), samples).totals["seconds"]
     packed = result.packed_of(shards, rows)
     kept = [row for key in sorted({row["key"] for row in rows} - foreign) for row in captions.get(key, ())]
-    result.publish(config.folder, identity, packed, rows, kept, report)
+    result.publish(config.folder, identity, packed, rows, kept, report, rated=rated)
     return packed
 
 

@@ -31,7 +31,7 @@ from soratrain.errors import DataError
 KEPT, DROPPED = 36, 36  # pictures of each
 THUMB = (192, 128)  # pixels at most
 REASONS, FAILURES = 20, 200  # lines listed
-SCORES = ("motion", "blur", "static", "letterbox", "black")
+SCORES = ("aesthetic", "text_area", "motion", "blur", "static", "letterbox", "black")
 TROUBLE = (Unusable, DataError, av.FFmpegError, OSError, ValueError, IndexError)
 Row = dict[str, Any]
 
@@ -50,6 +50,7 @@ def write(folder: Path) -> Path:
     rows = read_table(folder).to_pylist()
     lines = (folder / "failures.jsonl").read_text(encoding="utf-8").splitlines()
     failures = [json.loads(line) for line in lines]
+    rated = {"rated": dataset["rated"]} if "rated" in dataset else {}
     page = PAGE.substitute(
         title=html.escape(str(dataset["settings"].get("input", folder.name))),
         totals="".join(tiles(dataset["totals"], stats)),
@@ -58,7 +59,7 @@ def write(folder: Path) -> Path:
         kept="".join(kept(folder, rows)),
         dropped="".join(dropped(dataset, failures)) or "<p>Nothing was dropped.</p>",
         failures=table(failures),
-        settings=html.escape(json.dumps(dataset["settings"], indent=1, ensure_ascii=False)),
+        settings=html.escape(json.dumps(dataset["settings"] | rated, indent=1, ensure_ascii=False)),
     )
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")

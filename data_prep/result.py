@@ -32,6 +32,7 @@ def publish(
     report: Report,
     *,
     keep_shards: bool = False,
+    rated: dict[str, Any] | None = None,
 ) -> None:
     """Write the tables beside the shards in `folder/.building/shards` and publish all of it (`output.publish`)."""
     building = folder / output.BUILDING / "shards"
@@ -42,4 +43,4 @@ def publish(
     funnel = [tally.as_dict() for tally in report.tallies.values()]
     seconds = {"in": round(report.seconds, 6), "out": packed.totals["seconds"]}
     output.write_json(building / "stats.json", {"schema": SCHEMA, "funnel": funnel, "seconds": seconds})
-    output.publish(folder, output.described(identity, packed), keep_shards=keep_shards)
+    output.publish(folder, output.described(identity, packed, rated), keep_shards=keep_shards)

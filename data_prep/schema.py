@@ -11,8 +11,9 @@ from typing import Any
 from data_prep.records import dumps
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
-PATHS = ("input", "output", "license", "captions", "captions_columns.*", "validate.report")  # values may be anything
-TASKS = ("build", "index", "select", "repack", "validate", "report")
+WEIGHTS = ("score.clip", "score.aesthetic", "score.text")
+PATHS = ("input", "output", "license", "captions", "captions_columns.*", "validate.report", *WEIGHTS)  # any values
+TASKS = ("build", "index", "score", "select", "repack", "validate", "report")
 ENGINES = ("local", "slurm")
 PRESETS = ["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
 FORM = 7  # of what the steps do: a change that alters shards from the same input raises it
@@ -89,6 +90,18 @@ class SlurmConfig:
 
 
 @dataclass
+class ScoreConfig:
+    """The trained models that give scores, by the paths of their weights, and how they run."""
+
+    clip: str | None = None
+    aesthetic: str | None = None
+    text: str | None = None
+    frames: int = 3
+    batch: int = 32
+    device: str = "auto"
+
+
+@dataclass
 class SelectConfig:
     """Thresholds on stored scores; null asks for nothing."""
 
@@ -103,6 +116,8 @@ class SelectConfig:
     max_blur: float | None = None
     min_motion: float | None = None
     max_motion: float | None = None
+    min_aesthetic: float | None = None
+    max_text_area: float | None = None
     duplicates: str = "drop"
 
 
@@ -140,6 +155,7 @@ class PrepConfig:
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     repack: RepackConfig = field(default_factory=RepackConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
@@ -167,7 +183,7 @@ class PrepConfig:
             own = ("select",) if self.task == "select" else ("shards", "repack")
             return {key: settings[key] for key in ("task", "input", *own)}
         unused = {"world": ("shots", "license")}.get(self.input, ("world",)) if self.task == "build" else ()
-        for key in (*unused, "select", "repack", "validate"):
+        for key in (*unused, "score", "select", "repack", "validate"):
             del settings[key]
         return settings | {"form": FORM}
 

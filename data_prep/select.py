@@ -24,7 +24,7 @@ from data_prep.schema import PrepConfig, SelectConfig
 from soratrain.data.caption_table import read_original_captions
 from soratrain.data.reading import read_table
 from soratrain.data.shards import Shard
-from soratrain.errors import DataError
+from soratrain.errors import ConfigError, DataError
 
 Row = dict[str, Any]
 
@@ -62,6 +62,7 @@ def at_most(value: float, limit: float) -> bool:
     return value <= limit
 
 
+RATED = {"aesthetic": "min_aesthetic", "text_area": "max_text_area"}  # scores by trained models
 RULES = (
     Rule("min_seconds", seconds, at_least),
     Rule("max_seconds", seconds, at_most),
@@ -70,6 +71,8 @@ RULES = (
     Rule("min_fps", lambda row, s: row["fps_num"] / row["fps_den"] if row["kind"] == "video" else None, at_least),
     *(Rule(f"max_{name}", score_of(name), at_most) for name in ("black", "static", "letterbox", "blur", "motion")),
     Rule("min_motion", score_of("motion"), at_least),
+    Rule("min_aesthetic", score_of("aesthetic"), at_least),
+    Rule("max_text_area", score_of("text_area"), at_most),
     Rule("duplicates", score_of("duplicate_of"), lambda value, limit: limit == "keep"),
 )
 
@@ -79,12 +82,16 @@ def select(config: PrepConfig, console: Console) -> None:
 
     Raises:
         DataError: the input is no finished folder here, or nothing passes.
-        ConfigError: the output was made with other settings.
+        ConfigError: the output was made with other settings, or a threshold is on a score that there is none of.
     """
     source = Path(config.input)
     if not (source / "dataset.json").is_file():
         raise DataError(f"input={config.input} is no folder that data_prep has finished; task=select takes one here")
     dataset = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
+    for name, setting in RATED.items():
+        if (limit := getattr(config.select, setting)) is not None and name not in dataset.get("rated", {}):
+            what = f"input={config.input} has no {name}, which task=score gives"
+            raise ConfigError(f"select.{setting}={limit:g}: {what}; or leave it out")
     identity = output.Identity(config.identity(), output.fingerprint(dataset))
     if output.claim(config.folder, identity, fresh=config.fresh) == "done":
         console.print(f"{config.folder} is complete and was made by the same command; fresh=true makes it again")
@@ -120,7 +127,7 @@ def make(
     keys = {row["key"] for row in kept}
     captions = [row for row in read_original_captions(source) if row["key"] in keys]
     packed = result.packed_of(shards, kept)
-    result.publish(config.folder, identity, packed, kept, captions, report)
+    result.publish(config.folder, identity, packed, kept, captions, report, rated=dataset.get("rated"))
     return packed
 
 
@@ -138,6 +145,8 @@ def chosen(rows: list[Row], thresholds: SelectConfig, report: Report) -> Iterato
         tally.how["have no scores: made before there were any, or by another"] += "phash" not in scores
         for rule, limit in rules:
             value = rule.value(row, scores)
+            if value is None and rule.name in RATED.values():
+                tally.how[f"have no score for select.{rule.name}, and pass it"] += 1
             if value is not None and not rule.passes(value, limit):
                 why = f"{rule.reason(limit)}: {value:.4g}" if isinstance(value, int | float) else f"like {value}"
                 report.failures.append(Failure(row["key"], "select", why))

@@ -34,6 +34,7 @@ def composed(*argv: str) -> PrepConfig:
         ("shots.stride=3", "shots.stride=3.0 must lie between 20"),
         ("engine=cloud", "local, slurm"),
         ("select.duplicates=some", "drop or keep"),
+        ("score.batch=0", "score.batch=0 must lie between 1"),
         ("limits.seconds=0", "limits.seconds=0.0 must lie between 1"),
         ("slurm.jobs=0", "slurm.jobs=0 must lie between 1"),
         ("validate.decode=few", "all, sample or none"),
