@@ -45,8 +45,8 @@ class Aesthetic:
 
     def prepare(self, picture: np.ndarray) -> np.ndarray:
         """Return RGB `[H, W, 3]` as CLIP's own processor makes it: scaled, cropped to its middle, normalised."""
-        found = self.processor(images=picture, return_tensors="np", input_data_format="channels_last")
-        return np.asarray(found["pixel_values"][0], np.float32)
+        found = self.processor(images=picture, return_tensors="pt", input_data_format="channels_last")
+        return np.asarray(found["pixel_values"][0].numpy(), np.float32)
 
     @torch.inference_mode()
     def rate(self, prepared: Sequence[np.ndarray]) -> list[float]:
@@ -89,7 +89,8 @@ def load_clip(folder: Path) -> tuple[Any, Any]:
 
         transformers.logging.set_verbosity_error()  # it tells of text weights that nobody asked for
         transformers.logging.disable_progress_bar()
-        network, images = getattr(transformers, KINDS[kind]), transformers.CLIPImageProcessor
+        network = getattr(transformers, KINDS[kind])
+        images = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor  # before 5
     except ImportError as error:
         raise ConfigError(f"score.clip needs transformers ({error}): pip install 'soratrain[hf]'") from error
     try:

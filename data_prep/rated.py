@@ -35,7 +35,7 @@ from soratrain.data.manifest import write_manifest
 from soratrain.data.reading import read_table
 from soratrain.errors import DataError
 
-SCORING, SCORED = ".scoring", ".scored"
+SCORING, SCORED = ".scoring", "done"
 UNSCORED = "unscored.jsonl"
 SHOWN = 12  # failures listed
 
@@ -63,13 +63,13 @@ def score(config: PrepConfig, console: Console) -> None:
     dataset = finished(folder)
     models = models_of(config.score)
     what = output.fingerprint(dataset | {"rated": None})
-    jobs = [Job(model, folder / SCORING / hash_of([model.identity, what])) for model in models]
+    jobs = [Job(model, folder / SCORING / f"{what}-{hash_of(model.identity)}") for model in models]
     made = {job.model.name: job.model.made(dataset.get("rated", {}).get(job.model.name)) for job in jobs}
     jobs = [job for job in jobs if config.fresh or job.folder.is_dir() or not made[job.model.name]]
     if not jobs:
         console.print(f"{folder} has {' and '.join(made)} from these weights; fresh=true scores it again")
         return
-    with held(folder):
+    with held(folder, what):
         rows = read_table(folder).to_pylist()
         found = work(config, console, jobs, rows)
         for job in jobs:
@@ -106,16 +106,26 @@ def finished(folder: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder's scores. Raises DataError where one is at work already."""
-    shutil.rmtree(folder / SCORED, ignore_errors=True)  # a kill came between the end and this
+def held(folder: Path, what: str) -> Iterator[None]:
+    """Keep other runs out of a folder's scores, and remove what is known of anything but `what` it holds now.
+
+    Raises:
+        DataError: one is at work already.
+    """
     (folder / SCORING).mkdir(exist_ok=True)
     with open(folder / SCORING / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DataError(f"input={folder}: another task=score is at work there; wait for it") from error
-        yield
+        for path in (folder / SCORING).iterdir():
+            if path.is_dir() and not path.name.startswith(what):
+                shutil.rmtree(path)
+        try:
+            yield
+        finally:
+            if not any(path.is_dir() for path in (folder / SCORING).iterdir()):  # or something is unfinished
+                shutil.rmtree(folder / SCORING)
 
 
 def work(config: PrepConfig, console: Console, jobs: Sequence[Job], rows: Sequence[Row]) -> Found:
@@ -170,5 +180,6 @@ def publish(folder: Path, dataset: dict[str, Any], jobs: Sequence[Job], rows: Se
     rated = dataset.get("rated", {}) | {job.model.name: job.model.record for job in jobs}
     output.write_json(folder / "dataset.json", dataset | {"rated": rated})
     write_report(folder)
-    os.replace(folder / SCORING, folder / SCORED)  # at once, or a kill could leave some of it to be taken for work
-    shutil.rmtree(folder / SCORED)
+    for job in jobs:  # renamed first, or a kill could leave some of it to be taken for work
+        os.replace(job.folder, job.folder.with_name(SCORED))
+        shutil.rmtree(job.folder.with_name(SCORED))

@@ -230,6 +230,7 @@ def test_an_interruption_costs_a_shard_at_most_and_changes_nothing_before_the_en
     monkeypatch.setattr(Aesthetic, "rate", interrupted)
     assert score(built, *by_aesthetic(models)) == 130
     assert all(path.read_bytes() == content for path, content in before.items())
+    assert score(built, *by_text(models)) == 0  # another model may come in between
     write_json = output.write_json
 
     def killed(path: Path, value: Any) -> None:
@@ -244,8 +245,23 @@ def test_an_interruption_costs_a_shard_at_most_and_changes_nothing_before_the_en
     assert main(["task=validate", f"input={built}", "workers=1"]) == 0
     total = len(seen)
     assert score(built, *by_aesthetic(models)) == 0 and len(seen) == total == 5  # the second shard twice
+    assert score(whole, *by_text(models)) == 0
     assert rows_of(built) == rows_of(whole) and dataset(built) == dataset(whole)
     assert not (built / ".scoring").exists()
+
+
+def test_what_a_model_makes_no_number_of_has_no_score(
+    models: Path, built: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    numbers = iter([float("nan")])
+    rate = Aesthetic.rate
+    monkeypatch.setattr(Aesthetic, "rate", lambda self, items: [next(numbers, one) for one in rate(self, items)])
+    assert score(built, *by_aesthetic(models)) == 0
+    assert "its aesthetic is nan" in capsys.readouterr().out and len(values(built, "aesthetic")) == 4
+    monkeypatch.setattr(Aesthetic, "rate", lambda self, items: [float("inf")] * len(items))
+    assert score(built, *by_aesthetic(models), "fresh=true") == 2
+    assert "none of 5 samples has a score aesthetic: its aesthetic is inf" in capsys.readouterr().err
+    assert not (built / ".scoring").exists() and len(values(built, "aesthetic")) == 4
 
 
 def test_a_clip_that_cannot_be_decoded_is_told_and_the_rest_goes_on(
