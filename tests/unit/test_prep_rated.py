@@ -243,11 +243,15 @@ def test_an_interruption_costs_a_shard_at_most_and_changes_nothing_before_the_en
         assert score(built, *by_aesthetic(models)) == 130  # between the manifest and dataset.json
     assert "continuing, 1 of 4 shards were done" in capsys.readouterr().out
     assert main(["task=validate", f"input={built}", "workers=1"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.rated.write_report", lambda folder: killed(folder / "dataset.json", None))
+        assert score(built, *by_aesthetic(models)) == 130  # and between that and the report
+    assert "aesthetic" not in (built / "report.html").read_text()
     total = len(seen)
     assert score(built, *by_aesthetic(models)) == 0 and len(seen) == total == 5  # the second shard twice
     assert score(whole, *by_text(models)) == 0
     assert rows_of(built) == rows_of(whole) and dataset(built) == dataset(whole)
-    assert not (built / ".scoring").exists()
+    assert not (built / ".scoring").exists() and "aesthetic" in (built / "report.html").read_text()
 
 
 def test_what_a_model_makes_no_number_of_has_no_score(
