@@ -15,8 +15,7 @@ from soratrain.errors import ConfigError, DataError
 from soratrain.models.vae import VAE
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import TrainStage
-
-FOREGROUND = 0.1  # a pixel is foreground where it is this far (of [-1, 1]) from its clip's median colour
+from soratrain.stages.vae_losses import foreground, kl
 
 
 class VAEStage(TrainStage):
@@ -159,17 +158,3 @@ def random_crop(batch: VideoBatch, size: int) -> Tensor:
     lefts = (batch.uniform("crop left") * (width - w + 1)).long().tolist()
     parts = zip(batch.video, tops, lefts, strict=True)
     return torch.stack([video[:, top : top + h, left : left + w] for video, top, left in parts])
-
-
-def kl(mean: Tensor, logvar: Tensor, values: int) -> Tensor:
-    """Return the divergence of N(mean, exp(logvar)) from N(0, 1), in nats, over a sample's number of pixel `values`.
-
-    Dividing by pixel values, as the reconstruction does, keeps the balance of the two the same for every clip size.
-    """
-    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).flatten(1).sum(1) / values
-
-
-def foreground(x: Tensor) -> Tensor:
-    """Return 1 where a pixel of `[B, 3, T, H, W]` is far from its clip's median colour, else 0: `[B, 1, T, H, W]`."""
-    background = x.flatten(2).median(dim=2).values[:, :, None, None, None]
-    return ((x - background).abs().amax(dim=1, keepdim=True) > FOREGROUND).to(x.dtype)

@@ -13,7 +13,8 @@ from soratrain.batch import VideoBatch, draw_of
 from soratrain.errors import ConfigError, DataError
 from soratrain.models.vae import VAE
 from soratrain.optim import OptimizerFactory, Schedule
-from soratrain.stages.vae import VAEStage, foreground, kl, random_crop
+from soratrain.stages.vae import VAEStage, random_crop
+from soratrain.stages.vae_losses import foreground, kl
 
 NET = partial(
     VAE,
