@@ -26,7 +26,7 @@ class VideoData(PlannedData):
                 f"data.batching={plan.batching}: clips are stacked, so that they must be of one size; packs are of"
                 " latents (stage=dit)"
             )
-        return ClipSource(manifest, plan.assignment.stride, cache, self.remote)
+        return ClipSource(manifest, plan.assignment.stride, cache, self.remote, self.strides)
 
 
 class LatentData(PlannedData):

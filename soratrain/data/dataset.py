@@ -6,6 +6,7 @@ All that is random about a sample is keyed on (seed, step, sample key), so neith
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -22,7 +23,7 @@ from soratrain.batch import Batch, LatentBatch, VideoBatch, draw_of
 from soratrain.data.ahead import ReadAhead, Reader
 from soratrain.data.assignment import Bucket
 from soratrain.data.captions import CaptionMix, Choice, captions_of
-from soratrain.data.decode import ByteBudget, Window, crop, load_clip, load_whole, scaled_size
+from soratrain.data.decode import ByteBudget, Window, crop, load_clip, load_whole, pick, scaled_size
 from soratrain.data.fitting import TIME
 from soratrain.data.manifest import Manifest
 from soratrain.data.members import open_shards, range_of, read_members
@@ -70,10 +71,18 @@ class ClipSource:
         stride: every how many source frames one is taken, [N].
         cache: bytes of decoded clips to keep in memory; small clips are then decoded once.
         remote: how shards in a store are read.
+        strides: factors of `stride` among which each draw chooses, 1 and others, ascending.
     """
 
-    def __init__(self, manifest: Manifest, stride: np.ndarray, cache: int = 0, remote: Remote | None = None) -> None:
-        self.manifest, self.stride, self.cache = manifest, stride, ByteBudget(cache)
+    def __init__(
+        self,
+        manifest: Manifest,
+        stride: np.ndarray,
+        cache: int = 0,
+        remote: Remote | None = None,
+        strides: Sequence[int] = (1,),
+    ) -> None:
+        self.manifest, self.stride, self.cache, self.strides = manifest, stride, ByteBudget(cache), strides
         self.reader = open_shards(manifest, remote)
 
     def cached(self, index: int, bucket: Bucket) -> bool:
@@ -82,7 +91,7 @@ class ClipSource:
 
     def load(self, index: int, bucket: Bucket, draw: int) -> tuple[np.ndarray, float, list[dict[str, Any]]]:
         """Return uint8 `[T, H, W, 3]` of the bucket's size."""
-        stride = int(self.stride[index])
+        stride = self.drawn_stride(index, bucket, draw)
         name = index, bucket.height, bucket.width
         kept = self.cache.get(name)
         if kept is None:
@@ -100,6 +109,14 @@ class ClipSource:
         whole, fps, captions = kept
         window = Window.of(len(whole), bucket, stride, draw)
         return crop(window.of_frames(whole), bucket, draw), fps / stride, captions
+
+    def drawn_stride(self, index: int, bucket: Bucket, draw: int) -> int:
+        """Return every how many source frames one is taken: its bucket's stride times a factor that fits the clip."""
+        stride = int(self.stride[index])
+        span = (bucket.frames - 1) * stride
+        last = int(self.manifest.frames[index]) - 1
+        fitting = [factor for factor in self.strides if factor == 1 or 0 < span * factor <= last]
+        return stride * fitting[pick(draw, "stride", len(fitting))]
 
     def stack(self, samples: list[Sample], common: dict[str, Any]) -> VideoBatch:
         """Return the samples as one array."""

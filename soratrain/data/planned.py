@@ -53,6 +53,8 @@ class PlannedData(L.LightningDataModule, ABC):
         window: shards whose samples are mixed; see `Streams`.
         durations: numbers of frames 1 + 4k at which clips are shown, equally often; None shows each at its own.
         image_fraction: share of samples that are single frames; None takes them as they come.
+        strides: `[1, 2]`: show clips also at these integer fractions of their frame rate; each sample draws one of
+            those for which its clip is long enough, and its batch says the rate. None shows all at their own.
         caption_mix: weights of `synthetic` and `original` captions.
         caption_types: weights of caption types.
         workers: loader processes; 0 loads in the training process.
@@ -86,6 +88,7 @@ class PlannedData(L.LightningDataModule, ABC):
         window: int = 64,
         durations: Sequence[int] | None = None,
         image_fraction: float | None = None,
+        strides: Sequence[int] | None = None,
         caption_mix: Mapping[str, float] | None = None,
         caption_types: Mapping[str, float] | None = None,
         workers: int = 0,
@@ -100,6 +103,9 @@ class PlannedData(L.LightningDataModule, ABC):
         for name, (value, least) in bounds.items():
             if value < least:
                 raise ConfigError(f"data.{name}={value}: must be at least {least}")
+        if strides is not None and (1 not in strides or min(strides) < 1):
+            raise ConfigError(f"data.strides={list(strides)}: must hold 1, and no number below it")
+        self.strides = sorted(set(strides or (1,)))
         self.folders = [shards] if isinstance(shards, str) else list(shards)
         self.captions = [captions] if isinstance(captions, str) else list(captions or ())
         self.buckets, self.seed, self.max_steps = buckets, seed, max_steps

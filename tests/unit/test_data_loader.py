@@ -131,6 +131,21 @@ def test_durations_and_single_frames_are_mixed_as_asked(clips):
     assert abs(frames[1] - 100) <= 3 and abs(frames[5] - frames[9]) <= 3
 
 
+def test_at_a_fraction_of_its_rate_a_clip_says_so_and_its_frames_lie_as_far_apart(clips):
+    options = dict(durations=[1, 5, 9], strides=[1, 2, 3], batch_size=1)
+    found = {cache: list(video(clips, cache=cache, **options).loader(2, 62)) for cache in (0, 10**8)}
+    rates: dict[int, set] = {1: set(), 5: set(), 9: set()}
+    for batch, again in zip(*found.values(), strict=True):
+        assert same(batch, again)
+        fps, levels = float(batch.fps), batch.video[0].flatten(1).float().mean(1)
+        rates[batch.video.shape[1]].add(fps)
+        steps = levels.diff()[levels.diff() > 0]  # grey levels rise by 11 a frame, and now and then fall by 200
+        assert len(steps) == 0 or (steps - 11 * 8 / fps).abs().max() <= 3
+    assert rates == {1: {8.0}, 5: {8.0, 4.0}, 9: {8.0}}  # five frames at a third of the rate would need thirteen
+    with pytest.raises(ConfigError, match=r"data.strides=\[2\]: must hold 1"):
+        video(clips, strides=[2])
+
+
 def test_a_damaged_sample_is_replaced_by_another_of_its_bucket_and_reported(tmp_path):
     folder = write_clips(tmp_path / "shards", SHAPES)
     intact = list(video(str(folder)).loader(0, 14))
