@@ -15,5 +15,9 @@ class DataError(UserError):
     """Input data or a stored artefact that is missing, damaged or does not fit."""
 
 
+class DivergedError(UserError):
+    """The loss or the gradient is no longer a number."""
+
+
 class StoreError(UserError):
     """A store of data that cannot be reached or read: the run stops, since no other sample would do better."""

@@ -36,6 +36,7 @@ class OptimizerFactory:
         clip: largest norm of the whole gradient; 0 leaves it alone. The trainer clips.
         momentum: of Muon.
         block: most rows that Muon makes orthogonal together, 0 for whole matrices; 64 costs a tenth at width 256.
+        disc: the optimizer of a discriminator, where a stage has one.
 
     Raises:
         ConfigError: an unknown name, or a value out of range.
@@ -49,6 +50,7 @@ class OptimizerFactory:
     clip: float = 1.0
     momentum: float = 0.95
     block: int = 0
+    disc: OptimizerFactory | None = None
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from soratrain.callbacks.step import StepCallback
 from soratrain.data.atomic import replacing
-from soratrain.errors import UserError
+from soratrain.errors import DivergedError
 from soratrain.stages.base import COUNTS, SHARE, SHOWN, TrainStage, summed
 
 VITAL = {"loss": "loss", "grad_norm": "gradient's norm"}  # what must be finite, and what it is called
@@ -30,12 +30,11 @@ log = logging.getLogger(__name__)
 NOT_REPEATABLE = ("seconds", "tokens_per_s", "samples_per_s")
 
 
-class DivergedError(UserError):
-    """The loss or the gradient is no longer a number."""
-
-
 class Metrics(StepCallback):
     """Writes a row every `every` steps and at the end, and stops a run whose loss or gradient is not finite.
+
+    A figure that only some steps of a row have is their mean. A stage that skips bad steps (`StepGuard`) reports no
+    figures of them, so what is stopped here is where no step can be skipped.
 
     Args:
         file: the CSV; its columns may grow. On a resumed run, rows of steps that will be done again are dropped.
@@ -46,6 +45,7 @@ class Metrics(StepCallback):
         super().__init__()
         self.file, self.every = Path(file), every
         self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}  # steps that each of the sums is of
         self.steps = 0
         self.row: dict[str, float] = {}
         self.rows: list[dict[str, str]] = []
@@ -65,6 +65,7 @@ class Metrics(StepCallback):
             values["grad_norm"] = torch.as_tensor(norm, dtype=torch.float64)
         for key, value in values.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value
+            self.counts[key] = self.counts.get(key, 0) + 1
         self.steps += 1
         if self.step % self.every == 0:
             self.finish_row(trainer, stage)
@@ -96,7 +97,7 @@ class Metrics(StepCallback):
         row |= self.shares(means)
         row["seconds"] = seconds / self.steps
         row |= {f"{key}_per_s": row[key] / max(seconds, 1e-9) for key in ("tokens", "samples") if key in row}
-        self.row, self.sums, self.steps, self.began = row, {}, 0, time.monotonic()
+        self.row, self.sums, self.counts, self.steps, self.began = row, {}, {}, 0, time.monotonic()
         for logger in trainer.loggers:
             logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=self.step)
         if trainer.is_global_zero:
@@ -113,7 +114,8 @@ class Metrics(StepCallback):
             dist.all_reduce(values)
             ranks = dist.get_world_size()
             values = values / torch.tensor([1 if summed(key) else ranks for key in keys], device=values.device)
-        return dict(zip(keys, (values / max(self.steps, 1)).tolist(), strict=True))
+        steps = torch.tensor([self.steps if summed(key) else self.counts[key] for key in keys], device=values.device)
+        return dict(zip(keys, (values / steps.clamp(min=1)).tolist(), strict=True))
 
     def shares(self, means: Mapping[str, float]) -> dict[str, float]:
         """Return the share of the row's samples whose caption is of each source and type that the run has shown."""
@@ -136,13 +138,13 @@ class Metrics(StepCallback):
         """
         means = self.reduced(next(iter(self.sums.values())).device) if self.sums else {}
         self.check(means)
-        return {"means": means, "steps": self.steps}
+        return {"means": means, "steps": self.steps, "counts": dict(self.counts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self.steps = state_dict["steps"]
+        self.steps, self.counts = state_dict["steps"], dict(state_dict["counts"])
         self.sums = {
-            key: torch.tensor(mean * self.steps / (ranks if summed(key) else 1), dtype=torch.float64)
+            key: torch.tensor(mean * (self.steps / ranks if summed(key) else self.counts[key]), dtype=torch.float64)
             for key, mean in state_dict["means"].items()
         }
 

@@ -75,12 +75,15 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in module.named_buffers() if name in kept}
 
 
-def optimizer_states(optimizer: Optimizer, fragments: Iterable[Fragment]) -> Iterator[tuple[str, Fragment, Tensor]]:
-    """Yield `(key, fragment, state)` for every state of the optimizer; scalars of a parameter come as they are."""
+def optimizer_states(
+    optimizers: Sequence[Optimizer], fragments: Iterable[Fragment]
+) -> Iterator[tuple[str, Fragment, Tensor]]:
+    """Yield `(key, fragment, state)` for every state of the optimizers; scalars of a parameter come as they are."""
     for fragment in fragments:
-        for key, value in optimizer.state.get(fragment.holder, {}).items():
-            if isinstance(value, Tensor):
-                yield key, fragment, value
+        for optimizer in optimizers:
+            for key, value in optimizer.state.get(fragment.holder, {}).items():
+                if isinstance(value, Tensor):
+                    yield key, fragment, value
 
 
 def assemble(fragments: Sequence[Fragment], values: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:

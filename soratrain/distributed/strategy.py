@@ -72,6 +72,7 @@ class Restorable:
 
     lightning_module: Any
     optimizers: list[Any]
+    skips = True  # whether a stage can leave out an update, and have more than one optimizer
     averages: list[Tensor] | None = None  # flat averages of the trained fragments, in their order
 
     @property
@@ -95,9 +96,9 @@ class Restorable:
         """Return what this rank holds of every parameter."""
         return whole_fragments(self.lightning_module.named_parameters())
 
-    def base_optimizer(self) -> torch.optim.Optimizer:
-        """Return the optimizer whose state is keyed by the fragments' holders."""
-        return self.optimizers[0]
+    def base_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return the optimizers whose states are keyed by the fragments' holders."""
+        return self.optimizers
 
     def averaged(self, trained: list[Fragment]) -> list[tuple[Fragment, Tensor]]:
         """Return each trained fragment with its average; nothing where weights are not averaged."""
@@ -120,7 +121,7 @@ class Restorable:
         fragments = self.fragments()
         for fragment in fragments:
             keep(f"weight/{fragment.name}", fragment, fragment.read())
-        for key, fragment, value in optimizer_states(self.base_optimizer(), fragments):
+        for key, fragment, value in optimizer_states(self.base_optimizers(), fragments):
             if key == COUNTER:
                 scalars.setdefault(key, {})[fragment.name] = float(value)
             else:
@@ -171,17 +172,19 @@ class Restorable:
         self.restore_step(int(checkpoint["global_step"]))
 
     def restore_optimizer(self, reader: CheckpointReader, trained: list[Fragment]) -> None:
-        """Fill the optimizer's states from the checkpoint."""
-        states = self.base_optimizer().state
+        """Fill the optimizers' states from the checkpoint."""
+        optimizers = self.base_optimizers()
+        owner = {holder: o for o in optimizers[1:] for group in o.param_groups for holder in group["params"]}
         keys = {key.split("/", 1)[0] for key in reader.pieces} - {"weight", "average", "buffer"}
         for fragment in trained:
+            own = owner.get(fragment.holder, optimizers[0]).state[fragment.holder]
             for key in sorted(keys):
                 if f"{key}/{fragment.name}" in reader:
-                    state = states[fragment.holder].setdefault(key, torch.zeros_like(fragment.holder))
+                    state = own.setdefault(key, torch.zeros_like(fragment.holder))
                     fragment.write(reader.read(f"{key}/{fragment.name}", fragment.start, fragment.numel), state)
             for key, values in reader.state["scalars"].items():
                 if fragment.name in values:
-                    states[fragment.holder][key] = torch.tensor(values[fragment.name], device=fragment.holder.device)
+                    own[key] = torch.tensor(values[fragment.name], device=fragment.holder.device)
 
     def restore_step(self, step: int) -> None:
         """Set Lightning's step counters and the learning rate that belongs to `step`."""

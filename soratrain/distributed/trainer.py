@@ -22,6 +22,7 @@ from soratrain.distributed.checkpoint import latest_checkpoint, read_state
 from soratrain.distributed.strategy import StrategyOptions, build_strategy
 from soratrain.errors import ConfigError
 from soratrain.stages.base import TrainStage
+from soratrain.stages.manual import ManualStage
 
 log = logging.getLogger(__name__)
 
@@ -189,6 +190,8 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
     metrics = next(item for item in callbacks if isinstance(item, Metrics))
     start = latest_checkpoint(checkpoint.folder)
     settle_accumulation(trainer, data, start)
+    if isinstance(stage, ManualStage) and not stage.automatic_optimization:
+        stage.take_over(trainer)
     if start is not None and trainer.is_global_zero:
         log.info("going on from %s", start.name)
     try:

@@ -54,6 +54,8 @@ class EnginePrecision(DeepSpeedPrecision):
 class Sharded(Restorable, DeepSpeedStrategy):
     """ZeRO 1, 2 or 3."""
 
+    skips = False  # a step happens inside the engine, and it takes one optimizer
+
     @property
     def root_device(self) -> torch.device:
         device = DDPStrategy.root_device.fget(self)  # type: ignore[attr-defined]
@@ -114,8 +116,8 @@ class Sharded(Restorable, DeepSpeedStrategy):
     def sharded_optimizer(self) -> Any:
         return self.deepspeed_engine.optimizer
 
-    def base_optimizer(self) -> torch.optim.Optimizer:
-        return self.sharded_optimizer.optimizer
+    def base_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.sharded_optimizer.optimizer]
 
     def fragments(self) -> list[Fragment]:
         found = []

@@ -19,8 +19,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from soratrain.batch import Batch, draw_of
 from soratrain.models import weights
 from soratrain.optim import OptimizerFactory, Schedule
+from soratrain.stages.guard import StepGuard
 
-COUNTS = ("tokens", "samples", "frames")  # reported quantities that are summed
+COUNTS = ("tokens", "samples", "frames", "bad_steps")  # reported quantities that are summed
 SHARE = "captions_"  # how names begin of what is summed and shown as a share of the samples; all others are averaged
 SHOWN = ("synthetic", "original", "none"), ("gt", "short", "long", "camera", "tags", "other")  # sources, types
 
@@ -38,7 +39,15 @@ class TrainStage(L.LightningModule):
         optimizer: over all parameters that require gradients.
         schedule: of the learning rate.
         max_steps: optimizer steps in the whole run.
+        max_bad_steps: how many optimizer steps in a row may be skipped because their loss or gradient is no number; the
+            next one ends the run. None skips none: the first ends it. Under ZeRO, whose engine steps by itself, that
+            is so in any case.
+
+    Attributes:
+        helpers: nets that only help in training: neither exported nor begun from `init`.
     """
+
+    helpers: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -47,9 +56,11 @@ class TrainStage(L.LightningModule):
         optimizer: OptimizerFactory,
         schedule: Schedule,
         max_steps: int,
+        max_bad_steps: int | None = None,
     ) -> None:
         super().__init__()
         self.factories = dict(nets)
+        self.guard = None if max_bad_steps is None else StepGuard(max_bad_steps)
         self.optimizer_factory, self.schedule, self.max_steps = optimizer, schedule, max_steps
         self.origins: dict[str, tuple[Path, str]] = {}
         self.reported: dict[str, tuple[Tensor, int]] = {}
@@ -87,7 +98,8 @@ class TrainStage(L.LightningModule):
 
     def exported(self) -> dict[str, tuple[nn.Module, partial, dict[str, Any]]]:
         """Return what belongs into `weights/`: name → (net, its factory, plain values kept beside it)."""
-        return {name: (getattr(self, name), factory, {}) for name, factory in self.factories.items()}
+        kept = {name: factory for name, factory in self.factories.items() if name not in self.helpers}
+        return {name: (getattr(self, name), factory, {}) for name, factory in kept.items()}
 
     def finalize(self) -> None:
         """Do what is left when training is over, with the nets' final (averaged) weights in place, before export."""
@@ -98,18 +110,44 @@ class TrainStage(L.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the norm of the whole gradient and report it as it was before."""
+        """Clip the norm of the whole gradient and report it as it was before; leave out an update that is spoilt."""
         params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
         norm = torch.nn.utils.get_total_norm([param.grad for param in params])
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(params, gradient_clip_val, norm)
         self.report(grad_norm=norm)
+        if self.guard is not None and getattr(self.trainer.strategy, "skips", False):
+            loss = self.reported["loss"][0]
+            bad = self.guard.spoilt([torch.stack([loss, norm.to(loss)])])[0]
+            for param in params if bad else ():
+                param.grad = None  # an optimizer passes over what has none
+            self.note_step(["the net"] if bad else [])
+
+    def note_step(self, skipped: list[str]) -> None:
+        """Report whether a step skipped the updates of anything; if so, its counts are kept and its figures are not.
+
+        Raises:
+            DivergedError: too many such steps in a row.
+        """
+        assert self.guard is not None
+        if skipped:
+            self.reported = {key: value for key, value in self.reported.items() if summed(key)}
+        self.report(bad_steps=bool(skipped) and self.global_rank == 0)
+        self.guard.count(skipped, self.global_step + 1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.guard is not None:
+            checkpoint["bad_in_a_row"] = self.guard.in_a_row
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.guard is not None:
+            self.guard.in_a_row = checkpoint.get("bad_in_a_row", 0)
 
     def report(self, **values: Tensor | float) -> None:
         """Hand numbers of this micro-batch to the progress bar, `metrics.csv` and the logger.
 
-        `tokens`, `samples`, `frames` and what begins with `captions_` are counts, summed over micro-batches and ranks;
-        all else is averaged.
+        `tokens`, `samples`, `frames`, `bad_steps` and what begins with `captions_` are counts, summed over
+        micro-batches and ranks; all else is averaged.
         """
         for key, value in values.items():
             number = value.detach().double() if isinstance(value, Tensor) else torch.tensor(float(value)).double()

@@ -20,10 +20,9 @@ from test_strategies import outcome, same_training, steps
 from tiny_training import train
 
 from soratrain.callbacks.checkpoint import GracefulStop
-from soratrain.callbacks.metrics import DivergedError
 from soratrain.distributed.checkpoint import latest_checkpoint, read_state, saved_checkpoints
 from soratrain.distributed.trainer import StoppedError
-from soratrain.errors import DataError
+from soratrain.errors import DataError, DivergedError
 
 HERE = Path(__file__).parent
 QUICK_AND_SLOW = ["zero3", *(pytest.param(name, marks=pytest.mark.full) for name in ("ddp", "zero1", "zero2"))]
@@ -34,7 +33,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "rank-00000.safetensors")
 
 
-def identical(left: Path, right: Path) -> None:
+def identical(left: Path, right: Path, net: str = "net") -> None:
     """Compare metrics, final checkpoints (weights, moments, averages) and exported weights bit for bit."""
     assert steps(left) == steps(right)
     one, other = latest_checkpoint(left / "checkpoints"), latest_checkpoint(right / "checkpoints")
@@ -45,7 +44,7 @@ def identical(left: Path, right: Path) -> None:
     assert {key.split("/")[0] for key in first} >= {"weight", "average", "buffer"}
     state, again = read_state(one), read_state(other)
     assert state["scalars"] == again["scalars"] and state["Data"] == again["Data"]
-    exported = [(out / "weights" / "net.safetensors").read_bytes() for out in (left, right)]
+    exported = [(out / "weights" / f"{net}.safetensors").read_bytes() for out in (left, right)]
     assert exported[0] == exported[1]
 
 
@@ -144,6 +143,32 @@ def test_a_loss_that_is_no_number_ends_the_run_and_is_not_saved(tmp_path: Path) 
     newest = latest_checkpoint(tmp_path / "checkpoints")
     assert newest.name == "step-00000003"
     assert all(value.isfinite().all() for value in tensors(newest).values())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_where_a_stage_bears_it_a_step_that_is_no_number_moves_nothing_and_is_counted(
+    optimizer: str, tmp_path: Path
+) -> None:
+    train(tmp_path, max_steps=6, checkpoint_every=1, keep=9, poison=3, max_bad_steps=1, optimizer=optimizer)
+    before, after, later = (tensors(tmp_path / "checkpoints" / f"step-{step:08d}") for step in (3, 4, 5))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not all(torch.equal(after[name], later[name]) for name in later)
+    rows = steps(tmp_path)
+    assert [row["bad_steps"] for row in rows] == [0, 0, 0, 1, 0, 0]
+    assert "loss" not in rows[3] and rows[3]["tokens"] == rows[2]["tokens"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero2", marks=pytest.mark.full)])
+def test_ranks_skip_a_bad_step_alike_and_where_none_can_be_skipped_it_ends_the_run(
+    strategy: str, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"strategy": strategy, "ranks": 2, "max_steps": 5, "poison": 2, "max_bad_steps": 1}
+    if strategy == "zero2":
+        with pytest.raises(RuntimeError, match="DivergedError: the loss is nan at step 3"):
+            run_ranks(outcome, 2, out=str(tmp_path), **settings)
+    else:
+        run_ranks(outcome, 2, out=str(tmp_path), **settings)
+        assert [row["bad_steps"] for row in steps(tmp_path)] == [0, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("strategy", QUICK_AND_SLOW)

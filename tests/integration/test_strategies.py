@@ -26,7 +26,7 @@ def steps(out: Path) -> list[dict[str, float]]:
     from soratrain.callbacks.metrics import NOT_REPEATABLE, read_rows
 
     rows = read_rows(out / "metrics.csv")
-    return [{key: float(value) for key, value in row.items() if key not in NOT_REPEATABLE} for row in rows]
+    return [{key: float(value) for key, value in row.items() if value and key not in NOT_REPEATABLE} for row in rows]
 
 
 def same_training(left: Path, right: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 
 from soratrain.amounts import duration, short
 from soratrain.callbacks import loggers
-from soratrain.callbacks.metrics import DivergedError, Metrics, append_row, captions_shown, read_rows, shown, write_rows
-from soratrain.errors import UserError
+from soratrain.callbacks.metrics import Metrics, append_row, captions_shown, read_rows, shown, write_rows
+from soratrain.errors import DivergedError, UserError
 from soratrain.stages.base import TrainStage
 
 
@@ -82,10 +82,27 @@ def test_a_loss_that_is_no_number_is_the_users_to_mend() -> None:
 def test_no_checkpoint_is_written_of_a_step_that_went_wrong(name: str) -> None:
     metrics = Metrics(Path("unused.csv"), every=10)
     metrics.sums, metrics.steps = {"loss": torch.tensor(3.0), "grad_norm": torch.tensor(1.0)}, 2
-    assert metrics.state_dict() == {"means": {"loss": 1.5, "grad_norm": 0.5}, "steps": 2}
+    metrics.counts = {"loss": 2, "grad_norm": 2}
+    assert metrics.state_dict() == {
+        "means": {"loss": 1.5, "grad_norm": 0.5}, "steps": 2, "counts": {"loss": 2, "grad_norm": 2}
+    }  # fmt: skip
     metrics.sums[name] = torch.tensor(float("nan"))
     with pytest.raises(DivergedError, match="nan at step"):
         metrics.state_dict()
+
+
+def test_a_figure_that_some_steps_lack_is_the_mean_of_those_that_have_it() -> None:
+    metrics = Metrics(Path("unused.csv"), every=10)
+    metrics.step = 1
+    for loss, players in ((1.0, {}), (2.0, {"d_loss": 0.5}), (None, {"bad_steps": 1.0}), (3.0, {"d_loss": 0.7})):
+        stage = TrainStage(nets={}, optimizer=None, schedule=None, max_steps=9)
+        stage.report(samples=4, **players, **({} if loss is None else {"loss": loss}))
+        metrics.on_step(SimpleNamespace(model=None, world_size=2), stage)
+    means = metrics.reduced(torch.device("cpu"))
+    assert means == pytest.approx({"loss": 2.0, "d_loss": 0.6, "samples": 4.0, "bad_steps": 0.25})
+    again = Metrics(Path("unused.csv"), every=10)
+    again.load_state_dict(metrics.state_dict())
+    assert again.reduced(torch.device("cpu")) == pytest.approx(means)
 
 
 def test_metrics_that_cannot_be_written_anew_stay_as_they_were(tmp_path: Path) -> None:
