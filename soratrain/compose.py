@@ -23,11 +23,11 @@ TEXT_KEYS = (
     "input",
     "output",
     "inputs.*",
+    "init",
+    "out",
     "lpips.vgg",
     "lpips.lin",
     "fvd.i3d",
-    "init",
-    "out",
 )  # values that may hold any text
 LIST_KEYS = ("inputs.shards", "inputs.latents", "inputs.captions")  # of these, those that may be [a, b]
 

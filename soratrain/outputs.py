@@ -143,6 +143,11 @@ def stored_upstream(out: Path) -> dict[str, dict[str, str]]:
     return (yaml.safe_load(file.read_text()) if file.is_file() else None) or {}
 
 
+def called(key: str) -> str:
+    """Return the config key of something that a folder was made from."""
+    return key if key == "init" else f"inputs.{key}"
+
+
 def bind_upstream(out: Path, inputs: Sequence[tuple[str, str]]) -> None:
     """Write down what `out` is made from; a folder that has begun goes on from the very same only.
 
@@ -156,7 +161,7 @@ def bind_upstream(out: Path, inputs: Sequence[tuple[str, str]]) -> None:
     for key, before in stored_upstream(out).items():
         if key in now and now[key] != before:
             raise ConfigError(
-                f"inputs.{key}={now[key]['path']}: was made anew since {out} began from it; use fresh=true, or run=NAME"
+                f"{called(key)}={now[key]['path']}: was made anew since {out} began from it; use fresh=true or run=NAME"
             )
     with replacing(out / "upstream.yaml") as path:
         path.write_text(yaml.safe_dump(now), encoding="utf-8")

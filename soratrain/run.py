@@ -133,7 +133,8 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         outputs.claim(out, config, compare=once)
         log_to(out / "log.txt")
         if once:
-            outputs.bind_upstream(out, upstream.needed(config))
+            first_weights = [("init", config["init"])] if config["init"] else []
+            outputs.bind_upstream(out, upstream.needed(config) + first_weights)
     done = outputs.stored_result(out) if once else None
     if done is not None:
         log.info("stage=%s is done in %s (fresh=true would start it over)", stage["name"], out)
@@ -191,7 +192,7 @@ def training(config: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
 
     def train() -> dict[str, Any]:
         if config["init"]:
-            for name in module.factories:
+            for name in module.factories.keys() - set(module.helpers):
                 module.start_from(name, config["init"])
         return engine.fit(trainer, module, data) or last_row(Path(config["out"]) / "metrics.csv")
 

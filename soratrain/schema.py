@@ -24,7 +24,7 @@ from soratrain.kinds import fits, in_words
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_"}
-STRATEGIES_WITHOUT_MUON = ("zero1", "zero2", "zero3")
+ZERO = ("zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def check_node(path: str, node: Mapping[str, Any], known: Mapping[str, list[Any]
         check_target(path, node)
         for key, value in node.items():
             if isinstance(value, Mapping) and "_target_" in value:
-                check_target(f"{path}.{key}", value)
+                check_node(f"{path}.{key}", value, known)
     else:
         check_plain(path, node, known)
 
@@ -222,10 +222,16 @@ def check_across(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"run={config['run']!r}: must be a folder name of letters, digits, '_', '-' and '.'")
     if not 0 <= config["seed"] < 2**32:
         raise ConfigError(f"seed={config['seed']}: must lie between 0 and {2**32 - 1}")
-    if config["optimizer"].get("name") == "muon" and config["strategy"].get("name") in STRATEGIES_WITHOUT_MUON:
+    if config["optimizer"].get("name") == "muon" and config["strategy"].get("name") in ZERO:
         raise ConfigError(
             f"optimizer=muon with strategy={config['strategy']['name']}: ZeRO flattens gradients, which Muon needs as"
             " matrices; use optimizer=adamw, or strategy=ddp"
+        )
+    adversary = (config["stage"].get("module") or {}).get("adversary")
+    if adversary and config["strategy"].get("name") in ZERO:
+        raise ConfigError(
+            f"strategy={config['strategy']['name']}: DeepSpeed takes one optimizer, and a discriminator needs its own;"
+            " use strategy=ddp"
         )
     for key, least in (("max_steps", 0), ("num_nodes", 1)):
         value = config["trainer"].get(key)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 WORLD = "data/world"  # where the embedded world lies by default
 MAKERS = {"captions": "recaption", "vae": "vae", "captioner": "captioner", "latents": "encode", "dit": "dit"}
-PASSED_ON = ("run", "seed", "machine", "upstream", "inputs", "vae", "captioner", "text", "logger")
+PASSED_ON = ("run", "seed", "machine", "upstream", "inputs", "vae", "captioner", "text", "lpips", "logger")
 
 
 def holds(key: str, place: str) -> bool:
@@ -62,8 +62,8 @@ def check_current(place: str) -> None:
             old = outputs.stored_config(path) or {}
             stage = old.get("stage", {}).get("name", "?")
             raise DataError(
-                f"{path} was made from inputs.{key}={origin['path']}, which has been made anew since; make it again:"
-                f" python -m soratrain stage={stage} run={old.get('run')} fresh=true"
+                f"{path} was made from {outputs.called(key)}={origin['path']}, which has been made anew since; make it"
+                f" again: python -m soratrain stage={stage}{of_experiment(path)} run={old.get('run')} fresh=true"
             )
         check_current(origin["path"])
 
@@ -82,10 +82,13 @@ def command(key: str, place: str, config: Mapping[str, Any], overrides: Sequence
         ]
     passed = [item for item in overrides if split_override(item)[0].split(".")[0] in PASSED_ON]
     passed = [item for item in passed if split_override(item)[0] != f"inputs.{key}" and item != "upstream=fail"]
-    experiment = Path(place).name
-    if experiment in groups().get("experiment", []):
-        passed.append(f"+experiment={experiment}")
+    passed += of_experiment(Path(place)).split()
     return [sys.executable, "-m", "soratrain", f"stage={MAKERS[key]}", *passed]
+
+
+def of_experiment(place: Path) -> str:
+    """Return the word, after a space, that makes a folder named after an experiment; nothing for others."""
+    return f" +experiment={place.name}" if place.name in groups().get("experiment", []) else ""
 
 
 def shown(words: Sequence[str]) -> str:
@@ -114,6 +117,22 @@ def ensure(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
             make(key, place, config, overrides, own=f"inputs.{key}" not in given)
         check_current(place)
         check_nets(place, config, given)
+    begin_from(config, overrides, given)
+
+
+def begin_from(config: Mapping[str, Any], overrides: Sequence[str], given: set[str]) -> None:
+    """See that what an experiment continues is there (its own `init`; one given by hand is looked at when it is read).
+
+    Raises:
+        DataError: it is missing and may not, or could not, be made; or it is out of date.
+    """
+    place, stage = config.get("init"), config["stage"].get("name")
+    if not place or "init" in given:
+        return
+    if not ready(stage, place):
+        make(stage, place, config, overrides, own=True, called="init")
+    check_current(place)
+    check_nets(place, config, given)
 
 
 def check_nets(place: str, config: Mapping[str, Any], given: set[str]) -> None:
@@ -132,23 +151,26 @@ def check_nets(place: str, config: Mapping[str, Any], given: set[str]) -> None:
             )
 
 
-def make(key: str, place: str, config: Mapping[str, Any], overrides: Sequence[str], *, own: bool) -> None:
+def make(
+    key: str, place: str, config: Mapping[str, Any], overrides: Sequence[str], *, own: bool, called: str = ""
+) -> None:
     """Make what is missing with the command that anyone would type.
 
     Args:
         own: the place is this run's own, and was not given on the command line.
+        called: the config key of the place; by default that of the input.
 
     Raises:
         DataError: it may not be made, or could not be.
     """
-    words = command(key, place, config, overrides)
+    words, called = command(key, place, config, overrides), called or f"inputs.{key}"
     if not own and not (key == "shards" and place == WORLD):
         if key == "shards":
             words = [sys.executable, "-m", "data_prep", "input=VIDEOS", f"output={place}"]
-        raise DataError(f"inputs.{key}={place}: holds no finished {key}; give another path, or make it: {shown(words)}")
+        raise DataError(f"{called}={place}: holds no finished {key}; give another path, or make it: {shown(words)}")
     if config["upstream"] == "fail":
-        raise DataError(f"inputs.{key}={place}: missing or unfinished; make it first: {shown(words)}")
+        raise DataError(f"{called}={place}: missing or unfinished; make it first: {shown(words)}")
     log.info("%s is missing: making it with  %s", key, shown(words))
     code = run_child(words)
     if code or not ready(key, place):
-        raise DataError(f"inputs.{key}={place}: could not be made (exit code {code}); run it alone: {shown(words)}")
+        raise DataError(f"{called}={place}: could not be made (exit code {code}); run it alone: {shown(words)}")

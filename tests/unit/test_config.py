@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import torch
 from soratrain.compose import compose
 from soratrain.errors import ConfigError
 from soratrain.run import instantiate, prepare
-from soratrain.schema import groups, validate
+from soratrain.schema import CONF, groups, validate
 
 STAGES = groups()["stage"]
 OPTIONS = [
@@ -39,21 +40,32 @@ def test_every_group_option_composes(option):
     assert choices[group] == name
 
 
+def stage_of(experiment):
+    """Return the stage that the command in an experiment's header names."""
+    return re.search(r"^# python -m soratrain stage=(\w+)", (CONF / f"experiment/{experiment}.yaml").read_text(), re.M)[
+        1
+    ]
+
+
+@pytest.mark.parametrize("machine", groups()["machine"])
 @pytest.mark.parametrize("experiment", groups()["experiment"])
-def test_every_experiment_composes_and_owns_a_folder(experiment):
-    config, _ = prepare(["stage=dit", f"+experiment={experiment}", "machine=laptop"])
-    assert config["out"] == f"outputs/default/dit/{experiment}"
+def test_every_experiment_composes_and_owns_a_folder(experiment, machine):
+    stage = stage_of(experiment)
+    config, _ = prepare([f"stage={stage}", f"+experiment={experiment}", f"machine={machine}"])
+    assert config["out"] == f"outputs/default/{stage}/{experiment}"
 
 
 @pytest.mark.parametrize("experiment", groups()["experiment"])
 def test_experiments_leave_sizes_precision_and_steps_to_the_machine(experiment):
-    base, _ = prepare(["stage=dit", "machine=laptop"])
-    refined, _ = prepare(["stage=dit", f"+experiment={experiment}", "machine=laptop"])
+    stage = stage_of(experiment)
+    base, _ = prepare([f"stage={stage}", "machine=laptop"])
+    refined, _ = prepare([f"stage={stage}", f"+experiment={experiment}", "machine=laptop"])
     assert refined["machine"] == base["machine"]
     for key in ("vae", "dit", "captioner"):
         assert refined[key] == base[key]
-    for key in ("max_steps", "precision"):
-        assert refined["trainer"][key] == base["trainer"][key]
+    assert refined["trainer"]["precision"] == base["trainer"]["precision"]
+    steps = base["machine"]["steps"]
+    assert refined["trainer"]["max_steps"] == steps.get(experiment, steps[stage])
 
 
 @pytest.mark.parametrize("group", ["vae", "dit", "captioner", "text"])
@@ -96,6 +108,12 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
         (["stage=dit", "run=a/b"], "run='a/b': must be a folder name"),
         (["stage=dit", "trainer.max_steps=-1"], "trainer.max_steps=-1: must be at least 0"),
         (["stage=dit", "strategy=zero3", "optimizer=muon"], "optimizer=muon with strategy=zero3.*use optimizer=adamw"),
+        (["stage=vae", "+experiment=vae_c", "strategy=zero2", "optimizer=adamw"], "zero2: DeepSpeed.*use strategy=ddp"),
+        (
+            ["stage=vae", "+experiment=vae_c", "optimizer.disc.rl=1"],
+            "optimizer.disc.rl: no such key; did you mean",
+        ),
+        (["stage=vae", "+experiment=vae_c", "+stage.module.adversary.net.width=1"], "net.width=1: no such key"),
         (["stage"], "is not an override; write key=value"),
         (["stage=dit", "run=(a"], "cannot be read"),
         (["run=a"], "stage is missing"),

@@ -91,6 +91,25 @@ def test_what_was_made_from_something_older_is_refused_at_any_depth(tmp_path, ca
             upstream.check_current(str(tmp_path / place))
 
 
+def test_what_an_experiment_continues_is_made_first_or_named_with_its_command(tmp_path, calls, monkeypatch):
+    place = tmp_path / "vae_a"
+    wanted = config(tmp_path, init=str(place), stage={"name": "vae", "needs": []})
+    command = ["stage=vae", "run=a", "machine.steps.vae_a=5", "lpips.vgg=x", "+experiment=vae_a"]
+    given = [*command[1:4], "+experiment=vae_b", "optimizer.lr=1"]
+    with pytest.raises(DataError, match=r"init=.*vae_a: missing or unfinished; make it first: .* \+experiment=vae_a"):
+        upstream.ensure({**wanted, "upstream": "fail"}, given)
+    monkeypatch.setattr(upstream, "run_child", lambda words: calls.append(words) or make_vae(place) or 0)
+    upstream.ensure(wanted, given)
+    assert [words[3:] for words in calls] == [command]
+    upstream.ensure(config(tmp_path, init="elsewhere", stage={"name": "vae", "needs": []}), ["init=elsewhere"])
+    assert len(calls) == 1
+    (place / "config.yaml").write_text("stage: {name: vae}\nrun: a\n")
+    outputs.bind_upstream(place, [("init", str(tmp_path / "old"))])
+    make_vae(tmp_path / "old")
+    with pytest.raises(DataError, match=r"made from init=.*stage=vae \+experiment=vae_a run=a fresh=true"):
+        upstream.ensure(wanted, given)
+
+
 def test_latents_that_are_not_complete_are_no_upstream(tmp_path):
     (tmp_path / "dataset.json").write_text('{"complete": false}')
     assert not upstream.holds("latents", str(tmp_path))
