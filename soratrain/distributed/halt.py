@@ -28,6 +28,11 @@ def together() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def speaks() -> bool:
+    """Return whether this process is the one that says what all know."""
+    return not together() or dist.get_rank() == 0
+
+
 def watch() -> None:
     """Begin to look, once a process, whether another rank has stopped."""
     if not together() or os.getpid() in _watched:

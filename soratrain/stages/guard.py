@@ -58,7 +58,7 @@ class StepGuard:
                 f"the loss or gradient of {whose} is no number at step {step}, the {self.in_a_row}. step in a row; the"
                 " last checkpoint stands: lower optimizer.lr, or set trainer.precision=32-true"
             )
-        if not (halt.together() and dist.get_rank()):
+        if halt.speaks():
             log.warning(
                 "step %d: the loss or gradient of %s is no number, the update is skipped (%d in a row, %d may be)",
                 step,

@@ -197,7 +197,7 @@ class CollapseWatch:
             verdict = "has won and teaches nothing more: lower optimizer.disc.lr, or raise adversary.lecam"
         elif abs(real - fake) < BLIND:
             verdict = "tells nothing apart: raise optimizer.disc.lr, or give it more channels"
-        if verdict and verdict != self.said and not (halt.together() and dist.get_rank()):
+        if verdict and verdict != self.said and halt.speaks():
             log.warning(
                 "step %d: the discriminator %s (last %d steps: d_loss %.3g, accuracy %.1f %%, logits real %.3g, fake"
                 " %.3g)",

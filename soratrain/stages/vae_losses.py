@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from soratrain.batch import Batch, keyed_uniform
+from soratrain.distributed import halt
 from soratrain.errors import ConfigError
 from soratrain.models.lpips import LPIPS, load_lpips
 
@@ -102,7 +103,7 @@ class Perceptual:
         if self.on and self.net is None:
             assert self.vgg is not None and self.lin is not None
             self.net = load_lpips(self.vgg, self.lin).to(device)
-        elif self.weight > 0 and self.vgg is None:
+        elif self.weight > 0 and self.vgg is None and halt.speaks():
             log.info("LPIPS is off: lpips.vgg and lpips.lin name no weights")
 
     def __call__(self, batch: Batch, x: Tensor, y: Tensor) -> Tensor:

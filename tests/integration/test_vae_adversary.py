@@ -198,6 +198,13 @@ def test_too_many_bad_steps_in_a_row_end_the_run_and_the_last_good_checkpoint_st
     assert all(value.isfinite().all() for value in whole_of(tmp_path).values())
 
 
+def test_the_count_in_a_row_is_gone_on_with(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"begin": begun(tmp_path), "poison": {3: "real", 4: "real"}, "max_bad_steps": 1}
+    train(tmp_path / "out", stop_at=4, **settings)
+    with pytest.raises(DivergedError, match=r"at step 5, the 2\. step in a row"):
+        train(tmp_path / "out", **settings)
+
+
 def whole_of(out: Path) -> dict[str, torch.Tensor]:
     newest = latest_checkpoint(out / "checkpoints")
     assert newest is not None
