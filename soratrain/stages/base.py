@@ -116,9 +116,9 @@ class TrainStage(L.LightningModule):
         if gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(params, gradient_clip_val, norm)
         self.report(grad_norm=norm)
-        if self.guard is not None and getattr(self.trainer.strategy, "skips", False):
-            loss = self.reported["loss"][0]
-            bad = self.guard.spoilt([torch.stack([loss, norm.to(loss)])])[0]
+        if self.guard is not None:
+            loss, skips = self.reported["loss"][0], getattr(self.trainer.strategy, "skips", False)
+            bad = skips and self.guard.spoilt([torch.stack([loss, norm.to(loss)])])[0]
             for param in params if bad else ():
                 param.grad = None  # an optimizer passes over what has none
             self.note_step(["the net"] if bad else [])
