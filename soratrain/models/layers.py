@@ -10,7 +10,8 @@ frames and every later one s·n, where s is the time stride of what follows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -19,17 +20,32 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from soratrain.errors import ConfigError
+from soratrain.models.pointwise import RMSNorm, add, joined, lean
 
 State = Any  # None at the start of a clip; then tensors, True where nothing need be kept, or lists of these
 
 
-class CausalConv3d(nn.Module):
+class Local(nn.Module):
+    """A layer of which each output position depends on a window of input positions, in height as in width.
+
+    Attributes:
+        scale: output positions per input position.
+    """
+
+    scale = Fraction(1)
+
+    def window(self, start: int, stop: int) -> tuple[int, int]:
+        """Return the input positions on which outputs `start` to `stop` depend, as if the picture had no border."""
+        raise NotImplementedError
+
+
+class CausalConv3d(Local):
     """Convolution that sees `kernel - 1` earlier frames; before the clip they repeat its first frame.
 
     Args:
         in_channels, out_channels: C before and after.
-        kernel: (time, height, width), the last two odd.
-        stride: (time, height, width); 1 + s·n frames become 1 + n.
+        kernel: (time, side, side), side odd.
+        stride: (time, side, side); 1 + s·n frames become 1 + n.
     """
 
     def __init__(
@@ -44,7 +60,9 @@ class CausalConv3d(nn.Module):
         time, height, width = kernel
         self.past = time - stride[0]
         assert self.past >= 0, "a stride longer than its kernel would skip frames"
-        self.lead = time - 1
+        assert height == width and stride[1] == stride[2], "height and width are alike, or windows would not be"
+        self.lead, self.margin = time - 1, height // 2
+        self.scale = Fraction(1, stride[1])
         self.conv = nn.Conv3d(
             in_channels,
             out_channels,
@@ -53,31 +71,28 @@ class CausalConv3d(nn.Module):
             padding=(0, height // 2, width // 2),
         )
 
-    def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        """Return the output and the last input frames, which the next chunk needs."""
+    def forward(self, x: Tensor, state: State = None, norm: RMSNorm | None = None) -> tuple[Tensor, State]:
+        """Return the convolution of `x`, or of `SiLU(norm(x))`, and the last frames, which the next chunk needs."""
         if self.lead == 0:
-            return self.conv(x), True
-        before = x[:, :, :1].expand(-1, -1, self.lead, -1, -1) if state is None else state
-        x = torch.cat([before, x], dim=2)
+            x = joined(None, x, norm)
+            return self._flat(x) if lean(x) else self.conv(x), True
+        x = joined(state if state is not None else self.lead, x, norm)
         rest = x[:, :, x.shape[2] - self.past :]
         return self.conv(x), rest if torch.is_grad_enabled() else rest.clone()
 
+    def _flat(self, x: Tensor) -> Tensor:
+        """Convolve each frame alone, for which two-dimensional kernels are faster."""
+        conv = self.conv
+        frames = x.transpose(1, 2).flatten(0, 1)
+        y = F.conv2d(frames, conv.weight[:, :, 0], conv.bias, stride=conv.stride[1:], padding=conv.padding[1:])
+        return y.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
-class RMSNorm(nn.Module):
-    """Divide each position's channels by their root mean square, in fp32 (Zhang & Sennrich, 2019), and scale them."""
-
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(channels))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(dim=1, keepdim=True) + self.eps)
-        return (wide * inverse * self.scale.float()[:, None, None, None]).to(x.dtype)
+    def window(self, start: int, stop: int) -> tuple[int, int]:
+        stride = self.scale.denominator
+        return start * stride - self.margin, (stop - 1) * stride + self.margin + 1
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Local):
     """Two rounds of norm, SiLU and causal convolution, added to the input; starts as the identity.
 
     Args:
@@ -97,12 +112,15 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         y, states = x, []
         for norm, conv, before in zip(self.norms, self.convs, state or (None, None), strict=True):
-            y, after = conv(F.silu(norm(y)), before)
+            y, after = conv(y, before, norm)
             states.append(after)
-        return x + y, states
+        return add(y, x), states
+
+    def window(self, start: int, stop: int) -> tuple[int, int]:
+        return through(self.convs, start, stop)
 
 
-class Down(nn.Module):
+class Down(Local):
     """Strided causal convolution beside a shortcut that averages (Chen et al., "Deep Compression Autoencoder", 2025).
 
     The shortcut stacks the pixels (and frames) that fall together as channels and averages groups of them.
@@ -123,18 +141,26 @@ class Down(nn.Module):
                 f" groups; make the latter a divisor of {in_channels * time * space**2}"
             )
         self.time, self.space, self.out_channels = time, space, out_channels
+        self.scale = Fraction(1, space)
         self.conv = CausalConv3d(in_channels=in_channels, out_channels=out_channels, stride=(time, space, space))
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         y, after = self.conv(x, state)
+        group = x.shape[1] * self.time * self.space**2 // self.out_channels
+        s = self.space
+        if group % s**2 == 0:  # averages of whole squares, which need not be stacked first
+            x, group, s = F.avg_pool3d(x, (1, s, s)), group // s**2, 1
         if self.time > 1 and state is None:
             x = torch.cat([x[:, :, :1].expand(-1, -1, self.time - 1, -1, -1), x], dim=2)
-        s = self.space
         x = rearrange(x, "b c (t k) (h p) (w q) -> b (c k p q) t h w", k=self.time, p=s, q=s)
-        return y + x.unflatten(1, (self.out_channels, -1)).mean(dim=2), after
+        return add(y, x.unflatten(1, (self.out_channels, group)).mean(dim=2) if group > 1 else x), after
+
+    def window(self, start: int, stop: int) -> tuple[int, int]:
+        low, high = self.conv.window(start, stop)
+        return min(low, start * self.space), max(high, stop * self.space)
 
 
-class Up(nn.Module):
+class Up(Local):
     """Causal convolution to more channels, dealt out to space and time, beside a shortcut that repeats the input.
 
     Latent frame 0 stands for one frame, every later one for `time`: 1 + n frames become 1 + n·time.
@@ -159,14 +185,18 @@ class Up(nn.Module):
                 f" make them a divisor of {dealt}"
             )
         self.time, self.space, self.repeats = time, space, dealt // in_channels
+        self.scale = Fraction(space)
         self.conv = CausalConv3d(in_channels=in_channels, out_channels=dealt, kernel=kernel)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
         y, after = self.conv(x, state)
-        y = y + x.repeat_interleave(self.repeats, dim=1)
+        y = add(y.unflatten(1, (x.shape[1], self.repeats)), x.unsqueeze(2)).flatten(1, 2)
         s = self.space
         y = rearrange(y, "b (c k p q) t h w -> b c (t k) (h p) (w q)", k=self.time, p=s, q=s)
         return y if state is not None else y[:, :, self.time - 1 :], after
+
+    def window(self, start: int, stop: int) -> tuple[int, int]:
+        return self.conv.window(start // self.space, -(-stop // self.space))
 
 
 class Chain(nn.ModuleList):
@@ -180,7 +210,7 @@ class Chain(nn.ModuleList):
         return x, states
 
 
-class Head(nn.Module):
+class Head(Local):
     """Norm, SiLU and a causal convolution."""
 
     def __init__(self, *, in_channels: int, out_channels: int, kernel: Sequence[int] = (3, 3, 3)) -> None:
@@ -189,7 +219,18 @@ class Head(nn.Module):
         self.conv = CausalConv3d(in_channels=in_channels, out_channels=out_channels, kernel=kernel)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        return self.conv(F.silu(self.norm(x)), state)
+        return self.conv(x, state, self.norm)
+
+    def window(self, start: int, stop: int) -> tuple[int, int]:
+        return self.conv.window(start, stop)
+
+
+def through(layers: Iterable[nn.Module], start: int, stop: int) -> tuple[int, int]:
+    """Return the positions before `layers` on which positions `start` to `stop` after them depend."""
+    for layer in reversed(list(layers)):
+        assert isinstance(layer, Local)
+        start, stop = layer.window(start, stop)
+    return start, stop
 
 
 class Front(nn.Module):
