@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from soratrain.errors import ConfigError
 from soratrain.models.pointwise import RMSNorm, add, joined, lean
@@ -29,10 +31,11 @@ class Local(nn.Module):
     """A layer of which each output position depends on a window of input positions, in height as in width.
 
     Attributes:
-        scale: output positions per input position.
+        scale: output positions per input position, in height as in width.
+        volume: the same in time, height and width together.
     """
 
-    scale = Fraction(1)
+    scale = volume = Fraction(1)
 
     def window(self, start: int, stop: int) -> tuple[int, int]:
         """Return the input positions on which outputs `start` to `stop` depend, as if the picture had no border."""
@@ -62,7 +65,7 @@ class CausalConv3d(Local):
         assert self.past >= 0, "a stride longer than its kernel would skip frames"
         assert height == width and stride[1] == stride[2], "height and width are alike, or windows would not be"
         self.lead, self.margin = time - 1, height // 2
-        self.scale = Fraction(1, stride[1])
+        self.scale, self.volume = Fraction(1, stride[1]), Fraction(1, stride[0] * stride[1] ** 2)
         self.conv = nn.Conv3d(
             in_channels,
             out_channels,
@@ -141,7 +144,7 @@ class Down(Local):
                 f" groups; make the latter a divisor of {in_channels * time * space**2}"
             )
         self.time, self.space, self.out_channels = time, space, out_channels
-        self.scale = Fraction(1, space)
+        self.scale, self.volume = Fraction(1, space), Fraction(1, time * space**2)
         self.conv = CausalConv3d(in_channels=in_channels, out_channels=out_channels, stride=(time, space, space))
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
@@ -185,7 +188,7 @@ class Up(Local):
                 f" make them a divisor of {dealt}"
             )
         self.time, self.space, self.repeats = time, space, dealt // in_channels
-        self.scale = Fraction(space)
+        self.scale, self.volume = Fraction(space), Fraction(time * space**2)
         self.conv = CausalConv3d(in_channels=in_channels, out_channels=dealt, kernel=kernel)
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
@@ -200,14 +203,54 @@ class Up(Local):
 
 
 class Chain(nn.ModuleList):
-    """Stateful layers one after another; its state is the list of theirs."""
+    """Stateful layers one after another; its state is the list of theirs.
+
+    Args:
+        layers: in order.
+        recompute: what the backward pass computes again, instead of keeping its activations: `none`, `blocks` (each
+            layer, so only what passes between layers is kept) or `levels` (each segment). Gradients are the same.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module] = (), recompute: str = "none") -> None:
+        super().__init__(layers)
+        self.recompute = recompute
 
     def forward(self, x: Tensor, state: State = None) -> tuple[Tensor, State]:
-        states = []
-        for layer, before in zip(self, state or [None] * len(self), strict=True):
-            x, after = layer(x, before)
-            states.append(after)
-        return x, states
+        before, after = state or [None] * len(self), []
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            for layer, kept in zip(self, before, strict=True):
+                x, kept = layer(x, kept)
+                after.append(kept)
+            return x, after
+        for group in self.segments() if self.recompute == "levels" else [Chain([layer]) for layer in self]:
+            start = len(after)
+            x, kept = again(group, x, before[start : start + len(group)])
+            after += kept
+        return x, after
+
+    def segments(self) -> list[Chain]:
+        """Return the layers of each level together, cut on the coarse side of every `Down` and `Up`.
+
+        There the fewest values pass from one to the next.
+        """
+        groups: list[list[nn.Module]] = [[]]
+        for layer in self:
+            if isinstance(layer, Up):
+                groups.append([])
+            groups[-1].append(layer)
+            if isinstance(layer, Down):
+                groups.append([])
+        return [Chain(group) for group in groups]
+
+
+def again(layer: nn.Module, x: Tensor, state: State) -> tuple[Tensor, State]:
+    """Return `layer(x, state)`, of which the backward pass keeps the arguments alone and computes the rest again."""
+
+    def forward(x: Tensor, state: State) -> tuple[Tensor, State]:
+        y, after = layer(x, state)
+        return y, tree_map_only(Tensor, Tensor.clone, after)  # a view would keep what it is a part of
+
+    return checkpoint(forward, x, state, use_reentrant=False, preserve_rng_state=False)
 
 
 class Head(Local):

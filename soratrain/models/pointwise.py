@@ -50,7 +50,7 @@ def joined(before: Tensor | int | None, x: Tensor, norm: RMSNorm | None) -> Tens
         if before is None:
             return x
         return torch.cat([x[:, :, :1].expand(-1, -1, before, -1, -1) if isinstance(before, int) else before, x], dim=2)
-    lead = before if isinstance(before, int) else 0 if before is None else before.shape[2]
+    lead = 0 if before is None else before if isinstance(before, int) else before.shape[2]
     batch, channels, frames, height, width = x.shape
     shape = (batch, channels, lead + frames, height, width)
     order = torch.channels_last_3d if before is None else torch.contiguous_format
@@ -60,7 +60,7 @@ def joined(before: Tensor | int | None, x: Tensor, norm: RMSNorm | None) -> Tens
         norm.activate_into(body, x)
     else:
         body.copy_(x)
-    if lead:
+    if before is not None:
         out[:, :, :lead].copy_(body[:, :, :1] if isinstance(before, int) else before)
     return out
 

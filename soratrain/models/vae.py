@@ -10,12 +10,16 @@ Legend: B samples, C channels, T H W frames, height, width in pixels, t h w the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from itertools import chain as chain_of
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
 from soratrain.errors import ConfigError
-from soratrain.models.layers import CausalConv3d, Chain, Down, Front, Head, ResidualBlock, State, Up
+from soratrain.models.layers import CausalConv3d, Chain, Down, Front, Head, ResidualBlock, State, Up, again
+from soratrain.models.tiles import Tiles
 
 SMALLEST_SHARE = 0.01  # a direction with less of a channel's variance is noise, and is not raised to 1
 
@@ -34,6 +38,9 @@ class VAE(nn.Module):
         time_kernels: kernel length in time of each level's blocks and of the upsampling into it: 1 (each frame alone)
             or 3.
         front: `none`, `space_to_depth` or `haar`; `front_strides`: its factors in time and space.
+        recompute: what training computes twice to keep less: `none`, `blocks` or `levels` (see `Chain`).
+        chunk_frames: training keeps, of a clip of more frames, only the states between chunks of so many and computes
+            each chunk again in the backward pass, with the whole clip's gradients; 0: the clip is one chunk.
 
     Attributes:
         stride: (time, height, width), pixels per latent position.
@@ -63,6 +70,8 @@ class VAE(nn.Module):
         time_kernels: Sequence[int],
         front: str = "space_to_depth",
         front_strides: Sequence[int] = (1, 2),
+        recompute: str = "none",
+        chunk_frames: int = 0,
     ) -> None:
         super().__init__()
         levels = len(channels)
@@ -84,6 +93,12 @@ class VAE(nn.Module):
         for time_stride, space_stride in zip(time_strides, space_strides, strict=True):
             time, space = time * time_stride, space * space_stride
         self.stride = (time, space, space)
+        if recompute not in ("none", "blocks", "levels"):
+            raise ConfigError(f"vae.recompute={recompute!r} is unknown; use none, blocks or levels")
+        if chunk_frames < 0 or chunk_frames % time:
+            near = max(1, -(-chunk_frames // time)) * time
+            raise ConfigError(f"vae.chunk_frames={chunk_frames} is not a multiple of {time}; use {near}, or 0 for none")
+        self.chunk_frames = chunk_frames
 
         kernels = [(kernel, 3, 3) for kernel in time_kernels]
         down: list[nn.Module] = [CausalConv3d(in_channels=pixel_channels, out_channels=channels[0], kernel=kernels[0])]
@@ -100,7 +115,7 @@ class VAE(nn.Module):
                 up.append(Up(in_channels=channels[i], out_channels=channels[i - 1], kernel=kernels[i - 1], **factors))
         down.append(Head(in_channels=channels[-1], out_channels=2 * latent_channels))
         up.append(Head(in_channels=channels[0], out_channels=pixel_channels, kernel=kernels[0]))
-        self.encoder, self.decoder = Chain(down), Chain(up)
+        self.encoder, self.decoder = Chain(down, recompute), Chain(up, recompute)
         self.register_buffer("latent_mean", torch.zeros(latent_channels))
         self.register_buffer("latent_std", torch.ones(latent_channels))
         self.register_buffer("latent_mix", torch.eye(latent_channels))
@@ -133,11 +148,11 @@ class VAE(nn.Module):
 
         The first chunk (`state=None`) has 1 + 4n frames, later ones 4n.
         """
-        return self.encoder(self.front(x, state is None), state)
+        return in_chunks(self.encoder, self.front(x, state is None), state, self.chunk_frames // self.front.time)
 
     def decode_chunk(self, latent: Tensor, state: State = None) -> tuple[Tensor, State]:
         """Return pixels of a chunk of latents that are not normalised, and the state that the next one needs."""
-        y, after = self.decoder(latent, state)
+        y, after = in_chunks(self.decoder, latent, state, self.chunk_frames // self.stride[0])
         return self.front.inverse(y, state is None), after
 
     def normalise(self, latent: Tensor) -> Tensor:
@@ -179,36 +194,95 @@ class VAE(nn.Module):
         return self.decode_chunk(self.denormalise(latent))[0]
 
     @torch.no_grad()
-    def encode_stream(self, chunks: Iterable[Tensor], frames_per_step: int = 16) -> Iterator[Tensor]:
+    def encode_stream(
+        self, chunks: Iterable[Tensor], frames_per_step: int = 16, pixels_per_step: int | None = None
+    ) -> Iterator[Tensor]:
         """Yield the normalised latent of one long clip piece by piece, the same numbers as `encode` of the whole.
 
         Args:
             chunks: pixels `[B, 3, any, H, W]`, in order, any number of frames each.
             frames_per_step: frames worked on at once, which bounds memory; rounded up to the time stride.
+            pixels_per_step: most pixels (samples x frames x height x width) worked on at once: fewer frames a step
+                where they are too large, and tiles where even the fewest are (see `Tiles`).
 
         Raises:
-            ConfigError: the size does not fit the stride, or the frames in all are not 1 + 4k.
+            ConfigError: the size does not fit the stride, the frames in all are not 1 + 4k, or the budget is less than
+                the smallest tile takes.
         """
-        time, seen, state = self.stride[0], 0, None
-        for x in regroup(chunks, first=1, step=-(-frames_per_step // time) * time):
+        seen, state, net = 0, None, None
+        shape, chunks = peek(chunks)
+        step = self.frames_of_step(shape[0] * shape[3] * shape[4], frames_per_step, pixels_per_step)
+        for x in regroup(chunks, first=1, step=step):
             self.check_size(1 if seen else x.shape[2], *x.shape[3:])
             seen += x.shape[2]
             self.check_size(seen, *x.shape[3:])
-            y, state = self.encode_chunk(x, state)
+            x = self.front(x, state is None)
+            net = net or self.tiled(self.encoder, x, len(x) * step, pixels_per_step)
+            y, state = net(x, state)
             yield self.normalise(y[:, : self.latent_channels])
 
     @torch.no_grad()
-    def decode_stream(self, chunks: Iterable[Tensor], latents_per_step: int = 4) -> Iterator[Tensor]:
+    def decode_stream(
+        self, chunks: Iterable[Tensor], latents_per_step: int = 4, pixels_per_step: int | None = None
+    ) -> Iterator[Tensor]:
         """Yield the pixels of one long clip piece by piece, the same numbers as `decode` of the whole.
 
         Args:
             chunks: normalised latents `[B, C, any, h, w]`, in order.
             latents_per_step: latent frames worked on at once, which bounds memory.
+            pixels_per_step: as in `encode_stream`, of the pixels that come out.
+
+        Raises:
+            ConfigError: the budget is less than the smallest tile takes.
         """
-        state = None
-        for latent in regroup(chunks, first=1, step=latents_per_step):
-            y, state = self.decode_chunk(self.denormalise(latent), state)
-            yield y
+        time, space, _ = self.stride
+        state, net = None, None
+        shape, chunks = peek(chunks)
+        step = self.frames_of_step(shape[0] * shape[3] * shape[4] * space**2, latents_per_step * time, pixels_per_step)
+        for latent in regroup(chunks, first=1, step=step // time):
+            net = net or self.tiled(self.decoder, latent, len(latent) * step, pixels_per_step)
+            y, after = net(self.denormalise(latent), state)
+            yield self.front.inverse(y, state is None)
+            state = after
+
+    def frames_of_step(self, pixels: int, frames: int, budget: int | None) -> int:
+        """Return how many frames of so many `pixels` a step takes: whole strides, about `frames` at most."""
+        time = self.stride[0]
+        most = -(-frames // time) if budget is None else min(-(-frames // time), budget // max(1, pixels * time))
+        return max(1, most) * time
+
+    def tiled(self, chain: Chain, x: Tensor, frames: int, budget: int | None) -> Chain | Tiles:
+        """Return the encoder or the decoder, its levels cut into tiles where a step of `frames` exceeds the budget."""
+        if budget is None:
+            return chain
+        time, space, _ = self.stride if chain is self.decoder else (self.front.time, self.front.space, 0)
+        return Tiles(
+            chain,
+            scale=Fraction(1, space),
+            volume=Fraction(1, time * space**2),
+            height=x.shape[3],
+            width=x.shape[4],
+            frames=frames,
+            pixels=budget,
+        )
+
+
+def in_chunks(net: Chain, x: Tensor, state: State, step: int) -> tuple[Tensor, State]:
+    """Return `net(x, state)`; where a gradient is wanted, `step` frames at a time, keeping the states between alone."""
+    if not step or not torch.is_grad_enabled() or x.shape[2] <= step + (state is None):
+        return net(x, state)
+    pieces = []
+    for part in regroup([x], first=step + (state is None), step=step):
+        y, state = again(net, part, state)
+        pieces.append(y)
+    return torch.cat(pieces, dim=2), state
+
+
+def peek(chunks: Iterable[Tensor]) -> tuple[Sequence[int], Iterator[Tensor]]:
+    """Return the shape of the first of the chunks, and all of them; zeros where there is none."""
+    rest = iter(chunks)
+    head = list(islice(rest, 1))
+    return head[0].shape if head else (0,) * 5, chain_of(head, rest)
 
 
 def regroup(chunks: Iterable[Tensor], *, first: int, step: int) -> Iterator[Tensor]:
