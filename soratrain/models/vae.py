@@ -181,6 +181,11 @@ class VAE(nn.Module):
         self.latent_mix.copy_((vectors / roots) @ vectors.T)
         self.latent_unmix.copy_((vectors * roots) @ vectors.T)
 
+    def statistics(self) -> dict[str, list[float]]:
+        """Return the channels' mean and deviation as plain numbers, to be read beside the weights, which hold them."""
+        found = {"mean": self.latent_mean, "std": self.latent_std}
+        return {name: [round(float(value), 6) for value in values] for name, values in found.items()}
+
     def encode(self, x: Tensor) -> Tensor:
         """Return the normalised latent `[B, C, t, h, w]`, fp32, of pixels `[B, 3, T, H, W]` in [-1, 1].
 

@@ -8,6 +8,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 
 from soratrain.batch import VideoBatch, to_pixels
@@ -243,7 +244,14 @@ class VAEStage(ManualStage):
             self.frozen.check(self.vae)
             return
         loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-        self.set_statistics(islice(iter(loader), self.statistics_batches))
+        batches, hidden = islice(iter(loader), self.statistics_batches), not self.trainer.is_global_zero
+        self.set_statistics(track(batches, "latent statistics", total=self.statistics_batches, disable=hidden))
+
+    def exported(self) -> dict[str, tuple[nn.Module, partial, dict[str, Any]]]:
+        """Return the nets as every stage does, the latents' statistics beside the VAE."""
+        nets = super().exported()
+        vae, factory, extra = nets["vae"]
+        return {**nets, "vae": (vae, factory, {**extra, "statistics": self.vae.statistics()})}
 
     def set_statistics(self, batches: Iterable[VideoBatch]) -> None:
         """Measure the latents' mean and covariance from clips, over all ranks, for the VAE to normalise by.

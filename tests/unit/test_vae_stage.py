@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from soratrain.batch import VideoBatch, draw_of
 from soratrain.errors import ConfigError, DataError
+from soratrain.models import weights
 from soratrain.models.vae import VAE
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.vae import VAEStage, random_crop
@@ -59,6 +61,17 @@ def batch_of(samples: int = 3, frames: int = 5, seed: int = 0) -> VideoBatch:
 
 def tile(x: Tensor) -> Tensor:
     return x.repeat(1, 1, 1, 2, 2)
+
+
+def test_the_latents_statistics_are_written_beside_the_weights(tmp_path: Path) -> None:
+    stage = make()
+    stage.set_statistics([batch_of()])
+    module, factory, extra = stage.exported()["vae"]
+    weights.save(tmp_path, "vae", module, factory, extra)
+    loaded, kept = weights.load(tmp_path, "vae")
+    assert isinstance(loaded, VAE) and loaded.latent_std.max() < 1
+    torch.testing.assert_close(torch.tensor(kept["statistics"]["mean"]), loaded.latent_mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(kept["statistics"]["std"]), loaded.latent_std, rtol=0, atol=1e-6)
 
 
 def test_the_balance_of_reconstruction_and_divergence_does_not_change_with_clip_size() -> None:
