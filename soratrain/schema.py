@@ -24,6 +24,7 @@ from soratrain.kinds import fits, in_words
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_"}
+PUBLISHED = "soratrain.models.published."  # VAEs that others have trained
 ZERO = ("zero1", "zero2", "zero3")
 
 
@@ -227,11 +228,17 @@ def check_across(config: Mapping[str, Any]) -> None:
             f"optimizer=muon with strategy={config['strategy']['name']}: ZeRO flattens gradients, which Muon needs as"
             " matrices; use optimizer=adamw, or strategy=ddp"
         )
-    adversary = (config["stage"].get("module") or {}).get("adversary")
-    if adversary and config["strategy"].get("name") in ZERO:
+    stage, vae = config["stage"], config["vae"]
+    if (stage.get("module") or {}).get("adversary") and config["strategy"].get("name") in ZERO:
         raise ConfigError(
             f"strategy={config['strategy']['name']}: DeepSpeed takes one optimizer, and a discriminator needs its own;"
             " use strategy=ddp"
+        )
+    trains = stage["name"] == "vae" or (stage["name"] == "plan" and stage["job"].get("target") == "vae")
+    if trains and str(vae.get("_target_")).startswith(PUBLISHED):
+        raise ConfigError(
+            f"vae={vae['_target_'].removeprefix(PUBLISHED).lower()} is a VAE that others have trained, and stage=vae"
+            " trains one of ours; go on with stage=encode, or use vae=tiny, s or base"
         )
     for key, least in (("max_steps", 0), ("num_nodes", 1)):
         value = config["trainer"].get(key)

@@ -14,7 +14,7 @@ from soratrain import outputs
 from soratrain.children import run_child
 from soratrain.compose import split_override
 from soratrain.errors import DataError
-from soratrain.schema import groups
+from soratrain.schema import PUBLISHED, groups
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,8 @@ def ensure(config: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """
     given = {split_override(item)[0] for item in overrides}
     for key, place in needed(config):
+        if key == "vae" and published(place, config):
+            continue
         if not (ready(key, place) or (key == "shards" and config["stage"].get("videos") and is_videos(place))):
             make(key, place, config, overrides, own=f"inputs.{key}" not in given)
         check_current(place)
@@ -133,6 +135,21 @@ def begin_from(config: Mapping[str, Any], overrides: Sequence[str], given: set[s
         make(stage, place, config, overrides, own=True, called="init")
     check_current(place)
     check_nets(place, config, given)
+
+
+def published(place: str, config: Mapping[str, Any]) -> bool:
+    """Return whether the VAE is another's, which no stage makes; whether it is the one asked for is seen here.
+
+    Raises:
+        DataError: it is another than `vae=` says, or is not there.
+    """
+    from soratrain.models.autoencoders import check, find
+
+    asked = config.get("vae", {})
+    if not asked.get("_target_", "").startswith(PUBLISHED) and find(place) is None:
+        return False
+    check(place, asked)
+    return True
 
 
 def check_nets(place: str, config: Mapping[str, Any], given: set[str]) -> None:

@@ -48,26 +48,34 @@ class Native:
         max_size: `WIDTHxHEIGHT`; frames of a larger area are scaled down to it at their own aspect ratio.
         max_frames: longer clips are cut to this many frames.
         max_fps: clips of a higher rate are taken at an integer fraction of it, the largest not above this.
+        grid: pixels of which both sides are multiples: what the VAE's stride and the DiT's patch make together.
     """
 
     def __init__(
-        self, *, max_size: str | None = None, max_frames: int | None = None, max_fps: float | None = None
+        self,
+        *,
+        max_size: str | None = None,
+        max_frames: int | None = None,
+        max_fps: float | None = None,
+        grid: int = GRID,
     ) -> None:
         height, width = parse_size(max_size) if max_size is not None else (0, 0)
-        if max_size is not None and min(height, width) < GRID:
-            raise ConfigError(f"buckets.max_size={max_size}: each side must be at least {GRID} pixels")
+        if grid < GRID or grid % GRID:
+            raise ConfigError(f"buckets.grid={grid}: must be {GRID} or a multiple of it")
+        if max_size is not None and min(height, width) < grid:
+            raise ConfigError(f"buckets.max_size={max_size}: each side must be at least {grid} pixels")
         if max_frames is not None and max_frames < 1:
             raise ConfigError(f"buckets.max_frames={max_frames}: must be 1, or more")
         self.area = height * width or None
-        self.max_frames, self.max_fps = max_frames, max_fps
+        self.max_frames, self.max_fps, self.grid = max_frames, max_fps, grid
 
     def assign(self, manifest: Manifest, block: BlockSize, least: int = 1) -> Assignment:
         """Return the buckets of `manifest`, each holding a good part of `block(bucket)` samples where that can be."""
         stride, frames = _frames(manifest, self.max_fps)
         sizes, size_of, _ = distinct(np.stack([manifest.h.astype(np.int64), manifest.w.astype(np.int64), frames], 1))
-        small = (sizes[:, :2].min(1) < GRID) | (sizes[:, 2] < 1)
+        small = (sizes[:, :2].min(1) < self.grid) | (sizes[:, 2] < 1)
         cells = np.empty_like(sizes)
-        cells[:, 0], cells[:, 1] = on_grid(sizes[:, 0], sizes[:, 1], self.area)
+        cells[:, 0], cells[:, 1] = on_grid(sizes[:, 0], sizes[:, 1], self.area, self.grid)
         cells[:, 2] = 1 + (np.minimum(sizes[:, 2], self.max_frames or sizes[:, 2]) - 1) // TIME * TIME
         used = np.flatnonzero(~small[size_of])
         names, cell_of, _ = distinct(cells[~small])
@@ -77,7 +85,7 @@ class Native:
         buckets = [Bucket(*map(int, name)) for name in names]
         full = np.array([block(bucket) for bucket in buckets])
         parent, merged, held = merge_rare(names, counts, np.maximum(least, np.ceil(full * FILL)))
-        dropped = {f"smaller than {GRID} pixels": len(manifest) - len(used)} if small.any() else {}
+        dropped = {f"smaller than {self.grid} pixels": len(manifest) - len(used)} if small.any() else {}
         return _assignment(
             buckets,
             used,

@@ -152,9 +152,8 @@ class LatentSource:
                 raise DataError(f"is not a safetensors file: {error}") from error
             tensors = {name: stored[name].float() for name in ("latent", "text") if name in stored}
             shape = tuple(tensors["latent"].shape[1:]) if "latent" in tensors else None
-            expected = (1 + (bucket.frames - 1) // TIME, bucket.height // 8, bucket.width // 8)
-            if shape != expected:
-                raise DataError(f"holds a latent of (t, h, w) = {shape}, where {expected} belongs to {bucket}")
+            if shape is None or not belongs(shape, bucket):
+                raise DataError(f"holds a latent of (t, h, w) = {shape}, which does not belong to {bucket}")
             kept = tensors, row.fps, captions_of(header)
             self.cache.put(index, kept, sum(value.nbytes for value in tensors.values()))
         return kept
@@ -164,6 +163,13 @@ class LatentSource:
         text = tuple(sample.payload["text"] for sample in samples if "text" in sample.payload)
         latents = tuple(sample.payload["latent"] for sample in samples)
         return LatentBatch(latents=latents, text=text if len(text) == len(samples) else (), **common)
+
+
+def belongs(shape: tuple[int, ...], bucket: Bucket) -> bool:
+    """Return whether a latent of (t, h, w) is of a clip of this size: its VAE's stride in space is one number."""
+    frames, height, width = shape
+    stride = bucket.height // height
+    return (1 + (frames - 1) * TIME, height * stride, width * stride) == (bucket.frames, bucket.height, bucket.width)
 
 
 class MicroBatches(Dataset):

@@ -32,7 +32,7 @@ def distinct(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return unpacked, which, np.bincount(which, minlength=len(found))
 
 
-def on_grid(height: np.ndarray, width: np.ndarray, area: int | None) -> tuple[np.ndarray, np.ndarray]:
+def on_grid(height: np.ndarray, width: np.ndarray, area: int | None, grid: int = GRID) -> tuple[np.ndarray, np.ndarray]:
     """Return the bucket's height and width for frames of the given sizes [G], scaled down to `area` where larger.
 
     Of the grid's sizes around the exact one, none above the source or `area`, it takes the nearest aspect ratio, then
@@ -40,18 +40,18 @@ def on_grid(height: np.ndarray, width: np.ndarray, area: int | None) -> tuple[np
     """
     limit = np.asarray(np.maximum(height * width, 1) if area is None else area)
     scale = np.minimum(1.0, np.sqrt(limit / np.maximum(height * width, 1)))
-    rows, columns = (np.floor(side * scale / GRID + 1e-6).astype(np.int64) * GRID for side in (height, width))
-    flat = limit // GRID // GRID * GRID
-    options = [(rows + up, columns + right) for up in (0, GRID) for right in (0, GRID)]
+    rows, columns = (np.floor(side * scale / grid + 1e-6).astype(np.int64) * grid for side in (height, width))
+    flat = limit // grid // grid * grid
+    options = [(rows + up, columns + right) for up in (0, grid) for right in (0, grid)]
     options += [
-        (np.full_like(rows, GRID), np.minimum(columns, flat)),
-        (np.minimum(rows, flat), np.full_like(rows, GRID)),
+        (np.full_like(rows, grid), np.minimum(columns, flat)),
+        (np.minimum(rows, flat), np.full_like(rows, grid)),
     ]
     best = np.zeros((2, len(height)), dtype=np.int64)
     best_score = np.full(len(height), -math.inf)
     aspect = np.log(np.maximum(width, 1) / np.maximum(height, 1))
     for high, wide in options:
-        fits = (high >= GRID) & (wide >= GRID) & (high <= height) & (wide <= width) & (high * wide <= limit)
+        fits = (high >= grid) & (wide >= grid) & (high <= height) & (wide <= width) & (high * wide <= limit)
         steps = np.floor(np.abs(aspect - np.log(np.maximum(wide, 1) / np.maximum(high, 1))) / SAME_ASPECT)
         score = np.where(fits, np.log(np.maximum(high * wide, 1)) - 100.0 * steps, -math.inf)
         better = score > best_score

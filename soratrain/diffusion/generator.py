@@ -16,6 +16,7 @@ from soratrain.diffusion.sampler import euler, guided
 from soratrain.diffusion.segments import Segment, flatten
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
+from soratrain.models.autoencoders import load_vae
 from soratrain.models.dit import DiT
 from soratrain.models.patchify import STRIDE
 from soratrain.models.text import ByteTextEncoder
@@ -52,20 +53,20 @@ class Generator:
         """
         dit_net, extra = weights.load(dit, "dit", device)
         text_net, _ = weights.load(dit, "text", device)
-        vae_net, _ = weights.load(vae, "vae", device)
+        vae_net = load_vae(vae, device)
         objective = dict(extra.get("objective", {"name": "flow"}))
         if objective.pop("name") != "flow":
             raise DataError(
                 f"the weights in {dit} are of the objective {extra['objective']['name']!r}; this samples flow"
             )
-        assert isinstance(dit_net, DiT) and isinstance(text_net, ByteTextEncoder) and isinstance(vae_net, VAE)
+        assert isinstance(dit_net, DiT) and isinstance(text_net, ByteTextEncoder)
         if dit_net.channels != vae_net.latent_channels:
             raise DataError(
                 f"the DiT in {dit} draws {dit_net.channels} latent channels, the VAE in {vae} has"
                 f" {vae_net.latent_channels}; use the VAE that its latents were encoded with"
             )
-        if tuple(vae_net.stride) != STRIDE:
-            raise DataError(f"the VAE in {vae} has the stride {tuple(vae_net.stride)}; sampling is made for {STRIDE}")
+        if vae_net.stride[0] != STRIDE[0]:
+            raise DataError(f"the VAE in {vae} has a stride of {vae_net.stride[0]} in time; the DiT counts {STRIDE[0]}")
         return cls(vae_net, dit_net, text_net, objective=Flow(**objective), batch=batch)
 
     def check(self, prompts: Sequence[str], height: int, width: int, frames: int, guidance_scale: float) -> None:
@@ -74,7 +75,7 @@ class Generator:
         Raises:
             ConfigError: one line that names the key, the value and the mend.
         """
-        check_size(height, width, frames, self.dit.patch)
+        check_size(height, width, frames, self.dit.patch, self.vae.stride)
         for prompt in prompts:
             check_prompt(prompt, guidance_scale)
 
@@ -107,7 +108,8 @@ class Generator:
                 len(prompts),
                 self.text.max_tokens,
             )
-        shape = (self.dit.channels, 1 + (frames - 1) // STRIDE[0], height // STRIDE[1], width // STRIDE[2])
+        time, high, wide = self.vae.stride
+        shape = (self.dit.channels, 1 + (frames - 1) // time, height // high, width // wide)
         clips: list[np.ndarray] = []
         for start in range(0, len(prompts), self.batch):
             some = prompts[start : start + self.batch]
@@ -134,20 +136,20 @@ class Generator:
         return euler(velocity, noise.to(device), self.objective.grid(steps, tokens))
 
 
-def check_size(height: int, width: int, frames: int, patch: Sequence[int]) -> None:
+def check_size(height: int, width: int, frames: int, patch: Sequence[int], stride: Sequence[int] = STRIDE) -> None:
     """Refuse sizes that are no whole number of latent patches.
 
     Raises:
         ConfigError: names the nearest sizes that can be drawn.
     """
-    for name, value, unit in (("width", width, STRIDE[2] * patch[2]), ("height", height, STRIDE[1] * patch[1])):
+    for name, value, unit in (("width", width, stride[2] * patch[2]), ("height", height, stride[1] * patch[1])):
         if value < unit or value % unit:
             below = max(value // unit, 1) * unit
             raise ConfigError(
                 f"size={width}x{height}: {name} {value} is no multiple of {unit}; the nearest are {below} and"
                 f" {below + unit}"
             )
-    unit, least = STRIDE[0] * patch[0], 1 + STRIDE[0] * (patch[0] - 1)  # latent frames fill whole patches
+    unit, least = stride[0] * patch[0], 1 + stride[0] * (patch[0] - 1)  # latent frames fill whole patches
     if frames < least or (frames - least) % unit:
         below = least + max((frames - least) // unit, 0) * unit
         raise ConfigError(

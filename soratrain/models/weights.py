@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Mapping
 from functools import partial
@@ -118,6 +119,16 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
             f" {unexpected[:5]}, of another shape {reshaped[:5]}; use the config they were trained with"
         )
     module.load_state_dict(dict(state))
+
+
+def digest(module: nn.Module) -> str:
+    """Return the SHA-256, in hex, of a network's names, types and numbers: the same wherever they were read from."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = tensor.detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return found.hexdigest()
 
 
 def load(folder: str | Path, name: str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:

@@ -29,6 +29,7 @@ from soratrain.data.reading import read_manifest
 from soratrain.data.shards import ShardWriter
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
+from soratrain.models.autoencoders import load_vae
 from soratrain.models.vae import VAE
 from soratrain.stages.latents import SCHEMA, Groups, store
 
@@ -92,12 +93,11 @@ class Encode:
             DataError: the folder holds latents of something else, or too many clips cannot be read.
         """
         manifest = read_manifest(self.shards)
-        module, _ = weights.load(self.vae_folder, "vae", self.device)
-        assert isinstance(module, VAE)
+        module = load_vae(self.vae_folder, self.device)
         assignment = self.buckets.assign(manifest, lambda bucket: 1)
         for bucket in assignment.buckets:
             module.check_size(bucket.frames, bucket.height, bucket.width)
-        self._claim(self.fingerprint(manifest, assignment))
+        self._claim(self.fingerprint(module, manifest, assignment))
         began, done, failed = time.monotonic(), 0, 0
         with progress() as bar:
             task = bar.add_task("encode", total=sum(map(len, assignment.members)))
@@ -124,13 +124,12 @@ class Encode:
         self._write({**self._dataset(), "totals": {**totals, "bytes": size}, "complete": True})
         return {**totals, "clips_per_s": done / seconds, "megabytes": size / 1e6}
 
-    def fingerprint(self, manifest: Manifest, assignment: Assignment) -> dict[str, str]:
+    def fingerprint(self, vae: VAE, manifest: Manifest, assignment: Assignment) -> dict[str, str]:
         """Return what the latents depend on: the VAE's weights, the clips, and what is taken of them how."""
         taken = hashlib.sha256(assignment.stride.tobytes())
         for bucket, members in zip(assignment.buckets, assignment.members, strict=True):
             taken.update(f"{bucket}:{self.tail_frames}:{self.dtype}".encode() + members.tobytes())
-        trained = (weights.resolve(self.vae_folder, "vae") / "vae.safetensors").read_bytes()
-        return {"vae": hashlib.sha256(trained).hexdigest(), "shards": manifest.hash, "transform": taken.hexdigest()}
+        return {"vae": weights.digest(vae), "shards": manifest.hash, "transform": taken.hexdigest()}
 
     def _part(self, number: int) -> Path:
         return self.out / "manifest" / f"part-{number:05d}.parquet"

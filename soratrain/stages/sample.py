@@ -105,9 +105,8 @@ class Sample:
         """Draw every prompt that is not drawn yet with these settings; return how many, and where the clips are."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generate = Generator.load(self.vae, self.dit, device=device, batch=self.batch)
-        check_size(self.height, self.width, self.settings["frames"], generate.dit.patch)
-        notes = {name: weights.resolve(place, name) for name, place in (("vae", self.vae), ("dit", self.dit))}
-        print_of = {name: fingerprint(folder / f"{name}.safetensors") for name, folder in notes.items()}
+        generate.check(self.prompts, self.height, self.width, self.settings["frames"], self.settings["guidance_scale"])
+        print_of = {name: weights.digest(getattr(generate, name))[:16] for name in ("vae", "dit")}
         documents = {
             self.path(prompt, print_of): {"prompt": prompt, **self.settings, "weights": print_of}
             for prompt in self.prompts
@@ -157,9 +156,3 @@ def write_clip(path: Path, clip: np.ndarray, fps: float, document: dict[str, Any
 def read_json(path: Path) -> Any:
     """Return the document at `path`, or None where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def fingerprint(path: Path) -> str:
-    """Return a short hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

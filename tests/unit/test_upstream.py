@@ -129,3 +129,18 @@ def test_an_upstream_of_another_net_than_asked_for_is_refused(tmp_path, calls):
     with pytest.raises(DataError, match="vae: .* was made with another one than you ask for"):
         upstream.ensure(config(tmp_path, vae={"dim": 2}), ["vae=s"])
     upstream.ensure(config(tmp_path, vae={"dim": 1}), ["vae=s"])
+
+
+def test_another_s_vae_is_seen_to_be_the_one_asked_for_and_never_made(tmp_path, calls):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", "z_dim": 16}))
+    wan, ours = (
+        {"_target_": f"soratrain.models.{name}", "latent_channels": 16} for name in ("published.Wan", "vae.VAE")
+    )
+    upstream.ensure(config(tmp_path, vae=wan), [])
+    with pytest.raises(DataError, match="holds weights of AutoencoderKLWan, .* say vae=wan"):
+        upstream.ensure(config(tmp_path, vae=ours), [])
+    (tmp_path / "vae" / "config.json").unlink()
+    with pytest.raises(DataError, match="inputs.vae=.*: holds no VAE that diffusers wrote"):
+        upstream.ensure(config(tmp_path, vae=wan), [])
+    assert calls == []
