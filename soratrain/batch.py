@@ -143,7 +143,8 @@ class LatentBatch(Batch):
 
     Attributes:
         latents: normalised latents, one `[C, t, h, w]` a sample.
-        text: precomputed text features `[L, D]` a sample, or empty where text is encoded live.
+        text: what stage=encode stored of each sample's caption, features `[L, D]` or tokens of `byte`
+            (`TextTokens.joined`); empty where it is not stored for all.
     """
 
     latents: tuple[Tensor, ...]

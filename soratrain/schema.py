@@ -25,6 +25,7 @@ from soratrain.kinds import fits, in_words
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_"}
 PUBLISHED = "soratrain.models.published."  # VAEs that others have trained
+FROZEN_TEXT = "soratrain.models.hf_text."
 ZERO = ("zero1", "zero2", "zero3")
 
 
@@ -239,6 +240,10 @@ def check_across(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"vae={vae['_target_'].removeprefix(PUBLISHED).lower()} is a VAE that others have trained, and stage=vae"
             " trains one of ours; go on with stage=encode, or use vae=tiny, s or base"
+        )
+    if stage["name"] in ("dit", "captioner") and str(config["text"].get("_target_")).startswith(FROZEN_TEXT):
+        raise ConfigError(
+            f"text=hf: stage={stage['name']} trains its text encoder along and reads no stored features; use text=byte"
         )
     for key, least in (("max_steps", 0), ("num_nodes", 1)):
         value = config["trainer"].get(key)

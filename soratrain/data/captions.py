@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -32,6 +33,11 @@ def captions_of(header: dict[str, Any]) -> list[dict[str, str]]:
     ):
         raise DataError("its K.json has captions without type and text")
     return captions
+
+
+def text_name(caption: str) -> str:
+    """Return the name of the tensor that holds a caption's tokens or features in a latent's K.safetensors."""
+    return f"text.{hashlib.blake2b(caption.encode('utf-8', 'replace'), digest_size=8).hexdigest()}"
 
 
 class ByKey(Protocol):

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, get_worker_info
 from soratrain.batch import Batch, LatentBatch, VideoBatch, draw_of
 from soratrain.data.ahead import ReadAhead, Reader
 from soratrain.data.assignment import Bucket
-from soratrain.data.captions import CaptionMix, Choice, captions_of
+from soratrain.data.captions import CaptionMix, Choice, captions_of, text_name
 from soratrain.data.decode import ByteBudget, Window, crop, load_clip, load_whole, pick, scaled_size
 from soratrain.data.fitting import TIME
 from soratrain.data.manifest import Manifest
@@ -141,7 +141,7 @@ class LatentSource:
         return self.cache.get(index) is not None
 
     def load(self, index: int, bucket: Bucket, draw: int) -> tuple[dict[str, Tensor], float, list[dict[str, Any]]]:
-        """Return the sample's tensors, in fp32; `latent` is `[C, t, h, w]`, `text` (if there) `[L, D]`."""
+        """Return the sample's tensors: `latent` `[C, t, h, w]`, and the texts of its captions (`text_name`)."""
         kept = self.cache.get(index)
         if kept is None:
             row = self.manifest.row(index)
@@ -150,7 +150,8 @@ class LatentSource:
                 stored = safetensors.torch.load(media)
             except (SafetensorError, ValueError) as error:
                 raise DataError(f"is not a safetensors file: {error}") from error
-            tensors = {name: stored[name].float() for name in ("latent", "text") if name in stored}
+            wanted = {name: held for name, held in stored.items() if name == "latent" or name.startswith("text.")}
+            tensors = {name: held.float() if held.is_floating_point() else held for name, held in wanted.items()}
             shape = tuple(tensors["latent"].shape[1:]) if "latent" in tensors else None
             if shape is None or not belongs(shape, bucket):
                 raise DataError(f"holds a latent of (t, h, w) = {shape}, which does not belong to {bucket}")
@@ -159,8 +160,10 @@ class LatentSource:
         return kept
 
     def stack(self, samples: list[Sample], common: dict[str, Any]) -> LatentBatch:
-        """Return the samples' latents, and their text features where all have some."""
-        text = tuple(sample.payload["text"] for sample in samples if "text" in sample.payload)
+        """Return the samples' latents, and the stored texts of the captions chosen, where all are stored."""
+        names = [text_name(sample.caption.text) for sample in samples]
+        stored = [sample.payload.get(name) for sample, name in zip(samples, names, strict=True)]
+        text = tuple(held for held in stored if held is not None)
         latents = tuple(sample.payload["latent"] for sample in samples)
         return LatentBatch(latents=latents, text=text if len(text) == len(samples) else (), **common)
 

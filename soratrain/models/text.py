@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,23 @@ class TextTokens:
         """Return the same with its tensors on `device`."""
         return TextTokens(self.rows.to(device), self.starts.to(device), self.lengths, self.truncated)
 
+    def parts(self) -> list[Tensor]:
+        """Return each text's rows `[R]`, int32, the first of a segment as -1 - row: one tensor, to be stored."""
+        flagged = self.rows.clone()
+        flagged[self.starts] = -1 - flagged[self.starts]
+        ends = [*self.starts.tolist(), len(self.rows)]
+        segments = list(accumulate(length - 1 for length in self.lengths))
+        places = [ends[count] for count in (0, *segments)]
+        return [part.to(torch.int32) for part in flagged.split([b - a for a, b in pairwise(places)])]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Tensor]) -> TextTokens:
+        """Return texts again from what `parts` gave for each; an empty one is the empty prompt."""
+        flagged = torch.cat([part.to(torch.int64) for part in parts])
+        rows = torch.where(flagged < 0, -1 - flagged, flagged)
+        lengths = tuple(1 + int((part < 0).sum()) for part in parts)
+        return cls(rows, (flagged < 0).nonzero()[:, 0], lengths, 0)
+
     @cached_property
     def packing(self) -> Packing:
         """How the tokens of the texts lie in `[L, D]`."""
@@ -114,6 +132,25 @@ def tokenize(texts: Sequence[str], *, table: int, max_tokens: int) -> TextTokens
     return TextTokens(
         torch.tensor(rows, dtype=torch.int64), torch.tensor(starts, dtype=torch.int64), tuple(lengths), truncated
     )
+
+
+class ByteTokens:
+    """What stage=encode stores of a caption for `ByteTextEncoder`, which is trained along: its tokens.
+
+    Args:
+        table, max_tokens: as there.
+    """
+
+    def __init__(self, *, table: int = 4096, max_tokens: int = 256) -> None:
+        self.table, self.max_tokens = table, max_tokens
+
+    def identity(self) -> str:
+        """Return what the tokens depend on."""
+        return f"byte {self.table} {self.max_tokens}"
+
+    def store(self, texts: Sequence[str]) -> list[Tensor]:
+        """Return the tokens of each text, as `TextTokens.parts` has them."""
+        return tokenize(texts, table=self.table, max_tokens=self.max_tokens).parts()
 
 
 class TextBlock(nn.Module):

@@ -12,7 +12,7 @@ import torch
 from soratrain.compose import compose
 from soratrain.errors import ConfigError
 from soratrain.run import instantiate, prepare
-from soratrain.schema import CONF, PUBLISHED, groups, validate
+from soratrain.schema import CONF, FROZEN_TEXT, PUBLISHED, groups, validate
 
 STAGES = groups()["stage"]
 OPTIONS = [
@@ -35,7 +35,9 @@ def test_every_stage_composes_for_every_machine(stage, machine):
 def test_every_group_option_composes(option):
     group, name = option.split("=")
     sharded = ["optimizer=adamw"] if group == "strategy" else []
-    config, choices = compose(["stage=dit", "machine=laptop", option, *sharded])
+    frozen = option == "text=hf"  # its features are made once, by stage=encode
+    stage = ["stage=encode", "text.folder=somewhere"] if frozen else ["stage=dit"]
+    config, choices = compose([*stage, "machine=laptop", option, *sharded])
     validate(config)
     assert choices[group] == name
 
@@ -71,9 +73,10 @@ def test_experiments_leave_sizes_precision_and_steps_to_the_machine(experiment):
 @pytest.mark.parametrize("group", ["vae", "dit", "captioner", "text"])
 def test_every_net_builds_on_meta(group):
     for option in groups()[group]:
-        config, _ = compose(["stage=dit", "machine=laptop", f"{group}={option}"])
+        given = ["text.folder=somewhere"] if option == "hf" else []
+        config, _ = compose(["stage=dit", "machine=laptop", f"{group}={option}", *given])
         with torch.device("meta"):
-            if config[group]["_target_"].startswith(PUBLISHED):
+            if config[group]["_target_"].startswith((PUBLISHED, FROZEN_TEXT)):
                 continue  # another's, which is loaded and never built
             net = instantiate(config[group])()
         assert sum(parameter.numel() for parameter in net.parameters()) > 0
@@ -84,6 +87,15 @@ def test_a_vae_that_others_have_trained_is_not_trained(stage):
     config, _ = compose([*stage, "machine=laptop", "vae=wan"])
     with pytest.raises(ConfigError, match="vae=wan is a VAE that others have trained.*stage=encode"):
         validate(config)
+
+
+@pytest.mark.parametrize("stage", ["dit", "captioner"])
+def test_a_frozen_text_encoder_is_for_encoding_only(stage):
+    config, _ = compose([f"stage={stage}", "machine=laptop", "text=hf", "text.folder=somewhere"])
+    with pytest.raises(ConfigError, match="text=hf: .* use text=byte"):
+        validate(config)
+    config, _ = compose(["stage=encode", "machine=laptop", "text=hf", "text.folder=somewhere"])
+    validate(config)
 
 
 def test_the_channels_of_another_s_vae_reach_the_dit():
