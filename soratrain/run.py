@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -135,15 +136,17 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         if once:
             first_weights = [("init", config["init"])] if config["init"] else []
             outputs.bind_upstream(out, upstream.needed(config) + first_weights)
-    done = outputs.stored_result(out) if once else None
+    shared = stage["kind"] != "fit" and stage.get("shared", False)
+    done = outputs.stored_result(out) if once and (first or not config["fresh"]) else None  # fresh: about to be removed
     if done is not None:
         log.info("stage=%s is done in %s (fresh=true would start it over)", stage["name"], out)
         return done
-    if stage["kind"] != "fit" and not first:
-        return {}  # a job is one process's work
+    if stage["kind"] != "fit" and not shared and not first:
+        return {}  # such a job is one process's work
     began = time.monotonic()
     try:
-        metrics = work()
+        with sharing(config, overrides) if shared else nullcontext():
+            metrics = work()
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
     result = {**metrics, "stage": stage["name"], "seconds": round(time.monotonic() - began, 1)}
@@ -155,6 +158,16 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         figures = {key: value for key, value in told.items() if not isinstance(value, dict | list)}
         log.info("%s", "  ".join(f"{key} {shown(value)}" for key, value in figures.items()))
     return result
+
+
+def sharing(config: Mapping[str, Any], overrides: Sequence[str]) -> AbstractContextManager[None]:
+    """Return a context in which this node's processes share a job, as many as would train."""
+    from soratrain.distributed.ranks import started
+    from soratrain.distributed.trainer import resolve_device, resolve_devices
+
+    trainer = config["trainer"]
+    device = resolve_device(trainer["accelerator"])
+    return started(resolve_devices(trainer["devices"], instantiate(config["strategy"]), device), overrides)
 
 
 def check_machine(config: Mapping[str, Any]) -> None:
