@@ -39,6 +39,7 @@ FREE = (
     "stage.data.prefetch",
     "stage.data.cache",
     "stage.job.workers",
+    "stage.job.remote",
 )
 
 

@@ -3,8 +3,10 @@
 A sample of a latents folder is `K.json` (size, rate and captions of the clip, and where it came from) and
 `K.safetensors` with
 
-    latent   [C, t, h, w], normalised per channel
-    tail     [C, t', h, w], the last frames encoded standalone: latents cut out of `latent` would leak their past
+    latent     [C, t, h, w], normalised per channel
+    tailN      [C, t', h, w], the last N frames encoded standalone: latents cut out of `latent` would leak their past;
+               one for each N of `tail_frames` that the clip is long enough for
+    text.HASH  of each caption (`text_name`): features [L, D] of a frozen encoder, or tokens of `byte`, not padded
 
 and a manifest row whose sizes are those of the pixels that were encoded.
 """
@@ -24,13 +26,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from soratrain.data.assignment import Bucket
+from soratrain.data.captions import captions_of
 from soratrain.data.decode import load_clip
 from soratrain.data.manifest import Manifest, Row
-from soratrain.data.members import read_members
-from soratrain.data.shards import ShardReader, ShardWriter
+from soratrain.data.members import open_folder, read_members
+from soratrain.data.remote import Remote
+from soratrain.data.shards import ShardWriter
 from soratrain.errors import DataError
 
-SCHEMA = 1  # of K.json and dataset.json
+SCHEMA = 2  # of K.json and dataset.json
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,17 @@ class Clip:
 
 
 class Groups(Dataset):
-    """Groups of clips of one bucket, each decoded as one item."""
+    """Groups of clips of one bucket, each decoded as one item; `remote`: how shards in a store are read."""
 
-    def __init__(self, manifest: Manifest, groups: Sequence[tuple[Bucket, np.ndarray]], stride: np.ndarray) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        groups: Sequence[tuple[Bucket, np.ndarray]],
+        stride: np.ndarray,
+        remote: Remote | None = None,
+    ) -> None:
         self.manifest, self.groups, self.stride = manifest, groups, stride
-        self.reader = ShardReader(manifest.folder)
+        self.reader = open_folder(manifest, manifest.folder, remote)
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -65,7 +75,7 @@ class Groups(Dataset):
             stride = int(self.stride[index])
             return Clip(
                 index,
-                header.get("captions", []),
+                captions_of(header),
                 load_clip(media, fps=fps, frames=row.frames, bucket=bucket, stride=stride),
             )
         except DataError as error:
@@ -79,7 +89,7 @@ def store(
 
     Args:
         row: of the clip.
-        tensors: `latent` and `tail`, of the type in which they are kept.
+        tensors: what K.safetensors holds, of the types in which it is kept.
         bucket: pixels that were encoded.
         stride: every how many source frames one was taken.
         captions: from the clip's K.json.

@@ -30,6 +30,7 @@ from soratrain.data.atomic import replacing
 from soratrain.data.buckets import Buckets
 from soratrain.data.manifest import Manifest, write_captions
 from soratrain.data.reading import read_manifest
+from soratrain.data.remote import Remote
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
 from soratrain.models.captioner import Captioner
@@ -81,6 +82,7 @@ class Recaption:
         device: `auto` takes CUDA where there is one.
         workers: processes that decode.
         max_bad: share of clips that may be unreadable before the job stops; a few always may.
+        remote: how shards in a store are read.
 
     Raises:
         ConfigError: a value out of range.
@@ -103,6 +105,7 @@ class Recaption:
         device: str = "auto",
         workers: int = 0,
         max_bad: float = 0.01,
+        remote: Remote | None = None,
     ) -> None:
         for name, value, least in (("batch_size", batch_size, 1), ("pixels_per_batch", pixels_per_batch, 1)):
             if value < least:
@@ -113,7 +116,7 @@ class Recaption:
         self.styles = styles
         self.batch_size, self.pixels_per_batch = batch_size, pixels_per_batch
         self.attempts, self.top_p, self.seed = attempts, top_p, seed
-        self.workers, self.max_bad = workers, max_bad
+        self.workers, self.max_bad, self.remote = workers, max_bad, remote
         self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.autocast = precision.startswith("bf16")
 
@@ -196,7 +199,8 @@ class Recaption:
             fitting = self.pixels_per_batch // (bucket.frames * bucket.height * bucket.width)
             size = max(1, min(self.batch_size, fitting))
             groups += [(bucket, mine[start : start + size]) for start in range(0, len(mine), size)]
-        loader = DataLoader(Groups(manifest, groups, assignment.stride), batch_size=None, num_workers=self.workers)
+        clips = Groups(manifest, groups, assignment.stride, self.remote)
+        loader = DataLoader(clips, batch_size=None, num_workers=self.workers)
         for _, clips in loader:
             for clip in clips:
                 if clip.video is None:

@@ -7,6 +7,7 @@ import json
 import zlib
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,22 @@ from torch import Tensor
 from data_prep.encode import Encoding, encode_png, encode_rgb
 from soratrain.batch import to_pixels
 from soratrain.data.buckets import Native
-from soratrain.data.datamodule import VideoData
+from soratrain.data.datamodule import LatentData, VideoData
 from soratrain.data.decode import load_clip
 from soratrain.data.manifest import write_manifest
 from soratrain.data.members import read_members
 from soratrain.data.reading import read_manifest
+from soratrain.data.remote import Remote
 from soratrain.data.shards import ShardReader, ShardWriter
 from soratrain.distributed.trainer import build_trainer, fit
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
+from soratrain.models.text import ByteTextEncoder, TextTokens
 from soratrain.models.vae import VAE
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.encode import Encode
+from soratrain.stages.encoding import DTYPES, ClipEncoder
+from soratrain.stages.pace import in_bytes
 from soratrain.stages.vae import VAEStage
 
 FACTORY = partial(
@@ -137,8 +142,11 @@ def test_each_clip_s_latent_is_what_the_vae_gives_for_it_alone(place: Path) -> N
         clip = load_clip(media, fps=Fraction(8), frames=source.frames, bucket=chosen)
         pixels = to_pixels(torch.from_numpy(clip)[None])
         torch.testing.assert_close(tensors["latent"].float(), vae.encode(pixels)[0], rtol=1e-2, atol=1e-2)
-        tail = vae.encode(pixels[:, :, -min(5, bucket[2]) :])[0]
-        torch.testing.assert_close(tensors["tail"].float(), tail, rtol=1e-2, atol=1e-2)
+        assert set(tensors) == {"latent", *(f"tail{frames}" for frames in (1, 5) if frames <= bucket[2])}
+        for frames in (1, 5):
+            if frames <= bucket[2]:
+                tail = vae.encode(pixels[:, :, -frames:])[0]
+                torch.testing.assert_close(tensors[f"tail{frames}"].float(), tail, rtol=1e-2, atol=1e-2)
         assert tensors["latent"].dtype == torch.bfloat16
         assert header["captions"] == read_members(reader, source)[0]["captions"]
 
@@ -153,7 +161,8 @@ def test_a_clip_that_is_too_large_is_encoded_in_pieces_with_the_same_latent(plac
     job(place, dtype="fp16", out=str(place / "pieces"), pixels_per_batch=1)()
     whole, pieces = stored(place / "out"), stored(place / "pieces")
     for key in whole:
-        for name in ("latent", "tail"):
+        assert whole[key][1].keys() == pieces[key][1].keys()
+        for name in whole[key][1]:
             torch.testing.assert_close(whole[key][1][name].float(), pieces[key][1][name].float(), rtol=0, atol=4e-3)
 
 
@@ -161,11 +170,11 @@ def test_a_run_that_was_stopped_goes_on_at_the_next_shard(place: Path, monkeypat
     job(place, out=str(place / "straight"))()
     original, calls = Encode._encode_shard, []
 
-    def stop_at_second(self: Encode, vae: VAE, manifest: Any, assignment: Any, number: int) -> Any:
+    def stop_at_second(self: Encode, work: Any, number: int) -> Any:
         calls.append(number)
         if number == 1 and len(calls) == 2:
             raise KeyboardInterrupt
-        return original(self, vae, manifest, assignment, number)
+        return original(self, work, number)
 
     monkeypatch.setattr(Encode, "_encode_shard", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
@@ -179,7 +188,31 @@ def test_a_run_that_was_stopped_goes_on_at_the_next_shard(place: Path, monkeypat
     assert json.loads((place / "out" / "dataset.json").read_text())["complete"]
 
 
-@pytest.mark.parametrize("what", ["vae", "shards", "transform"])
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_batch_gives_each_clip_what_it_gives_alone(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(DTYPES, "fp16", torch.float32)  # before rounding
+    torch.manual_seed(0)
+    vae, cpu = FACTORY().eval(), torch.device("cpu")
+    videos = [np.random.default_rng(index).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8) for index in range(5)]
+    encoding = ClipEncoder(tail_frames=[1, 5, 9], dtype="fp16", pixels_per_batch=1 << 22, autocast=autocast)
+    together, alone = encoding(vae, videos, cpu), [encoding(vae, [video], cpu)[0] for video in videos]
+    for batched, single in zip(together, alone, strict=True):
+        assert batched.keys() == single.keys() == {"latent", "tail1", "tail5", "tail9"}
+        for name in batched:
+            torch.testing.assert_close(batched[name], single[name], rtol=1e-5, atol=1e-5)
+
+
+def test_what_it_will_take_is_said_before_it_begins_and_is_exact(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="soratrain"):
+        job(place, tail_frames=[1, 5, 9], pixels_per_batch=1)()
+    held = sum(tensor.nbytes for _, tensors, _ in stored(place / "out").values() for name, tensor in tensors.items())
+    said = [record.message for record in caplog.records]
+    assert said[0] == f"6 clips of 4 sizes, {in_bytes(held)} of latents; 2 frames beyond 1 + 4k are left out"
+    assert sum("more at" in line and "clips/s" in line for line in said) == 1
+
+
+@pytest.mark.parametrize("what", ["vae", "shards", "transform", "text"])
 def test_latents_of_something_else_are_refused(place: Path, what: str) -> None:
     job(place)()
     options: dict[str, Any] = {}
@@ -188,8 +221,10 @@ def test_latents_of_something_else_are_refused(place: Path, what: str) -> None:
     elif what == "shards":
         path = place / "shards" / "manifest" / "part-00000.parquet"
         pq.write_table(pq.read_table(path).slice(0, 5), path)
+    elif what == "text":
+        options["text"] = partial(ByteTextEncoder, dim=8, table=64)
     else:
-        options["tail_frames"] = 1
+        options["tail_frames"] = [1]
     with pytest.raises(DataError, match=f"another .*{what}.*fresh=true"):
         job(place, **options)()
 
@@ -208,7 +243,52 @@ def test_workers_change_nothing(place: Path) -> None:
     assert contents(place / "out") == contents(place / "two")
 
 
-@pytest.mark.parametrize(("option", "value"), [("dtype", "int8"), ("tail_frames", 4), ("pixels_per_batch", 0)])
+def test_the_settings_for_stores_reach_the_reader(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = ShardReader.__init__
+
+    def noted(self: ShardReader, folder: Any, remote: Any = None, **options: Any) -> None:
+        seen.append(remote)
+        original(self, folder, remote, **options)
+
+    monkeypatch.setattr(ShardReader, "__init__", noted)
+    settings = Remote(retries=3)
+    job(place, remote=settings)()
+    assert seen and all(remote is settings for remote in seen)
+
+
+def test_too_many_unreadable_clips_are_an_error_whichever_call_met_them(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Any, **__: Any) -> Any:
+        raise DataError("it is gone")
+
+    monkeypatch.setattr("soratrain.stages.latents.load_clip", none)
+    with pytest.raises(DataError, match="cannot be read, more than max_bad=0.01"):
+        job(place)()
+    with pytest.raises(DataError, match="cannot be read"):
+        job(place)()
+    assert not json.loads((place / "out" / "dataset.json").read_text())["complete"]
+
+
+def test_tokens_of_the_captions_are_stored_and_come_with_their_caption(place: Path) -> None:
+    encoder = ByteTextEncoder(dim=8, table=64, max_tokens=16)
+    job(place, text=partial(ByteTextEncoder, dim=8, table=64, max_tokens=16))()
+    data = LatentData(latents=str(place / "out"), seed=0, max_steps=4, batch_size=2, max_batch_size=2)
+    for batch in islice(iter(data.items()), 4):
+        told, expected = TextTokens.joined(batch.text), encoder.tokenize(batch.captions)
+        assert all(caption.startswith("clip ") for caption in batch.captions)
+        assert told.lengths == expected.lengths
+        assert torch.equal(told.rows, expected.rows) and torch.equal(told.starts, expected.starts)
+
+
+@pytest.mark.parametrize("tail", [[4], [1, 0], [True]])
+def test_tails_that_cannot_be_encoded_are_refused(place: Path, tail: list[int]) -> None:
+    with pytest.raises(ConfigError, match="tail_frames"):
+        job(place, tail_frames=tail)
+
+
+@pytest.mark.parametrize(("option", "value"), [("dtype", "int8"), ("pixels_per_batch", 0)])
 def test_settings_that_cannot_work_are_refused(place: Path, option: str, value: object) -> None:
     with pytest.raises(ConfigError, match=option):
         job(place, **{option: value})

@@ -1,0 +1,102 @@
+"""From decoded clips of one size to what is stored of them, and what that will take, counted before a clip is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from soratrain.batch import to_pixels
+from soratrain.data.assignment import Assignment, Bucket
+from soratrain.data.manifest import Manifest
+from soratrain.errors import ConfigError
+from soratrain.models.vae import VAE
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ClipEncoder:
+    """How clips are encoded.
+
+    Args:
+        tail_frames: numbers of frames, each 1 + 4k, of which a clip's last are encoded standalone, if it has as many.
+        dtype: of the stored latents, `bf16` or `fp16`.
+        pixels_per_batch: pixels (frames × height × width) encoded at once; a longer clip is encoded in pieces.
+        autocast: compute in bf16.
+
+    Raises:
+        ConfigError: a value out of range.
+    """
+
+    def __init__(self, *, tail_frames: Sequence[int], dtype: str, pixels_per_batch: int, autocast: bool) -> None:
+        if dtype not in DTYPES:
+            raise ConfigError(f"stage.job.dtype={dtype!r} is unknown; use {' or '.join(DTYPES)}")
+        for frames in tail_frames:
+            if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1 or frames % 4 != 1:
+                raise ConfigError(f"stage.job.tail_frames={list(tail_frames)}: {frames} is not 1 + 4k; use 1, 5 or 9")
+        if pixels_per_batch < 1:
+            raise ConfigError(f"stage.job.pixels_per_batch={pixels_per_batch} must be at least 1")
+        self.tails, self.dtype, self.pixels_per_batch = sorted(set(tail_frames)), dtype, pixels_per_batch
+        self.autocast = autocast
+
+    def __str__(self) -> str:
+        return f"{self.tails}:{self.dtype}"
+
+    def groups(self, manifest: Manifest, assignment: Assignment, shard: int) -> Iterator[tuple[Bucket, np.ndarray]]:
+        """Yield the clips of a source shard, as many of one bucket together as are encoded at once."""
+        for bucket, members in zip(assignment.buckets, assignment.members, strict=True):
+            mine = members[manifest.shard[members] == shard]
+            size = max(1, self.pixels_per_batch // pixels(bucket))
+            yield from ((bucket, mine[start : start + size]) for start in range(0, len(mine), size))
+
+    @torch.no_grad()
+    def __call__(self, vae: VAE, videos: Sequence[np.ndarray], device: torch.device) -> list[dict[str, Tensor]]:
+        """Return `latent` and the tails of clips of one size, uint8 `[T, H, W, 3]`: stored type, on the CPU."""
+        if not videos:
+            return []
+        stacked = torch.from_numpy(np.stack(videos))
+        step = max(4, self.pixels_per_batch // (stacked.shape[2] * stacked.shape[3]) // 4 * 4)
+
+        def encode(video: Tensor) -> Tensor:
+            if video.shape[1] <= step + 1:  # small enough for one piece
+                return vae.encode(to_pixels(video.to(device))).to("cpu", DTYPES[self.dtype])
+            pieces = (to_pixels(piece.to(device)) for piece in video.split(step, dim=1))
+            return torch.cat([piece.to("cpu", DTYPES[self.dtype]) for piece in vae.encode_stream(pieces, step)], dim=2)
+
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
+            found = {"latent": encode(stacked)}
+            found |= {f"tail{frames}": encode(stacked[:, -frames:]) for frames in self._tails(stacked.shape[1])}
+        return [{name: each[place].contiguous() for name, each in found.items()} for place in range(len(stacked))]
+
+    def bytes_of(self, vae: VAE, bucket: Bucket) -> int:
+        """Return the bytes of the latent and the tails of one clip."""
+        time, high, wide = vae.stride
+        steps = sum(1 + (frames - 1) // time for frames in (bucket.frames, *self._tails(bucket.frames)))
+        numbers = vae.latent_channels * steps * (bucket.height // high) * (bucket.width // wide)
+        return numbers * DTYPES[self.dtype].itemsize
+
+    def _tails(self, frames: int) -> list[int]:
+        return [count for count in self.tails if count <= frames]
+
+
+def pixels(bucket: Bucket) -> int:
+    """Return the pixels of one clip."""
+    return bucket.frames * bucket.height * bucket.width
+
+
+def pixels_by_shard(manifest: Manifest, assignment: Assignment) -> list[int]:
+    """Return the pixels to encode of each source shard."""
+    found = np.zeros(len(manifest.shards), dtype=np.int64)
+    for bucket, members in zip(assignment.buckets, assignment.members, strict=True):
+        found += np.bincount(manifest.shard[members], minlength=len(found)) * pixels(bucket)
+    return found.tolist()
+
+
+def trimmed(manifest: Manifest, assignment: Assignment) -> int:
+    """Return how many source frames, of those at the chosen rate, no latent covers."""
+    return sum(
+        int((1 + (manifest.frames[members] - 1) // assignment.stride[members] - bucket.frames).sum())
+        for bucket, members in zip(assignment.buckets, assignment.members, strict=True)
+    )
