@@ -50,6 +50,7 @@ def find_on_hub(place: str) -> tuple[str, dict[str, Any]]:
         DataError: there is no such thing, or the hub cannot be reached.
     """
     hub = required("huggingface_hub")
+    hub.utils.logging.set_verbosity_error()  # the error below says it all
     for subfolder in reversed(SUBFOLDERS):
         try:
             file = hub.hf_hub_download(place, f"{subfolder}/config.json".lstrip("/"))

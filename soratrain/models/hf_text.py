@@ -52,6 +52,7 @@ class HFText(nn.Module):
             import transformers
         except ImportError as error:
             raise ConfigError(f"text=hf needs transformers ({error}): pip install 'soratrain[hf]'") from error
+        transformers.utils.logging.disable_progress_bar()
         beside = Path(folder).parent / "tokenizer"
         own = any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
         try:

@@ -96,6 +96,7 @@ def test_two_ranks_make_the_files_of_one(place: Path) -> None:
     assert contents(place / "two") == contents(place / "straight")
     assert answers[0][1].splitlines()[-1] == answers[1][1].strip()  # the first one's figures are all ranks'
     assert "'clips': 6" in answers[1][1]
+    assert " 3/3 " in answers[0][1]  # of the two shards, the first did one
 
 
 def test_what_fails_on_one_rank_fails_on_all_and_goes_on_with_one(place: Path) -> None:
