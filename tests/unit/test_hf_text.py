@@ -99,6 +99,13 @@ def test_latents_with_another_encoder_s_features_or_of_other_captions_are_refuse
         job(tmp_path, text=partial(HFText, folder=str(save("t5", tmp_path / "other", seed=1)), dim=16))()
     with pytest.raises(DataError, match="made with another text;"):
         job(tmp_path, text=partial(HFText, folder=str(tmp_path / "t5"), dim=16, max_tokens=2))()
+    for number in (1, 2):
+        row = {"key": f"{1:032x}", "type": "long", "text": f"clip {number}", "model": "m", "rev": "r", "lang": "en"}
+        write_captions(tmp_path / f"made{number}" / "captions" / "r" / "part-00000.parquet", [row])
+    options = {"text": text, "out": str(tmp_path / "later")}
+    job(tmp_path, **options, captions=str(tmp_path / "made1"))()
+    with pytest.raises(DataError, match="made with another text;"):
+        job(tmp_path, **options, captions=str(tmp_path / "made2"))()
 
 
 def test_what_cannot_be_read_is_one_line_that_names_the_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
