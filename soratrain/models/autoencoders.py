@@ -130,12 +130,13 @@ def load_vae(place: str | Path, device: torch.device | str = "cpu") -> VAE:
     """Return the VAE at `place`, ours or another's, in eval mode.
 
     Raises:
-        ConfigError: what reads it is not installed.
+        ConfigError: what reads it is not installed, or it is no VAE.
         DataError: there is none, or its weights do not fit its config.
     """
     if find(place) is None and (Path(place).exists() or not HUB_ID.fullmatch(str(place))):
         module, _ = weights.load(place, "vae", device)
-        assert isinstance(module, VAE)
+        if not isinstance(module, VAE):
+            raise ConfigError(f"inputs.vae={place}: holds a {type(module).__name__}; give a VAE's folder")
         return module
     subfolder, kind, _ = describe(place)
     cls = getattr(required("diffusers"), kind.class_name)

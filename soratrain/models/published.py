@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from soratrain.errors import ConfigError
-from soratrain.models.layers import State
+from soratrain.models.layers import Chain, State
 from soratrain.models.vae import VAE
 
 WHOLE_VALUES = 1 << 30  # pixel values of a clip that cannot be streamed: 4 GB in fp32
@@ -65,6 +65,9 @@ class Published(VAE):
     def statistics_in(config: Mapping[str, Any]) -> tuple[list[float], list[float]]:
         """Return mean and deviation of each latent channel."""
         raise NotImplementedError
+
+    def tiles(self, chain: Chain, x: Tensor, frames: int, budget: int | None) -> None:
+        """Return None: a step is fewer frames where they are large, but never a part of one."""
 
 
 class Wan(Published):
@@ -165,7 +168,9 @@ class CogVideoX(Published):
         return self.net.decode(latent).sample[:, :, -frames:], ()  # type: ignore[operator]
 
     @torch.no_grad()
-    def encode_stream(self, chunks: Iterable[Tensor], frames_per_step: int = 16) -> Iterator[Tensor]:
+    def encode_stream(
+        self, chunks: Iterable[Tensor], frames_per_step: int = 16, pixels_per_step: int | None = None
+    ) -> Iterator[Tensor]:
         """Yield the normalised latent of one clip, in one piece.
 
         Raises:
@@ -174,7 +179,9 @@ class CogVideoX(Published):
         yield self.encode(gathered(chunks))
 
     @torch.no_grad()
-    def decode_stream(self, chunks: Iterable[Tensor], latents_per_step: int = 4) -> Iterator[Tensor]:
+    def decode_stream(
+        self, chunks: Iterable[Tensor], latents_per_step: int = 4, pixels_per_step: int | None = None
+    ) -> Iterator[Tensor]:
         """Yield the pixels of one clip, in one piece.
 
         Raises:

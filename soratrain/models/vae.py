@@ -214,16 +214,15 @@ class VAE(nn.Module):
             ConfigError: the size does not fit the stride, the frames in all are not 1 + 4k, or the budget is less than
                 the smallest tile takes.
         """
-        seen, state, net = 0, None, None
+        seen, state, tiles = 0, None, None
         shape, chunks = peek(chunks)
         step = self.frames_of_step(shape[0] * shape[3] * shape[4], frames_per_step, pixels_per_step)
         for x in regroup(chunks, first=1, step=step):
             self.check_size(1 if seen else x.shape[2], *x.shape[3:])
             seen += x.shape[2]
             self.check_size(seen, *x.shape[3:])
-            x = self.front(x, state is None)
-            net = net or self.tiled(self.encoder, x, len(x) * step, pixels_per_step)
-            y, state = net(x, state)
+            tiles = tiles or self.tiles(self.encoder, x, len(x) * step, pixels_per_step)
+            y, state = tiles(self.front(x, state is None), state) if tiles else self.encode_chunk(x, state)
             yield self.normalise(y[:, : self.latent_channels])
 
     @torch.no_grad()
@@ -241,14 +240,14 @@ class VAE(nn.Module):
             ConfigError: the budget is less than the smallest tile takes.
         """
         time, space, _ = self.stride
-        state, net = None, None
+        state, tiles = None, None
         shape, chunks = peek(chunks)
         step = self.frames_of_step(shape[0] * shape[3] * shape[4] * space**2, latents_per_step * time, pixels_per_step)
         for latent in regroup(chunks, first=1, step=step // time):
-            net = net or self.tiled(self.decoder, latent, len(latent) * step, pixels_per_step)
-            y, after = net(self.denormalise(latent), state)
-            yield self.front.inverse(y, state is None)
-            state = after
+            tiles = tiles or self.tiles(self.decoder, latent, len(latent) * step, pixels_per_step)
+            first, latent = state is None, self.denormalise(latent)
+            y, state = tiles(latent, state) if tiles else self.decode_chunk(latent, state)
+            yield self.front.inverse(y, first) if tiles else y
 
     def frames_of_step(self, pixels: int, frames: int, budget: int | None) -> int:
         """Return how many frames of so many `pixels` a step takes: whole strides, about `frames` at most."""
@@ -256,17 +255,21 @@ class VAE(nn.Module):
         most = -(-frames // time) if budget is None else min(-(-frames // time), budget // max(1, pixels * time))
         return max(1, most) * time
 
-    def tiled(self, chain: Chain, x: Tensor, frames: int, budget: int | None) -> Chain | Tiles:
-        """Return the encoder or the decoder, its levels cut into tiles where a step of `frames` exceeds the budget."""
+    def tiles(self, chain: Chain, x: Tensor, frames: int, budget: int | None) -> Tiles | None:
+        """Return the encoder or the decoder with its levels cut into tiles where a step of `frames` exceeds the budget.
+
+        Without a budget there are none. `x` is what it is to be given, pixels not yet through the front.
+        """
         if budget is None:
-            return chain
-        time, space, _ = self.stride if chain is self.decoder else (self.front.time, self.front.space, 0)
+            return None
+        encodes = chain is self.encoder
+        time, space = (self.front.time, self.front.space) if encodes else self.stride[:2]
         return Tiles(
             chain,
             scale=Fraction(1, space),
             volume=Fraction(1, time * space**2),
-            height=x.shape[3],
-            width=x.shape[4],
+            height=x.shape[3] // (space if encodes else 1),
+            width=x.shape[4] // (space if encodes else 1),
             frames=frames,
             pixels=budget,
         )

@@ -60,10 +60,14 @@ class ClipEncoder:
         step = max(4, self.pixels_per_batch // (stacked.shape[2] * stacked.shape[3]) // 4 * 4)
 
         def encode(video: Tensor) -> Tensor:
-            if video.shape[1] <= step + 1:  # small enough for one piece
+            if (
+                video.shape[1] <= step + 1
+                and video[..., 0].numel() <= self.pixels_per_batch + video[:, 0, ..., 0].numel()
+            ):
                 return vae.encode(to_pixels(video.to(device))).to("cpu", DTYPES[self.dtype])
             pieces = (to_pixels(piece.to(device)) for piece in video.split(step, dim=1))
-            return torch.cat([piece.to("cpu", DTYPES[self.dtype]) for piece in vae.encode_stream(pieces, step)], dim=2)
+            found = vae.encode_stream(pieces, step, self.pixels_per_batch)  # of frames too large even so, tiles
+            return torch.cat([piece.to("cpu", DTYPES[self.dtype]) for piece in found], dim=2)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
             found = {"latent": encode(stacked)}

@@ -132,10 +132,11 @@ class EvaluateVAE:
 
     def load_judges(self) -> None:
         """Load the networks that judge, as far as their weights are given, and say which are not."""
-        if self.lpips["vgg"]:
+        vgg, lin = self.lpips["vgg"], self.lpips["lin"]
+        if vgg and lin:
             from soratrain.models.lpips import load_lpips
 
-            self.perceptual = load_lpips(self.lpips["vgg"], self.lpips["lin"]).to(self.device)
+            self.perceptual = load_lpips(vgg, lin).to(self.device)
         if self.fvd["i3d"]:
             self.features = ClipFeatures(self.fvd["i3d"], self.fvd["frames"], self.device)
         off = {"LPIPS (lpips.vgg=FILE lpips.lin=FILE)": self.perceptual, "rFVD (fvd.i3d=FILE)": self.features}

@@ -6,28 +6,17 @@ import math
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from soratrain.batch import to_pixels
 from soratrain.errors import ConfigError, DataError
-from soratrain.models import weights
+from soratrain.models.autoencoders import load_vae
 from soratrain.stages.clips import Clip
 
-FACE = ("encode_stream", "decode_stream", "stride")
 LATENT_BITS = 16  # latents are stored in bf16 or fp16
-
-
-class Autoencoder(Protocol):
-    """What an autoencoder must have, as `VAE` has it."""
-
-    stride: tuple[int, int, int]
-
-    def encode_stream(self, chunks: Iterator[Tensor], frames_per_step: int, /) -> Iterator[Tensor]: ...
-
-    def decode_stream(self, chunks: Iterator[Tensor], latents_per_step: int, /) -> Iterator[Tensor]: ...
 
 
 class Rebuild:
@@ -36,25 +25,21 @@ class Rebuild:
     Args:
         folder: of the weights.
         device: where it runs.
-        pixels_per_batch: pixels (frames × height × width) worked on at once; at least one latent frame's.
+        pixels_per_batch: pixels (frames × height × width) worked on at once; of large frames, tiles.
         precision: `bf16-mixed` runs it under autocast, `32-true` does not.
 
     Raises:
-        ConfigError: the net is no autoencoder.
+        ConfigError: the weights are not of an autoencoder, or another's that cannot be read here.
         DataError: weights are missing, of another config, or hold what is not a number.
     """
 
     def __init__(self, folder: str, device: torch.device, pixels_per_batch: int, precision: str) -> None:
-        self.module = weights.load(folder, "vae", device)[0]
-        if lacking := [name for name in FACE if not hasattr(self.module, name)]:
-            kind = type(self.module).__name__
-            raise ConfigError(f"inputs.vae={folder}: {kind} has no {', '.join(lacking)}; give a VAE's folder")
+        self.module = load_vae(folder, device)
         broken = [name for name, value in self.module.state_dict().items() if not value.isfinite().all()]
         if broken:
             listed = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")
             raise DataError(f"inputs.vae={folder}: weights are NaN or infinite in {listed}; train them again")
-        self.net = cast(Autoencoder, self.module)
-        self.stride = self.net.stride
+        self.stride = self.module.stride
         self.device, self.pixels_per_batch, self.precision = device, pixels_per_batch, precision
         self.pixel_values = self.latent_values = self.channels = 0
         self.seconds = {"read": 0.0, "encode": 0.0, "decode": 0.0}
@@ -73,6 +58,7 @@ class Rebuild:
             DataError: the clip cannot be decoded.
         """
         step = max(1, self.pixels_per_batch // (clip.bucket.height * clip.bucket.width) // self.stride[0])
+        budget = self.pixels_per_batch  # below one latent frame's pixels it takes tiles
         waiting: deque[Tensor] = deque()
 
         def pixels() -> Iterator[Tensor]:
@@ -83,12 +69,12 @@ class Rebuild:
 
         def latents() -> Iterator[Tensor]:
             source = self._timed("read", pixels())
-            for latent in self._timed("encode", self.net.encode_stream(source, step * self.stride[0])):
+            for latent in self._timed("encode", self.module.encode_stream(source, step * self.stride[0], budget)):
                 self.latent_values += latent.numel()
                 self.channels = latent.shape[1]
                 yield latent
 
-        for rebuilt in self._timed("decode", self.net.decode_stream(latents(), step)):
+        for rebuilt in self._timed("decode", self.module.decode_stream(latents(), step, budget)):
             frames = rebuilt[0].float().transpose(0, 1)
             self.frames += len(frames)
             yield take(waiting, len(frames)), frames

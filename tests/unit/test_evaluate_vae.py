@@ -220,7 +220,7 @@ def test_weights_that_are_no_numbers_or_of_another_config_are_named(tmp_path):
 
 def test_a_net_that_is_no_autoencoder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "load", lambda *_: (nn.Linear(1, 1), {}))
-    with pytest.raises(ConfigError, match="Linear has no encode_stream, decode_stream, stride"):
+    with pytest.raises(ConfigError, match="holds a Linear; give a VAE's folder"):
         job(tmp_path, str(write_clips(tmp_path / "shards", [(32, 32, 9)])))()
 
 

@@ -18,7 +18,9 @@ from soratrain.models.tiles import Tiles
 from soratrain.models.vae import VAE
 
 CONF = Path(__file__).parents[2] / "conf" / "vae"
-SIZES = sorted(path.stem for path in CONF.glob("*.yaml"))
+SIZES = sorted(
+    path.stem for path in CONF.glob("*.yaml") if "soratrain.models.vae.VAE" in path.read_text()
+)  # not of others
 FRONTS = {"none": [1, 1], "space_to_depth": [1, 2], "haar": [2, 4]}
 
 
