@@ -49,19 +49,19 @@ def find_on_hub(place: str) -> tuple[str, dict[str, Any]]:
         ConfigError: huggingface_hub is not installed.
         DataError: there is no such thing, or the hub cannot be reached.
     """
-    hub = required("huggingface_hub")
-    hub.utils.logging.set_verbosity_error()  # the error below says it all
+    hub, errors = required("huggingface_hub"), required("huggingface_hub.errors")
+    required("huggingface_hub.utils").logging.set_verbosity_error()  # the error below says it all
     for subfolder in reversed(SUBFOLDERS):
         try:
             file = hub.hf_hub_download(place, f"{subfolder}/config.json".lstrip("/"))
-        except hub.errors.LocalEntryNotFoundError as error:  # not here, and the hub does not answer
+        except errors.LocalEntryNotFoundError as error:  # not here, and the hub does not answer
             raise DataError(
                 f"inputs.vae={place}: is no folder here, and the hub cannot be reached for it; download it where there"
                 " is a network, and give its folder"
             ) from error
-        except hub.errors.EntryNotFoundError:
+        except errors.EntryNotFoundError:
             continue
-        except (OSError, ValueError, hub.errors.HfHubHTTPError) as error:
+        except (OSError, ValueError, errors.HfHubHTTPError) as error:
             reason = str(error).strip().splitlines()[0]
             raise DataError(f"inputs.vae={place}: cannot be had from the hub ({reason})") from error
         return subfolder, json.loads(Path(file).read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from soratrain.errors import ConfigError
-from soratrain.models.layers import Chain, State
+from soratrain.models.layers import State
 from soratrain.models.vae import VAE
 
 WHOLE_VALUES = 1 << 30  # pixel values of a clip that cannot be streamed: 4 GB in fp32
@@ -66,7 +66,7 @@ class Published(VAE):
         """Return mean and deviation of each latent channel."""
         raise NotImplementedError
 
-    def tiles(self, chain: Chain, x: Tensor, frames: int, budget: int | None) -> None:
+    def tiles(self, part: str, x: Tensor, frames: int, budget: int | None) -> None:
         """Return None: a step is fewer frames where they are large, but never a part of one."""
 
 

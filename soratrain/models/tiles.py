@@ -20,6 +20,8 @@ from torch import Tensor
 from soratrain.errors import ConfigError
 from soratrain.models.layers import CausalConv3d, Chain, Local, State, through
 
+LEAST = 1 << 18  # pixels of a step: smaller tiles are mostly what they must see around them
+
 
 @dataclass(frozen=True)
 class Cut:

@@ -221,7 +221,7 @@ class VAE(nn.Module):
             self.check_size(1 if seen else x.shape[2], *x.shape[3:])
             seen += x.shape[2]
             self.check_size(seen, *x.shape[3:])
-            tiles = tiles or self.tiles(self.encoder, x, len(x) * step, pixels_per_step)
+            tiles = tiles or self.tiles("encoder", x, len(x) * step, pixels_per_step)
             y, state = tiles(self.front(x, state is None), state) if tiles else self.encode_chunk(x, state)
             yield self.normalise(y[:, : self.latent_channels])
 
@@ -244,7 +244,7 @@ class VAE(nn.Module):
         shape, chunks = peek(chunks)
         step = self.frames_of_step(shape[0] * shape[3] * shape[4] * space**2, latents_per_step * time, pixels_per_step)
         for latent in regroup(chunks, first=1, step=step // time):
-            tiles = tiles or self.tiles(self.decoder, latent, len(latent) * step, pixels_per_step)
+            tiles = tiles or self.tiles("decoder", latent, len(latent) * step, pixels_per_step)
             first, latent = state is None, self.denormalise(latent)
             y, state = tiles(latent, state) if tiles else self.decode_chunk(latent, state)
             yield self.front.inverse(y, first) if tiles else y
@@ -255,17 +255,17 @@ class VAE(nn.Module):
         most = -(-frames // time) if budget is None else min(-(-frames // time), budget // max(1, pixels * time))
         return max(1, most) * time
 
-    def tiles(self, chain: Chain, x: Tensor, frames: int, budget: int | None) -> Tiles | None:
-        """Return the encoder or the decoder with its levels cut into tiles where a step of `frames` exceeds the budget.
+    def tiles(self, part: str, x: Tensor, frames: int, budget: int | None) -> Tiles | None:
+        """Return `encoder` or `decoder` with its levels cut into tiles where a step of `frames` exceeds the budget.
 
         Without a budget there are none. `x` is what it is to be given, pixels not yet through the front.
         """
         if budget is None:
             return None
-        encodes = chain is self.encoder
+        encodes = part == "encoder"
         time, space = (self.front.time, self.front.space) if encodes else self.stride[:2]
         return Tiles(
-            chain,
+            self.encoder if encodes else self.decoder,
             scale=Fraction(1, space),
             volume=Fraction(1, time * space**2),
             height=x.shape[3] // (space if encodes else 1),

@@ -12,6 +12,7 @@ from soratrain.batch import to_pixels
 from soratrain.data.assignment import Assignment, Bucket
 from soratrain.data.manifest import Manifest
 from soratrain.errors import ConfigError
+from soratrain.models.tiles import LEAST
 from soratrain.models.vae import VAE
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,7 +67,9 @@ class ClipEncoder:
             ):
                 return vae.encode(to_pixels(video.to(device))).to("cpu", DTYPES[self.dtype])
             pieces = (to_pixels(piece.to(device)) for piece in video.split(step, dim=1))
-            found = vae.encode_stream(pieces, step, self.pixels_per_batch)  # of frames too large even so, tiles
+            found = vae.encode_stream(
+                pieces, step, max(self.pixels_per_batch, LEAST)
+            )  # of frames too large even so, tiles
             return torch.cat([piece.to("cpu", DTYPES[self.dtype]) for piece in found], dim=2)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):

@@ -14,6 +14,7 @@ from torch import Tensor
 from soratrain.batch import to_pixels
 from soratrain.errors import ConfigError, DataError
 from soratrain.models.autoencoders import load_vae
+from soratrain.models.tiles import LEAST
 from soratrain.stages.clips import Clip
 
 LATENT_BITS = 16  # latents are stored in bf16 or fp16
@@ -58,7 +59,7 @@ class Rebuild:
             DataError: the clip cannot be decoded.
         """
         step = max(1, self.pixels_per_batch // (clip.bucket.height * clip.bucket.width) // self.stride[0])
-        budget = self.pixels_per_batch  # below one latent frame's pixels it takes tiles
+        budget = max(self.pixels_per_batch, LEAST)  # of frames that are larger it takes tiles
         waiting: deque[Tensor] = deque()
 
         def pixels() -> Iterator[Tensor]:

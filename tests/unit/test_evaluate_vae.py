@@ -26,6 +26,7 @@ from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
 from soratrain.models.vae import VAE, regroup
 from soratrain.run import prepare, run
+from soratrain.stages import rebuild
 from soratrain.stages.evaluate_vae import EvaluateVAE
 from soratrain.stages.vae_summary import show
 
@@ -53,12 +54,12 @@ class Known(nn.Module):
         super().__init__()
         self.broken, self.most = broken, 0
 
-    def encode_stream(self, chunks, frames_per_step):
+    def encode_stream(self, chunks, frames_per_step, pixels_per_step=None):
         for chunk in regroup(chunks, first=1, step=frames_per_step):
             self.most = max(self.most, chunk.shape[2])
             yield chunk
 
-    def decode_stream(self, chunks, latents_per_step):
+    def decode_stream(self, chunks, latents_per_step, pixels_per_step=None):
         number = 0
         for chunk in chunks:
             frames = chunk.clone()
@@ -86,7 +87,7 @@ def job(folder: Path, shards: str | list[str], **changed) -> EvaluateVAE:
 @pytest.fixture
 def known(monkeypatch) -> Known:
     net = Known()
-    monkeypatch.setattr(weights, "load", lambda *_: (net, {}))
+    monkeypatch.setattr(rebuild, "load_vae", lambda *_: net)
     return net
 
 
