@@ -136,7 +136,7 @@ def walk(folder: Path) -> Iterator[Path]:
 def read_list(path: Path) -> list[tuple[str, Path]]:
     """Return (line, path) for every line of a list; a relative path is from the list's folder, else from ours."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # Unicode has more ends of lines, which names may hold
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"input={path} cannot be read as a list (UTF-8 text, one path a line): {error}") from error
     named = {}

@@ -166,6 +166,11 @@ def write_lines(path: Path, values: list[dict[str, Any]]) -> None:
         temporary.write_text("".join(dumps(value) + "\n" for value in values), encoding="utf-8")
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return what `write_lines` wrote; names of files may hold what Unicode calls the end of a line."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from data_prep.charts import bars, funnel
 from data_prep.media import Unusable, opened, video_stream
+from data_prep.output import read_lines
 from data_prep.page import PAGE
 from soratrain.data.atomic import replacing
 from soratrain.data.reading import read_table
@@ -48,8 +49,7 @@ def write(folder: Path) -> Path:
     except (OSError, ValueError) as error:
         raise DataError(f"input={folder} is no folder that data_prep has finished ({error})") from error
     rows = read_table(folder).to_pylist()
-    lines = (folder / "failures.jsonl").read_text(encoding="utf-8").splitlines()
-    failures = [json.loads(line) for line in lines]
+    failures = read_lines(folder / "failures.jsonl")
     rated = {"rated": dataset["rated"]} if "rated" in dataset else {}
     page = PAGE.substitute(
         title=html.escape(str(dataset["settings"].get("input", folder.name))),

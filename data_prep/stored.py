@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.files import SEVERAL, for_clips
+from data_prep.output import read_lines
 from data_prep.pack import NEAR, Report
 from data_prep.records import Failure, Sample, Source, Tally
 from soratrain.data.reading import read_table
@@ -42,8 +43,8 @@ class Finished:
 
     @cached_property
     def failures(self) -> list[Failure]:
-        lines = (self.folder / "failures.jsonl").read_text(encoding="utf-8").splitlines()
-        return [failure for line in lines if (failure := Failure(**json.loads(line))).step != "ingest"]
+        found = [Failure(**line) for line in read_lines(self.folder / "failures.jsonl")]
+        return [failure for failure in found if failure.step != "ingest"]
 
     @cached_property
     def captions(self) -> tuple[dict[str, list[dict[str, Any]]], Report]:

@@ -14,6 +14,7 @@ from prep_clips import moving, picture, write
 
 from data_prep.__main__ import main
 from data_prep.charts import bars, funnel
+from data_prep.output import read_lines
 
 ODD = '<b>&"quoted" 三只猫 🙂.mp4'
 
@@ -94,6 +95,21 @@ def test_the_page_is_the_same_each_time(built: Path) -> None:
 def test_a_folder_that_is_not_finished_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["task=report", f"input={tmp_path}"]) == 2
     assert "no folder that data_prep has finished" in capsys.readouterr().err
+
+
+def test_names_with_what_unicode_calls_the_end_of_a_line_are_one_name(tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write(tmp_path / "clip.mp4", moving(5)).rename(videos / "good\u2028\x85.mp4")
+    (videos / "bad\u2028\x85.mp4").touch()
+    listed = tmp_path / "list.txt"
+    listed.write_text("".join(f"videos/{name}\u2028\x85.mp4\n" for name in ("good", "bad")), encoding="utf-8")
+    for number, place in enumerate((videos, listed)):
+        assert main([f"input={place}", f"output={tmp_path / str(number)}"]) == 0
+        (failure,) = read_lines(tmp_path / str(number) / "failures.jsonl")
+        assert failure["uri"].endswith("bad\u2028\x85.mp4") and "empty" in failure["reason"]
+    (videos / "good\u2028\x85.txt").write_text("a caption")
+    assert main([f"input={videos}", f"output={tmp_path / '0'}", "fresh=true"]) == 0  # the captions alone are new
 
 
 def test_charts_are_to_scale_and_say_what_they_leave_out() -> None:
