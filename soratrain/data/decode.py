@@ -22,6 +22,8 @@ from soratrain.data.fitting import GRID
 from soratrain.errors import DataError
 
 SEEK_FROM = 32  # frames; below, decoding from the start is as fast as seeking
+# FFmpeg's names of the containers in which seeking leads to a key frame; in MPEG-TS, say, it leads anywhere
+SEEKABLE = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm")
 
 
 def pick(draw: int | None, stream: str, count: int) -> int:
@@ -36,33 +38,51 @@ def decode(data: bytes, *, fps: Fraction, start: int = 0, count: int = 1, stride
     Raises DataError where the bytes cannot be decoded that far.
     """
     wanted = range(start, start + count * stride, stride)
-    found: list[av.VideoFrame] = []
     try:
-        with av.open(io.BytesIO(data), mode="r") as container:
-            if not container.streams.video:
-                raise DataError("there is no video stream")
-            stream = container.streams.video[0]
-            stream.codec_context.thread_count = 1
-            origin = stream.start_time
-            if start >= SEEK_FROM and origin is not None and stream.time_base:
-                container.seek(origin + int(start / fps / stream.time_base), stream=stream)
-            shown: av.VideoFrame | None = None
-            for frame in frames_of(container, stream):
-                if frame.pts is not None and frame.time_base is not None:
-                    origin = frame.pts if origin is None else origin
-                    number = round((frame.pts - origin) * frame.time_base * fps)
-                else:
-                    number = len(found)  # a still image has no clock
-                while len(found) < count and wanted[len(found)] < number and shown is not None:
-                    found.append(shown)
-                if len(found) < count and wanted[len(found)] == number:
-                    found.append(frame)
-                if len(found) == count:
-                    return found
-                shown = frame
+        found = found_in(data, wanted, fps, seek=True) if start >= SEEK_FROM else None
+        found = found_in(data, wanted, fps, seek=False) if found is None else found
     except (av.FFmpegError, ValueError, OverflowError) as error:
         raise DataError(f"cannot be decoded: {error}") from error
-    raise DataError(f"ends after {len(found)} of {count} frames from {start}")
+    if found is None or len(found) < count:
+        raise DataError(f"ends after {len(found or [])} of {count} frames from {start}")
+    return found
+
+
+def found_in(data: bytes, wanted: range, fps: Fraction, *, seek: bool) -> list[av.VideoFrame] | None:
+    """Return the frames with the numbers `wanted`, as far as there are any; None where seeking leads past the first."""
+    found: list[av.VideoFrame] = []
+    with av.open(io.BytesIO(data), mode="r") as container:
+        if not container.streams.video:
+            raise DataError("there is no video stream")
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count = 1
+        origin = stream.start_time
+        if seek:
+            if container.format.name not in SEEKABLE or origin is None or not stream.time_base:
+                return None
+            container.seek(origin + int(wanted.start / fps / stream.time_base), stream=stream)
+        shown: av.VideoFrame | None = None
+        for frame in frames_of(container, stream):
+            if frame.pts is not None and frame.time_base is not None:
+                origin = frame.pts if origin is None else origin
+                number = number_of(frame.pts - origin, frame.time_base, fps)
+            else:
+                number = len(found)  # a still image has no clock
+            if seek and shown is None and number > wanted.start:
+                return None
+            while len(found) < len(wanted) and wanted[len(found)] < number and shown is not None:
+                found.append(shown)
+            if len(found) < len(wanted) and wanted[len(found)] == number:
+                found.append(frame)
+            if len(found) == len(wanted):
+                return found
+            shown = frame
+    return found
+
+
+def number_of(ticks: int, tick: Fraction, fps: Fraction) -> int:
+    """Return the number of a frame that is shown `ticks` of `tick` seconds after the first."""
+    return round(ticks * tick * fps)
 
 
 def frames_of(container: Any, stream: Any) -> Iterator[av.VideoFrame]:

@@ -9,7 +9,18 @@ import pytest
 from data_tiny import grey, mp4, pixels, png
 
 from soratrain.data.assignment import Bucket
-from soratrain.data.decode import ByteBudget, Window, crop, load_clip, load_whole, pick, scale, scaled_size
+from soratrain.data.decode import (
+    ByteBudget,
+    Window,
+    crop,
+    decode,
+    load_clip,
+    load_whole,
+    pick,
+    scale,
+    scaled_size,
+    to_rgb,
+)
 from soratrain.errors import DataError
 
 RATE = Fraction(24000, 1001)
@@ -50,6 +61,21 @@ def test_seeking_gives_the_frames_that_decoding_from_the_start_gives():
         start = Window.of(120, Bucket(32, 32, 5), 1, draw).start
         clip = load_clip(data, fps=RATE, frames=120, bucket=Bucket(32, 32, 5), draw=draw)
         assert (clip == whole[start : start + 5]).all()
+
+
+@pytest.mark.parametrize("form", ["mpegts", "flv", "mpeg", "mp4", "matroska"])
+def test_seeking_in_any_container_gives_the_frames_of_their_numbers(form):
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=form) as file:
+        codec, options = ("mpeg2video", {}) if form == "mpeg" else ("libx264", {"preset": "fast"})
+        stream = file.add_stream(codec, rate=25, options=options | {"bf": "2", "g": "12"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for image in pixels(0, 48, 64, 60):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        file.mux(stream.encode(None))
+    whole = to_rgb(decode(buffer.getvalue(), fps=Fraction(25), count=60))
+    for start in range(32, 60):
+        assert (to_rgb(decode(buffer.getvalue(), fps=Fraction(25), start=start))[0] == whole[start]).all(), start
 
 
 def test_colours_survive():
