@@ -22,6 +22,7 @@ from data_prep.pack import Report
 from data_prep.records import SCHEMA, Caption, Failure, Kind, Sample, dumps
 from data_prep.sidecars import read_captions
 from data_prep.tars import Group, groups, texts
+from soratrain.data.decode import number_of
 from soratrain.data.members import json_object
 from soratrain.data.shards import KEY
 from soratrain.errors import DataError
@@ -207,8 +208,13 @@ def crc(file: File) -> int:
     return value
 
 
-def look(media: File) -> tuple[dict[str, Any], Fraction]:
+def look(media: File, rate: Fraction | None = None) -> tuple[dict[str, Any], Fraction]:
     """Return kind, size and frame count of a media member, and its rate, by decoding all of it.
+
+    Frames are counted as the loader does, by the clock: where timestamps have a gap, the frame before it counts on.
+
+    Args:
+        rate: to count by; by default the one that the container states.
 
     Raises:
         Unusable: it cannot be decoded, or is stored turned, which the loader would not see.
@@ -217,18 +223,22 @@ def look(media: File) -> tuple[dict[str, Any], Fraction]:
     try:
         with opened(media) as container:
             stream = video_stream(container)
+            rate = rate or Fraction(stream.average_rate or stream.guessed_rate or 1).limit_denominator(1001)
+            origin, last = stream.start_time, None
             frames, turn, width, height = 0, UPRIGHT, 0, 0
             for frame in decoded(container, stream, damages.append):
                 if frames == 0:
                     turn, width, height = turn_of(frame), frame.width, frame.height
-                frames += 1
-            rate = Fraction(stream.average_rate or stream.guessed_rate or 1).limit_denominator(1001)
+                frames, last = frames + 1, frame.pts
+                origin = last if origin is None else origin
             codec = stream.codec_context.name
+            shown = frames if last is None else number_of(last - origin, stream.time_base, rate) + 1
     except TROUBLE as error:
         raise Unusable(f"cannot be decoded: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if damages or not frames:
         raise Unusable(damages[0] if damages else "no frame could be decoded")
     if turn != UPRIGHT:
         raise Unusable("is stored turned; make new shards of it with task=build")
-    kind = "image" if codec in ("mjpeg", "png", "webp") and frames == 1 else "video"
-    return {"kind": kind, "w": width, "h": height, "frames": frames}, rate if kind == "video" else Fraction(1)
+    if codec in ("mjpeg", "png", "webp") and frames == 1:
+        return {"kind": "image", "w": width, "h": height, "frames": 1}, Fraction(1)
+    return {"kind": "video", "w": width, "h": height, "frames": shown}, rate

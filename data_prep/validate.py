@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,8 @@ def check_row(file: Any, row: Row, layout: Layout, decode: bool) -> Iterator[tup
         yield from ((row["json_offset"], what) for what in check_record(file.read(row["json_length"]), row))
     if decode:
         try:
-            facts, _ = look(Member(Path(file.name), name, at, length))
+            rate = Fraction(row["fps_num"], row["fps_den"])
+            facts, _ = look(Member(Path(file.name), name, at, length), rate)
         except (Unusable, ValueError, ArithmeticError) as error:
             yield at, f"cannot be decoded: {error}"
             return

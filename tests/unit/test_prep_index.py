@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from data_prep.__main__ import main
 from data_prep.encode import encode_png
 from data_prep.index import work
 from soratrain.data.caption_table import open_captions
+from soratrain.data.decode import decode
 from soratrain.data.reading import read_manifest
 
 
@@ -62,6 +64,19 @@ def test_a_foreign_webdataset_gets_a_manifest_and_stays_as_it_is(foreign: Path) 
     failures = [json.loads(line) for line in (foreign / "failures.jsonl").read_text().splitlines()]
     assert [item["uri"].split("/")[-1] for item in failures] == ["000002", "000003", "000004"]
     assert json.loads((foreign / "stats.json").read_text())["funnel"][1]["out"] == 3
+
+
+def test_a_clip_of_varying_rate_is_as_long_as_it_is_shown_and_loads_to_its_last_frame(tmp_path: Path) -> None:
+    ticks = [0, 1, 2, 3, 4, 9, 14, 19, 20]  # of a 10th of a second: frames 5 to 18 are those before them
+    write(tmp_path / "a.mkv", moving(9), ticks=ticks, time_base=Fraction(1, 10))
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars/0.tar", "w") as tar:
+        put(tar, "0.mkv", (tmp_path / "a.mkv").read_bytes())
+    assert main(["task=index", f"input={tmp_path / 'tars'}"]) == 0
+    (row,) = read_manifest(tmp_path / "tars").rows()
+    assert abs(row.frames / row.fps - 2.1) < 1.01 / row.fps
+    decode((tmp_path / "a.mkv").read_bytes(), fps=row.fps, count=row.frames)  # all are there
+    assert main(["task=validate", f"input={tmp_path / 'tars'}", "validate.decode=all"]) == 0
 
 
 def test_indexing_again_says_so_and_notices_a_new_tar(foreign: Path, capsys: pytest.CaptureFixture[str]) -> None:
