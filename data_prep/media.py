@@ -22,6 +22,9 @@ from data_prep.members import File, Member
 UPRIGHT = (1, 0, 0, 1)
 STRICT = {"err_detect": "explode"}  # or damage would be painted over in silence
 LIBVPX = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+EBML, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # identities of Matroska's elements (RFC 9559)
+GIF_END = b";"
+HEAD = 256  # bytes in which a Matroska's segment begins
 BOXES = {b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot"}
 
 
@@ -96,8 +99,34 @@ def boxes(path: File) -> list[tuple[bytes, int, int]]:
 
 
 def cut_off(path: File) -> bool:
-    """Return whether an MP4's boxes go on after its last byte."""
-    return any(offset + length > length_of(path) for _, offset, length in boxes(path))
+    """Return whether an MP4's boxes or a Matroska's segment go on after the last byte, or a GIF lacks its end."""
+    size = length_of(path)
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+        file.seek(max(size - HEAD, 0))
+        tail = file.read()
+    if head.startswith(b"GIF8"):
+        return not tail.rstrip(b"\0").endswith(GIF_END)
+    return segment_end(head) > size or any(offset + length > size for _, offset, length in boxes(path))
+
+
+def segment_end(head: bytes) -> int:
+    """Return where a Matroska's segment ends by its first bytes (RFC 8794, 6); 0 where that is not known."""
+    if not head.startswith(EBML):
+        return 0
+    length, at = element_size(head, len(EBML))
+    if head[at + length : at + length + 4] != SEGMENT:
+        return 0
+    length, at = element_size(head, at + length + 4)
+    return at + length if length else 0
+
+
+def element_size(data: bytes, at: int) -> tuple[int, int]:
+    """Return the number of a variable length at a place, and the place behind it; 0 where it is unknown (all ones)."""
+    width = 9 - data[at : at + 1].ljust(1, b"\1")[0].bit_length()
+    ones = (1 << 7 * width) - 1
+    value = int.from_bytes(data[at : at + width]) & ones
+    return value if value < ones else 0, at + width
 
 
 def video_stream(container: Any) -> Any:

@@ -55,6 +55,8 @@ def probe(source: Source, watch: Callable[[av.VideoFrame], None], cuts: Callable
         if picture is None:
             raise Unusable("no frame could be decoded" + (f": {damages[0].format(0)}" if damages else ""))
         if not damages and (cut_off(source.path) or len(stamps) < stream.frames and container.format.name == "avi"):
+            if container.format.name == "gif" and len(stamps) > 1:
+                stamps.pop()  # its decoder gives what there is of it
             damages.append(f"the file is cut off: frames after {len(stamps)} are missing")
         stated = [rate for rate in (stream.average_rate, stream.guessed_rate, stream.base_rate) if rate]
         times, end = shown_at(stamps, tick, stated)
@@ -76,7 +78,7 @@ def probe(source: Source, watch: Callable[[av.VideoFrame], None], cuts: Callable
             gop=max(b - a for a, b in pairwise(starts)),
             headed=keys[:1] == [0],
             damage=damages[0] if damages else "",
-            cuts=cuts(),
+            cuts=tuple(cut for cut in cuts() if cut.frame < len(times)),
         )
 
 

@@ -16,7 +16,7 @@ PATHS = ("input", "output", "license", "captions", "captions_columns.*", "valida
 TASKS = ("build", "index", "score", "select", "repack", "validate", "report")
 ENGINES = ("local", "slurm")
 PRESETS = ["ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow"]
-FORM = 7  # of what the steps do: a change that alters shards from the same input raises it
+FORM = 8  # of what the steps do: a change that alters shards from the same input raises it
 
 
 @dataclass

@@ -63,6 +63,24 @@ def test_a_file_that_is_cut_off_gives_its_leading_part_and_the_reason(tmp_path: 
     assert sample.record["video"]["orig"]["damage"] == report.failures[0].reason
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.gif"])
+def test_any_file_that_says_more_than_there_is_is_reported_and_its_last_frame_is_whole(
+    tmp_path: Path, name: str
+) -> None:
+    frames = [picture(seed=step) for step in range(20)]
+    codecs = {"a.webm": ("libvpx", "yuv420p"), "a.gif": ("gif", "rgb8")}
+    codec, pix_fmt = codecs.get(name, ("libx264", "yuv420p"))
+    path = write(tmp_path / name, frames, codec=codec, pix_fmt=pix_fmt)
+    (whole,), report = prepared(path, detect=False)
+    assert report.failures == []
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    (sample,), report = prepared(path, detect=False)
+    (failure,) = report.failures
+    result = frames_of(sample.media)
+    assert failure.reason == f"the file is cut off: frames after {len(result)} are missing" and len(result) > 5
+    assert close(result[-1], frames_of(whole.media)[len(result) - 1])
+
+
 def test_damage_in_the_middle_ends_the_clip_before_it(tmp_path: Path) -> None:
     frames = moving(30)
     path = write(tmp_path / "a.mp4", frames, options={"crf": "0"})
