@@ -82,11 +82,14 @@ def select(config: PrepConfig, console: Console) -> None:
 
     Raises:
         DataError: the input is no finished folder here, or nothing passes.
-        ConfigError: the output was made with other settings, or a threshold is on a score that there is none of.
+        ConfigError: the output is the input, or was made with other settings, or a threshold is on a score that there
+            is none of.
     """
     source = Path(config.input)
     if not (source / "dataset.json").is_file():
         raise DataError(f"input={config.input} is no folder that data_prep has finished; task=select takes one here")
+    if config.folder.resolve() == source.resolve():
+        raise ConfigError(f"output={config.output} is the input, which would be lost; select into another folder")
     dataset = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
     for name, setting in RATED.items():
         if (limit := getattr(config.select, setting)) is not None and name not in dataset.get("rated", {}):

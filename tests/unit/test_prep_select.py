@@ -104,5 +104,8 @@ def test_what_lets_nothing_through_is_one_line_and_leaves_nothing(
     assert main(["task=select", f"input={built}", f"output={tmp_path / 'out'}", "select.min_side=1000"]) == 2
     assert "none of 6 samples passes: select.min_side=1000 (6)" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    before = (built / "dataset.json").read_bytes()
+    assert main(["task=select", f"input={built}", f"output={built}", "fresh=true"]) == 2
+    assert "is the input" in capsys.readouterr().err and (built / "dataset.json").read_bytes() == before
     assert main(["task=select", f"input={tmp_path}", f"output={tmp_path / 'out'}"]) == 2
     assert "no folder that data_prep has finished" in capsys.readouterr().err
