@@ -133,7 +133,7 @@ def video_stream(container: Any) -> Any:
     """Return the largest video stream, the first of equals, never cover art. Raises Unusable where there is none."""
     streams = [item for item in container.streams.video if not item.disposition & Disposition.attached_pic]
     if not streams:
-        kinds = sorted({item.type for item in container.streams})
+        kinds = sorted({"cover art" if item.type == "video" else item.type for item in container.streams})
         raise Unusable(f"has no video stream, only {' and '.join(kinds)}" if kinds else "has no streams")
     stream = max(streams, key=area)  # and the first of equals
     if stream.codec_context is None:

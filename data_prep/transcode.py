@@ -21,6 +21,8 @@ from data_prep.media import UPRIGHT, Unusable, decoded, opened, video_stream
 from data_prep.records import Caption, How, Probe, Sample, Source, Span, make_sample
 from data_prep.remux import closed, remuxed
 
+LARGEST = 16384  # pixels of a side, for x264
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -96,8 +98,13 @@ def transcode(
     Raises:
         Unusable: the picture is of a kind that cannot be converted.
     """
-    if min(size_of(probe.picture)) < 2:
-        raise Unusable(f"the picture is only {probe.picture.width}x{probe.picture.height} pixels")
+    picture = probe.picture
+    if min(size_of(picture)) < 2:
+        raise Unusable(f"the picture is only {picture.width}x{picture.height} pixels")
+    if max(size_of(picture)) > LARGEST:
+        square = "x".join(map(str, size_of(picture)))
+        shape = f" with square pixels (its own are {picture.aspect})" if picture.aspect != 1 else ""
+        raise Unusable(f"the picture is {square} pixels{shape}; H.264 takes {LARGEST} a side at most")
     if len(spans) == 1 and spans[0].whole and (whole := kept(source, probe, encoding)):
         yield sample_of(source, probe, spans[0], captions, whole, license=license, prep=prep)
         return

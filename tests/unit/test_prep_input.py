@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +112,16 @@ def test_a_picture_that_cannot_be_converted_counts_every_clip_of_it(tmp_path: Pa
     assert (tally.entered, tally.left, tally.dropped.total()) == (3, 0, 3)
 
 
+def test_a_header_with_impossible_pixels_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", moving(5), aspect=Fraction(4, 3))
+    data = bytearray(path.read_bytes())
+    struct.pack_into(">II", data, data.index(b"pasp") + 4, 1, 600)
+    path.write_bytes(data)
+    assert reason(path) == "the picture is 64x28800 pixels with square pixels (its own are 1/600); " + (
+        "H.264 takes 16384 a side at most"
+    )
+
+
 def test_captions_of_a_file_are_not_put_on_its_parts(tmp_path: Path) -> None:
     write(tmp_path / "a.mp4", moving(30))
     (tmp_path / "a.txt").write_text("a cat wakes up, eats and sleeps")
@@ -137,7 +149,7 @@ def test_cover_art_is_not_the_video(tmp_path: Path) -> None:
         file.mux(cover.encode(None))
         file.mux(sound.encode(silence))
         file.mux(sound.encode(None))
-    assert "no video stream" in reason(path)
+    assert reason(path) == "has no video stream, only audio and cover art"
 
 
 NAMES = [
