@@ -30,6 +30,7 @@ from soratrain.data.atomic import replacing
 from soratrain.data.caption_table import read_original_captions
 from soratrain.data.members import json_object
 from soratrain.data.reading import read_table
+from soratrain.data.shards import KEY
 from soratrain.errors import DataError
 
 SHOWN = 40  # problems in the table on the terminal
@@ -174,7 +175,7 @@ def laid_out(path: Path) -> Layout:
                     seen.add(stem)
                     layout.stems.append(stem)
                     exts = []
-                if ext == "json" and exts:
+                if ext == "json" and exts and KEY.fullmatch(stem):  # another's order is its own
                     layout.problems.append(Problem(name, "its JSON comes after its media", stem, member.offset))
                 exts.append(ext)
                 layout.members[member.name] = (member.offset_data, member.size)
@@ -232,8 +233,9 @@ def check_record(text: bytes, row: Row) -> Iterator[str]:
         if "prep" in record and record.get("key") != row["key"]:
             yield f"its JSON is of sample {record.get('key')}"
         return
-    video = record["video"]
-    wrong = [f"{key} {video[key]}, not {row[key]}" for key in ("w", "h", "frames") if video[key] != row[key]]
+    video = record.get("video")
+    told = video if isinstance(video, dict) else {}
+    wrong = [f"{key} {told.get(key)}, not {row[key]}" for key in ("w", "h", "frames") if told.get(key) != row[key]]
     if wrong:
         yield f"its JSON says {', '.join(wrong)} as the manifest has it"
 

@@ -75,6 +75,11 @@ def damage_json(folder: Path, text: bytes) -> None:
     patch(folder, row(folder).json_offset, text)
 
 
+def rename_in_json(folder: Path, old: bytes, new: bytes) -> None:
+    place = shard(folder).read_bytes().index(old, row(folder).json_offset)
+    patch(folder, place, new)
+
+
 def swap_captions(folder: Path) -> None:
     line = dict.fromkeys(("type", "text", "model", "rev", "lang"), "x")
     write_captions(folder / "captions/gt/part-00000.parquet", [line | {"key": "f" * 32}])
@@ -102,6 +107,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not in the manifest": (lambda f: rewrite(f, lambda m: [*m, ("a" * 32 + ".mp4", b"1")]), "not in the manifest"),
     "invalid JSON": (lambda f: damage_json(f, b"[}"), "its K.json cannot be read"),
     "NaN": (lambda f: damage_json(f, b'{"schema":NaN'), "its K.json cannot be read"),
+    "no sizes in JSON": (lambda f: rename_in_json(f, b'"video":', b'"vidio":'), "its JSON says w None"),
     "stale offsets": (lambda f: change_rows(f, media_offset=row(f).media_offset + 512), "a stale manifest"),
     "another size": (lambda f: change_rows(f, w=640), "decodes to w 64, not 640"),
     "another size in JSON": (lambda f: change_rows(f, h=640), "its JSON says h 48, not 640"),
