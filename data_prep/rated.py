@@ -30,6 +30,7 @@ from data_prep.pictures import Found, Row, ahead, looked_at
 from data_prep.raters import Model, models_of
 from data_prep.records import dumps
 from data_prep.report import write as write_report
+from data_prep.result import finished
 from data_prep.schema import PrepConfig, hash_of
 from soratrain.data.manifest import write_manifest
 from soratrain.data.reading import read_table
@@ -60,7 +61,7 @@ def score(config: PrepConfig, console: Console) -> None:
         ConfigError: weights are not what they should be.
     """
     folder = Path(config.input)
-    dataset = finished(folder)
+    dataset = finished(folder, "score")
     models = models_of(config.score)
     what = output.fingerprint(dataset | {"rated": None})
     jobs = [Job(model, folder / SCORING / f"{what}-{hash_of(model.identity)}") for model in models]
@@ -77,7 +78,7 @@ def score(config: PrepConfig, console: Console) -> None:
                 shutil.rmtree(job.folder)
                 why = next(iter(found.failures.values()))
                 raise DataError(f"input={folder}: none of {len(rows)} samples has a score {job.model.name}: {why}")
-        if finished(folder) != dataset:
+        if finished(folder, "score") != dataset:
             raise DataError(f"input={folder} was made again while it was scored; the same command scores it as it is")
         publish(folder, dataset, jobs, rows, found)
     for job in jobs:
@@ -88,21 +89,6 @@ def score(config: PrepConfig, console: Console) -> None:
         console.print(f"  {key}: {why}")
     if found.failures:
         console.print(f"  {len(found.failures)} samples have no score; each and its reason: {folder / UNSCORED}")
-
-
-def finished(folder: Path) -> dict[str, Any]:
-    """Return dataset.json of a folder. Raises DataError where data_prep has not finished it."""
-    try:
-        dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
-        ours = dataset.get("made_by") == "data_prep" and not (folder / output.BUILDING).exists()
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        raise DataError(f"input={folder} is no folder that data_prep has finished; task=score takes one here")
-    gone = [entry["name"] for entry in dataset["shards"] if not (folder / entry["name"]).is_file()]
-    if gone:
-        raise DataError(f"input={folder}: {gone[0]} is not there, of {len(dataset['shards'])} shards")
-    return dict(dataset)
 
 
 @contextmanager

@@ -46,11 +46,9 @@ def repack(config: PrepConfig, console: Console) -> None:
         ConfigError: the output is the input, or was made with other settings.
     """
     source = Path(config.input)
-    if not (source / "dataset.json").is_file():
-        raise DataError(f"input={config.input} is no folder that data_prep has finished; task=repack takes one here")
     if config.folder.resolve() == source.resolve():
         raise ConfigError(f"output={config.output} is the input; repack into another folder, then remove the old one")
-    dataset = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
+    dataset = result.finished(source, "repack")
     identity = output.Identity(config.identity(), output.fingerprint(dataset))
     state = output.claim(config.folder, identity, fresh=config.fresh)
     if state == "done":

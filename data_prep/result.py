@@ -1,7 +1,8 @@
-"""What lies beside a task's shards: the manifest, captions, what was dropped, and the funnel."""
+"""What lies beside a task's shards: the manifest, captions, what was dropped, and the funnel; reading and writing."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +13,26 @@ from data_prep.pack import Packed, Report, count, ordered
 from data_prep.records import SCHEMA
 from soratrain.data.manifest import write_captions, write_manifest
 from soratrain.data.shards import Shard
+from soratrain.errors import DataError
+
+
+def finished(folder: Path, task: str) -> dict[str, Any]:
+    """Return dataset.json of a folder that `task` takes.
+
+    Raises:
+        DataError: data_prep has not finished it, or a shard is gone.
+    """
+    try:
+        dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
+        ours = dataset.get("made_by") == "data_prep" and not (folder / output.BUILDING).exists()
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise DataError(f"input={folder} is no folder that data_prep has finished; task={task} takes one here")
+    gone = [entry["name"] for entry in dataset["shards"] if not (folder / entry["name"]).is_file()]
+    if gone:
+        raise DataError(f"input={folder}: {gone[0]} is not there, of {len(dataset['shards'])} shards")
+    return dict(dataset)
 
 
 def packed_of(shards: Sequence[Shard], rows: Sequence[dict[str, Any]]) -> Packed:

@@ -86,11 +86,9 @@ def select(config: PrepConfig, console: Console) -> None:
             is none of.
     """
     source = Path(config.input)
-    if not (source / "dataset.json").is_file():
-        raise DataError(f"input={config.input} is no folder that data_prep has finished; task=select takes one here")
     if config.folder.resolve() == source.resolve():
         raise ConfigError(f"output={config.output} is the input, which would be lost; select into another folder")
-    dataset = json.loads((source / "dataset.json").read_text(encoding="utf-8"))
+    dataset = result.finished(source, "select")
     for name, setting in RATED.items():
         if (limit := getattr(config.select, setting)) is not None and name not in dataset.get("rated", {}):
             what = f"input={config.input} has no {name}, which task=score gives"

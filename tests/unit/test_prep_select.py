@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from shutil import copytree
 
 import av
 import numpy as np
@@ -109,3 +110,17 @@ def test_what_lets_nothing_through_is_one_line_and_leaves_nothing(
     assert "is the input" in capsys.readouterr().err and (built / "dataset.json").read_bytes() == before
     assert main(["task=select", f"input={tmp_path}", f"output={tmp_path / 'out'}"]) == 2
     assert "no folder that data_prep has finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", ["select", "repack"])
+def test_a_folder_that_lacks_a_shard_or_is_described_by_nothing_is_one_line(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    broken = tmp_path / "broken"
+    copytree(built, broken)
+    (broken / "shard-000000.tar").unlink()
+    for text, said in ((None, "shard-000000.tar is not there"), ("{", "no folder that"), ("[]", "no folder that")):
+        if text is not None:
+            (broken / "dataset.json").write_text(text)
+        assert main([f"task={task}", f"input={broken}", f"output={tmp_path / 'out'}"]) == 2
+        assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
