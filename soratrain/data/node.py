@@ -7,6 +7,7 @@ next is made.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -41,27 +42,36 @@ def shared(name: str, make: Callable[[Path], None]) -> Path:
 
     `name` must identify what is in it. Raises DataError where the disk is full.
     """
-    folder = root() / name
-    with (root() / f"{name}.lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.is_dir():
-            _tidy()
-            temporary = root() / f".{name}.{os.getpid()}"
-            try:
-                temporary.mkdir()
-                make(temporary)
-                temporary.rename(folder)
-            except OSError as error:
-                raise DataError(f"{folder} cannot be written: {error.strerror or error}; {MEND}") from error
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-    os.utime(folder)
+    folder, temporary = root() / name, root() / f".{name}.{os.getpid()}"
+    try:
+        with (root() / f"{name}.lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            os.utime(lock.fileno())  # in use: nobody tidies it away
+            if not folder.is_dir():
+                _tidy()
+                shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed and had the same number
+                try:
+                    temporary.mkdir()
+                    make(temporary)
+                    temporary.rename(folder)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
+        os.utime(folder)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be written: {error.strerror or error}; {MEND}") from error
     return folder
 
 
 def new_array(path: Path, dtype: np.dtype | type | str, count: int) -> np.ndarray:
-    """Return an array in a new file, to be filled."""
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=(count,))
+    """Return an array in a new file, to be filled. Raises OSError where the disk has no room for it.
+
+    The room is set aside at once: a disk that is full only when a mapped page is written kills the process (SIGBUS).
+    """
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=(count,))
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def mapped(path: Path) -> np.ndarray:
@@ -71,8 +81,9 @@ def mapped(path: Path) -> np.ndarray:
 
 def _tidy() -> None:
     for path in root().iterdir():
-        if time.time() - path.stat().st_mtime > UNUSED:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process tidies too
+            if time.time() - path.stat().st_mtime > UNUSED:
+                if path.is_dir():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()

@@ -58,6 +58,43 @@ def test_what_fails_leaves_nothing_and_is_tried_again(own: Path) -> None:
     assert shared("thing", lambda new: None).is_dir()
 
 
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(own: Path) -> None:
+    (own / f".thing.{os.getpid()}").mkdir(parents=True)
+    (own / f".thing.{os.getpid()}" / "half.npy").write_bytes(b"half")
+    assert list(shared("thing", lambda new: None).iterdir()) == []
+
+
+def test_room_for_an_array_is_set_aside_before_it_is_filled(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk found to be full while a mapped page is written would kill the process, without a word."""
+
+    def make(new: Path) -> None:
+        new_array(new / "x.npy", np.int64, 1 << 17)
+        state = (new / "x.npy").stat()
+        assert state.st_blocks * 512 >= state.st_size
+
+    shared("thing", make)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(node.os, "posix_fallocate", full)
+    with pytest.raises(DataError, match="No space left on device"):
+        shared("other", lambda new: make(new))
+    assert not [path for path in own.iterdir() if "other" in path.name and path.suffix != ".lock"]
+
+
+def test_a_folder_that_cannot_be_written_says_so_even_before_anything_is_made(own: Path) -> None:
+    (own / "thing.lock").mkdir(parents=True)  # stands for a disk that is read-only or out of files
+    with pytest.raises(DataError, match=f"cannot be written.*{node.VARIABLE}"):
+        shared("thing", lambda new: None)
+
+
+def test_what_another_process_tidies_at_the_same_time_is_no_error(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own.mkdir()
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter([folder / "gone"]))
+    assert shared("thing", lambda new: None).is_dir()
+
+
 def test_what_nobody_has_opened_for_a_month_goes(own: Path) -> None:
     old, used = shared("old", lambda new: None), shared("used", lambda new: None)
     os.utime(old, (0, 0))
