@@ -165,8 +165,8 @@ class Plan:
         packs = (self.budget.cap, self.budget.quadratic) if self.batching == "pack" else ()
         order = (self.batching, *packs, self.window, self.accumulate_blocks, float(self.gamma))
         digest.update(repr((self.assignment.buckets, self.sizes, self.assignment.rates, *order)).encode())
-        for members in self.assignment.members:
-            digest.update(members.astype("<i8").tobytes())
+        for numbers in (self.streams.manifest.shard, *self.assignment.members):  # windows are of shards
+            digest.update(numbers.astype("<i8").tobytes())
         return digest.hexdigest()
 
     def state(self, consumed: int) -> dict[str, Any]:
@@ -187,8 +187,8 @@ class Plan:
             "seed": "set the same seed, or start over with fresh=true",
             "manifest_hash": "it is another dataset; point inputs to the one before, or start over with fresh=true",
             "canonical_ranks": f"set data.canonical_ranks={state.get('canonical_ranks')}",
-            "bucket_hash": "buckets, batch sizes, data.accumulate_blocks, data.gamma or data.window changed; undo it,"
-            " or use fresh=true",
+            "bucket_hash": "buckets, batch sizes, data.accumulate_blocks, data.gamma, data.window or which shard holds"
+            " a sample (task=repack) changed; undo it, or use fresh=true",
         }
         own = self.state(0)
         for name, why in whys.items():

@@ -16,8 +16,10 @@ from soratrain.errors import ConfigError
 SHAPES = [(64, 64, 17)] * 20 + [(48, 80, 17)] * 9 + [(64, 64, 9)] * 7 + [(64, 64, 1)] * 11
 
 
-def make(shapes=SHAPES, *, seed: int = 0, budget: Budget | None = None, ranks: int = 4, **kwargs) -> Plan:
-    data, budget = manifest(shapes), budget or Budget(batch_size=2)
+def make(
+    shapes=SHAPES, *, seed: int = 0, budget: Budget | None = None, ranks: int = 4, per_shard=None, **kwargs
+) -> Plan:
+    data, budget = manifest(shapes, per_shard=per_shard), budget or Budget(batch_size=2)
     assignment = Native().assign(data, lambda bucket: 1)
     return Plan(assignment=assignment, manifest=data, seed=seed, budget=budget, canonical_ranks=ranks, **kwargs)
 
@@ -180,6 +182,7 @@ def test_the_state_is_scalars_and_goes_back_in():
         (dict(accumulate_blocks=2), "bucket_hash"),
         (dict(gamma=1.0), "bucket_hash"),
         (dict(window=1), "bucket_hash"),
+        (dict(per_shard=5), "bucket_hash"),
         (dict(ranks=8), "canonical_ranks"),
     ],
 )
