@@ -151,8 +151,17 @@ class Manifest:
     @cached_property
     def hash(self) -> str:
         """Identify the dataset: what is in it and in which order, not where the folder is."""
+        return self._digest("key", "image", "w", "h", "frames", "fps_num", "fps_den", "crc32")
+
+    @cached_property
+    def placed(self) -> str:
+        """Identify the shards' bytes: the same samples may lie elsewhere in them once they are written again."""
+        places = ("shard", "json_offset", "json_length", "media_offset", "media_length")
+        return self._digest("key", "crc32", *places)
+
+    def _digest(self, *names: str) -> str:
         digest = hashlib.blake2b(digest_size=16)
-        for name in ("key", "image", "w", "h", "frames", "fps_num", "fps_den", "crc32"):
+        for name in names:
             digest.update(np.ascontiguousarray(getattr(self, name)).tobytes())
         return digest.hexdigest()
 

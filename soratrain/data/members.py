@@ -78,7 +78,7 @@ def open_folder(manifest: Manifest, folder: str, remote: Remote | None) -> Shard
         np.maximum.at(ends, manifest.shard, getattr(manifest, offset) + getattr(manifest, length))
     names = [name.rpartition("/")[2] for name in manifest.shards]
     last = {name: end for name, end in zip(names, ends.tolist(), strict=True) if end}
-    return ShardReader(folder, remote, version=manifest.hash, ends=last)
+    return ShardReader(folder, remote, version=manifest.placed, ends=last)
 
 
 def read_members(reader: Reader, row: Row) -> tuple[dict[str, Any], bytes]:

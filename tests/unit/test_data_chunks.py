@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import data_tiny
 import pytest
 from data_tiny import write_latents
 from range_server import serving
@@ -84,3 +85,17 @@ def test_batches_through_the_cache_equal_those_from_disk_and_the_next_epoch_read
             assert len(far) == 12 and all(same(a, b) for a, b in zip(local, far, strict=True))
             tars = [path for path, _ in server.asked if path.endswith(".tar")]
         assert len(tars) == 1
+
+
+def test_shards_written_again_with_other_headers_are_not_taken_from_the_cache(tmp_path, monkeypatch):
+    """The media are the same, but lie elsewhere: old chunks would hold none of them where the manifest says."""
+    folder, remote = tmp_path / "shards", Remote(cache_dir=str(tmp_path / "cache"))
+    write_latents(folder, SHAPES)
+    with serving(folder) as server:
+        first = list(cached(server.url, remote=remote).loader(0, 4))
+        longer = [{"type": "long", "text": "another caption " * 200, "model": "", "rev": "", "lang": "en"}]
+        monkeypatch.setattr(data_tiny, "captions", lambda number: longer)
+        write_latents(folder, SHAPES)
+        again = list(cached(server.url, remote=remote, max_bad=0).loader(0, 4))
+    assert [batch.keys for batch in again] == [batch.keys for batch in first]
+    assert {text for batch in again for text in batch.captions} == {"another caption " * 200}
