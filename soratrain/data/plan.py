@@ -30,7 +30,7 @@ from soratrain.data.order import Streams
 from soratrain.data.schedule import Schedule
 from soratrain.errors import ConfigError
 
-VERSION = 2  # of the order; a change that moves samples raises it
+VERSION = 3  # of the order; a change that moves samples raises it
 
 
 @dataclass(frozen=True)

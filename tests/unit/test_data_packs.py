@@ -47,7 +47,8 @@ def test_each_sample_comes_once_a_pass_and_belongs_to_the_bucket_it_is_shown_in(
     for bucket, members in enumerate(plan.assignment.members):
         counts = Counter(shown[bucket])
         assert set(counts) <= set(members.tolist())
-        assert max(counts.values()) - min(counts.get(member, 0) for member in members.tolist()) <= 2
+        # passes end at different steps, and the two largest blocks came before their turn
+        assert max(counts.values()) - min(counts.get(member, 0) for member in members.tolist()) <= 1 + 2
     shares = np.array([len(shown[bucket]) for bucket in range(len(plan.sizes))]) / sum(map(len, shown.values()))
     wanted = np.array([len(members) for members in plan.assignment.members]) / len(SHAPES)
     assert np.abs(shares - wanted).max() < 0.01
@@ -139,6 +140,18 @@ def test_the_largest_of_the_first_packs_comes_first_in_the_first_two_steps():
         most = [max(tokens(step, number) for number in range(4)) for step in (0, 1)]
         rest = [max(tokens(step, number) for number in range(plan.micros_per_step)) for step in range(2, 9)]
         assert most[0] >= most[1] >= max(rest) and most[0] == plan.blocks.largest[0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_no_later_pack_has_more_tokens_where_few_slots_even_out_little(ranks):
+    shapes = [(16 * (1 + n % 4), 16 * (1 + n // 4 % 4), 1 + 4 * (n * n // 16 % 4)) for n in range(150)]
+    plan = make(shapes, tokens=600, quadratic=0.01, ranks=ranks)
+
+    def tokens(block: int) -> int:
+        slots = [plan.blocks.slot(block, slot) for slot in range(ranks)]
+        return max(sum(plan.assignment.buckets[run[0]].tokens for run in slot) for slot in slots)
+
+    assert max(tokens(block) for block in range(2, 1500)) <= tokens(1) <= tokens(0)
 
 
 def test_a_cap_below_two_of_the_costliest_is_refused_with_what_would_do():
