@@ -9,6 +9,7 @@ limit, those used longest ago go.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -17,11 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from soratrain.data.remote import Range
-from soratrain.errors import DataError
+from soratrain.errors import ConfigError, DataError
 
 CHUNK = 1 << 20  # bytes
 CHECK = 4  # bytes of CRC-32 behind each chunk
 STRIPES = 64  # locks that chunks share
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, or of what a user may have of it
 KEPT = 0.9  # share of the limit that is left after a clearing
 
 Fetch = Callable[[Sequence[Range]], "list[bytes | DataError]"]
@@ -36,15 +38,33 @@ class ChunkCache:
         name: identifies the shards' bytes; other shards under the same name would be taken for these.
         ends: by shard, the byte after its last sample: no chunk reaches beyond.
         fetch: reads ranges from the store.
+
+    Raises:
+        ConfigError: the folder cannot be written: it is read-only, or another user's.
     """
 
     def __init__(self, folder: str | Path, limit: int, name: str, ends: Mapping[str, int], fetch: Fetch) -> None:
         self.root, self.limit, self.ends, self.fetch = Path(folder), limit, ends, fetch
         self.folder = self.root / hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._usable():
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def _usable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"data.remote.cache_dir={self.root} cannot be used: {error.strerror or error}; name a folder of your"
+                " own on a local disk, or null"
+            ) from error
 
     def read_many(self, ranges: Sequence[Range]) -> list[bytes | DataError]:
         """Return the bytes of each range, or what is damaged about it. Raises StoreError as `fetch` does."""
+        with self._usable():
+            return self._read_many(ranges)
+
+    def _read_many(self, ranges: Sequence[Range]) -> list[bytes | DataError]:
         wanted = sorted({(shard, number) for one in ranges for shard, number in self._chunks(one)})
         have = {chunk: data for chunk in wanted if (data := self._load(chunk)) is not None}
         missing = [chunk for chunk in wanted if chunk not in have]
@@ -97,17 +117,19 @@ class ChunkCache:
 
     def _store(self, chunk: tuple[str, int], data: bytes) -> None:
         path = self._path(chunk)
-        path.parent.mkdir(exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
+            path.parent.mkdir(exist_ok=True)
             with temporary.open("wb") as file:
                 file.write(data)
                 file.write(zlib.crc32(data).to_bytes(CHECK, "little"))
             os.replace(temporary, path)
-        except OSError:  # the disk is full: what was read is still right
+            self._count(len(data) + CHECK)
+        except OSError as error:
             temporary.unlink(missing_ok=True)
-            return
-        self._count(len(data) + CHECK)
+            if error.errno not in FULL:
+                raise
+            # what was read is still right
 
     @contextlib.contextmanager
     def _locked(self, chunks: Sequence[tuple[str, int]]) -> Iterator[None]:

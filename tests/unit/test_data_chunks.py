@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import data_tiny
@@ -13,7 +14,7 @@ from test_data_loader import SHAPES, cached, same
 from soratrain.data import chunks
 from soratrain.data.chunks import CHUNK, ChunkCache
 from soratrain.data.remote import Remote
-from soratrain.errors import DataError
+from soratrain.errors import ConfigError, DataError
 
 SIZE = 5 * CHUNK + 1000
 BYTES = bytes(index * 7 % 251 for index in range(SIZE))
@@ -75,6 +76,28 @@ def test_a_full_disk_costs_the_cache_and_not_the_data(tmp_path, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and "lock" not in path.name]
 
 
+@pytest.mark.parametrize("what", ["mkdir", "write"])
+def test_a_disk_that_is_full_elsewhere_costs_no_data_either(tmp_path, monkeypatch, what):
+    kept = cache(tmp_path, [])
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(*((Path, "mkdir", full) if what == "mkdir" else (ChunkCache, "_count", full)))
+    assert kept.read_many([("a.tar", 5, 9)]) == [BYTES[5:14]]
+
+
+def test_a_folder_that_may_not_be_written_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"data.remote.cache_dir=.* cannot be used: Not a directory"):
+        cache(tmp_path / "file", [])
+    kept = cache(tmp_path / "cache", [])
+    for stripe in range(chunks.STRIPES):
+        (kept.folder / f"lock-{stripe:02d}").mkdir()  # stands for another user's
+    with pytest.raises(ConfigError, match=r"data.remote.cache_dir=.* cannot be used: Is a directory"):
+        kept.read_many([("a.tar", 5, 9)])
+
+
 def test_batches_through_the_cache_equal_those_from_disk_and_the_next_epoch_reads_nothing(tmp_path):
     folder = write_latents(tmp_path / "shards", SHAPES)
     local = list(cached(str(folder)).loader(0, 12))
@@ -89,13 +112,13 @@ def test_batches_through_the_cache_equal_those_from_disk_and_the_next_epoch_read
 
 def test_shards_written_again_with_other_headers_are_not_taken_from_the_cache(tmp_path, monkeypatch):
     """The media are the same, but lie elsewhere: old chunks would hold none of them where the manifest says."""
-    folder, remote = tmp_path / "shards", Remote(cache_dir=str(tmp_path / "cache"))
-    write_latents(folder, SHAPES)
+    folder, remote, seen = tmp_path / "shards", Remote(cache_dir=str(tmp_path / "cache")), []
+    monkeypatch.setattr(data_tiny, "write", partial(data_tiny.write, max_bytes=1 << 24))
     with serving(folder) as server:
-        first = list(cached(server.url, remote=remote).loader(0, 4))
-        longer = [{"type": "long", "text": "another caption " * 200, "model": "", "rev": "", "lang": "en"}]
-        monkeypatch.setattr(data_tiny, "captions", lambda number: longer)
-        write_latents(folder, SHAPES)
-        again = list(cached(server.url, remote=remote, max_bad=0).loader(0, 4))
-    assert [batch.keys for batch in again] == [batch.keys for batch in first]
-    assert {text for batch in again for text in batch.captions} == {"another caption " * 200}
+        for words in (20_000, 20_100):  # one shard of some chunks
+            caption = {"type": "long", "text": "a caption " * words, "model": "", "rev": "", "lang": "en"}
+            monkeypatch.setattr(data_tiny, "captions", lambda number, caption=caption: [caption])
+            write_latents(folder, SHAPES)
+            seen.append(list(cached(server.url, remote=remote, max_bad=0).loader(0, 8)))
+            assert {text for batch in seen[-1] for text in batch.captions} == {caption["text"]}
+    assert [batch.keys for batch in seen[0]] == [batch.keys for batch in seen[1]]
