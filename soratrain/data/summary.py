@@ -17,9 +17,9 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
 
     `buckets`: per bucket its samples, those in a micro-batch (in packs on average) and their tokens, the share of
     blocks (in packs of tokens) that it has, and its share of the samples shown;
-    `merged`, `rare`, `dropped`: with counts and reasons; `frames_discarded`: share of the source's frames that an
-    epoch does not show (cut off in time, or passed over by a lower rate); `pixels_discarded`: share of a shown frame's
-    area that cropping takes away, on average over samples.
+    `merged`, `rare`, `dropped`: with counts and reasons; `frames_discarded`: share of the frames of the samples
+    shown that are not (cut off in time, or passed over by a lower rate); `pixels_discarded`: share of a shown frame's
+    area that cropping takes away, on average over samples. Both weigh each bucket as it is shown, where data are mixed.
     """
     assignment = plan.assignment
     packs, expected = plan.batching == "pack", plan.blocks.expected
@@ -29,7 +29,7 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
         for bucket, count, size in zip(assignment.buckets, expected, plan.sizes, strict=True)
     ]
     folders = [part.folder for part in manifest.sets]
-    buckets, shown, cropped = [], 0.0, 0.0
+    buckets, shown, there, cropped = [], 0.0, 0.0, 0.0
     for index, bucket in enumerate(assignment.buckets):
         members, rate = assignment.members[index], assignment.rates[index]
         buckets.append(
@@ -44,12 +44,12 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
             }
         )
         shown += rate * bucket.frames
+        there += rate * float(manifest.frames[members].mean(dtype=np.float64))
         sizes, _, counts = distinct(np.stack([manifest.h[members], manifest.w[members]], 1))
         for (height, width), count in zip(sizes.tolist(), counts.tolist(), strict=True):
             scaled_height, scaled_width = scaled_size(height, width, bucket)
             lost = 1 - bucket.height * bucket.width / (scaled_height * scaled_width)
             cropped += lost * count / len(members) * rate
-    used = np.unique(np.concatenate(assignment.members))
     return {
         "samples": len(manifest),
         "batching": plan.batching,
@@ -57,7 +57,7 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
         "merged": [{"from": str(a), "to": str(b), "samples": count} for a, b, count in assignment.merged],
         "rare": [str(bucket) for bucket in assignment.rare],
         "dropped": dict(assignment.dropped),
-        "frames_discarded": max(0.0, 1 - shown / float(manifest.frames[used].sum())),
+        "frames_discarded": max(0.0, 1 - shown / there),
         "pixels_discarded": cropped / sum(assignment.rates),
     }
 

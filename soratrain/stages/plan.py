@@ -27,6 +27,7 @@ from soratrain.distributed.memory import GIB, Kept, dit_activations, kept, measu
 from soratrain.distributed.strategy import StrategyOptions
 from soratrain.errors import ConfigError
 from soratrain.models.vae import VAE
+from soratrain.stages.plan_cost import each_token, tokens_of
 from soratrain.stages.plan_table import show
 
 TARGETS = ("vae", "captioner", "dit")
@@ -41,13 +42,14 @@ class PlanStage:
         out: folder of `plan.json`.
         target: the stage to plan for: `vae`, `captioner` or `dit`.
         ranks: data-parallel ranks.
-        shards: folder or URL of the clips.
+        shards: folder or URL of the clips, or several.
         buckets: how sizes are chosen.
         nets: factory of each net that a target trains, by name.
         steps: optimizer steps, by target.
         tuned: `tokens` of a micro-batch, by target.
         clip: `WIDTHxHEIGHTxFRAMES`: what one such clip costs; None leaves it out.
-        seed, batching, accumulate_blocks, gamma, quadratic: of the data.
+        seed, batching, accumulate_blocks, gamma, quadratic, window, mix, image_fraction: of the data.
+        durations: of clips; latents are shown at their own.
         strategy, optimizer, average, precision: of the trainer.
         patch: latent positions of a DiT's token.
 
@@ -61,7 +63,7 @@ class PlanStage:
         out: str,
         target: str,
         ranks: int,
-        shards: str,
+        shards: str | Sequence[str],
         buckets: Buckets,
         nets: Mapping[str, partial],
         steps: Mapping[str, int],
@@ -76,6 +78,10 @@ class PlanStage:
         accumulate_blocks: int = 1,
         gamma: float = 0.0,
         quadratic: float = 0.0,
+        window: int = 64,
+        mix: Sequence[float] | None = None,
+        image_fraction: float | None = None,
+        durations: Sequence[int] | None = None,
     ) -> None:
         if target not in TARGETS:
             raise ConfigError(f"stage.job.target={target} is not there; use one of {', '.join(TARGETS)}")
@@ -100,6 +106,10 @@ class PlanStage:
             canonical_ranks=ranks,
             gamma=gamma,
             quadratic=quadratic,
+            window=window,
+            mix=mix,
+            image_fraction=image_fraction,
+            durations=durations if target != "dit" else None,
         )
 
     def __call__(self) -> dict[str, Any]:
@@ -205,7 +215,7 @@ class PlanStage:
         found: dict[str, Any] = {"bucket": str(bucket), "tokens": tokens, "latent_mib": 2 * latent / 2**20}
         if "dit" in parts:
             dim, depth = (self.nets["dit"].keywords[name] for name in ("dim", "depth"))
-            blocks = 2 * tokens * sum(p.numel() for p in parts["dit"].parameters())
+            blocks = 2 * tokens * sum(layer.weight.numel() for layer in each_token(parts["dit"]))
             attention = 4 * depth * tokens**2 * dim
             found |= {"forward_tflop": (blocks + attention) / 1e12, "attention": attention / (blocks + attention)}
         return found
@@ -220,12 +230,6 @@ class Reconstruction(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.vae.decode_chunk(self.vae.posterior(x)[0])[0]
-
-
-def tokens_of(bucket: Bucket, patch: Sequence[int]) -> int:
-    """Return a DiT's tokens for one clip of a bucket."""
-    t, h, w = 1 + (bucket.frames - 1) // TIME, bucket.height // 8, bucket.width // 8
-    return -(-t // patch[0]) * (h // patch[1]) * (w // patch[2])
 
 
 def parse_clip(text: str) -> tuple[int, int, int]:

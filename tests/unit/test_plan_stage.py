@@ -11,12 +11,14 @@ import torch
 from data_tiny import write_clips
 from test_dit import build, clips, texts
 from test_dit import run as forward
+from torch.utils.flop_counter import FlopCounterMode
 
 from soratrain.distributed.memory import dit_activations, kept, measured_activations
 from soratrain.errors import ConfigError
 from soratrain.models.vae import VAE
 from soratrain.run import check_machine, prepare, run
 from soratrain.stages.plan import Reconstruction, parse_clip
+from soratrain.stages.plan_cost import each_token
 
 SHAPES = [(48, 64, 9)] * 12 + [(64, 48, 1)] * 6 + [(8, 8, 1)] * 2
 WORDS = ["stage=plan", "machine=laptop", "upstream=fail"]
@@ -76,6 +78,25 @@ def test_a_minute_of_1080p_is_counted_in_tokens_by_hand(tmp_path: Path) -> None:
     write_shards(tmp_path / "shards")
     clip = planned(tmp_path)["clip"]
     assert clip["tokens"] == 360 * 67 * 120 and clip["bucket"] == "1920x1072x1437"
+
+
+def test_shares_and_durations_that_training_would_show_are_planned(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    words = ["stage.job.target=vae", "data.image_fraction=0.9", "data.durations=[1,5]"]
+    data = planned(tmp_path, *words)["data"]
+    shown = {item["bucket"]: item["shown"] for item in data["buckets"]}
+    assert shown == pytest.approx({"64x48x1": 0.9 * 6 / 12, "48x64x1": 0.9 * 6 / 12, "64x48x5": 0.1})
+    # of 64x48 all clips have 9 frames, of 48x64 one
+    assert data["frames_discarded"] == pytest.approx(1 - (0.9 + 0.1 * 5) / (0.55 * 9 + 0.45))
+
+
+def test_the_forward_pass_of_a_clip_is_counted_as_it_is_run() -> None:
+    net, tokens = build(dim=64, depth=3, mlp_ratio=4.0), 5 * 8 * 8
+    with FlopCounterMode(display=False) as counter:
+        forward(net, clips([(4, 5, 16, 16)]), *texts(1))
+    linear = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
+    # what is left to text and to the noise level is little
+    assert 2 * tokens * sum(layer.weight.numel() for layer in each_token(net)) == pytest.approx(linear, rel=0.05)
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
