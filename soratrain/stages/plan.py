@@ -47,6 +47,7 @@ class PlanStage:
         nets: factory of each net that a target trains, by name.
         steps: optimizer steps, by target.
         tuned: `tokens` of a micro-batch, by target.
+        max_steps, batch_size, tokens_per_batch, max_batch_size: in the place of these, where they are set.
         clip: `WIDTHxHEIGHTxFRAMES`: what one such clip costs; None leaves it out.
         seed, batching, accumulate_blocks, gamma, quadratic, window, mix, image_fraction: of the data.
         durations: of clips; latents are shown at their own.
@@ -82,6 +83,10 @@ class PlanStage:
         mix: Sequence[float] | None = None,
         image_fraction: float | None = None,
         durations: Sequence[int] | None = None,
+        max_steps: int = 0,
+        batch_size: int | None = None,
+        tokens_per_batch: int | None = None,
+        max_batch_size: int | None = None,
     ) -> None:
         if target not in TARGETS:
             raise ConfigError(f"stage.job.target={target} is not there; use one of {', '.join(TARGETS)}")
@@ -93,14 +98,15 @@ class PlanStage:
         self.out, self.target, self.ranks = Path(out), target, ranks
         self.nets, self.strategy, self.optimizer, self.average = nets, strategy, optimizer, average
         self.crop = int(tuned[target].get("crop", 0))  # pixels: stage=vae trains on squares cut from its clips
-        self.steps, self.half = int(steps[target]), precision.startswith("bf16")
+        self.steps, self.half = max_steps or int(steps[target]), precision.startswith("bf16")
         self.data = VideoData(
             shards=shards,
             buckets=buckets,
             seed=seed,
             max_steps=self.steps,
-            tokens_per_batch=int(tuned[target]["tokens"]),
-            max_batch_size=tuned[target].get("batch"),
+            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch or (None if batch_size else int(tuned[target]["tokens"])),
+            max_batch_size=max_batch_size or tuned[target].get("batch"),
             batching=batching,
             accumulate_blocks=accumulate_blocks,
             canonical_ranks=ranks,

@@ -63,6 +63,17 @@ def test_steps_epochs_and_tokens_add_up(tmp_path: Path) -> None:
     assert planned(tmp_path, "stage.job.ranks=3", "fresh=true")["balance"]["least"] == 1.0
 
 
+def test_what_the_command_or_an_experiment_sets_is_planned(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    words = ("target=dit", "trainer.max_steps=7", "data.tokens_per_batch=40")
+    small, usual = planned(tmp_path, *words)["run"], planned(tmp_path, "target=dit")["run"]
+    assert small["steps"] == 7 and small["tokens_per_step"] < usual["tokens_per_step"]
+    fixed = planned(tmp_path, "target=dit", "data.batch_size=2")["run"]
+    assert fixed["samples_per_step"] == 2
+    finer = planned(tmp_path, "target=dit", "+experiment=native_res")["run"]
+    assert finer["steps"] == usual["steps"] and finer["samples_per_step"] != usual["samples_per_step"]
+
+
 def test_it_needs_no_gpu_and_plans_for_one(tmp_path: Path) -> None:
     write_shards(tmp_path / "shards")
     config, _ = prepare(["stage=plan", "machine=gpu"])
