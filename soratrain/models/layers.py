@@ -313,18 +313,24 @@ class Front(nn.Module):
         for i, (k, f) in enumerate(self.steps):
             mix = getattr(self, f"mix{i}")
             x = rearrange(x, "b c (t k) (h p) (w q) -> b c (k p q) t h w", k=k, p=f, q=f)
-            x = torch.einsum("n k, b c k t h w -> b c n t h w", mix.to(x.dtype), x) if mix.numel() else x
-            x = x.flatten(1, 2)
+            x = mixed(mix, x).flatten(1, 2)
         return x
 
     def inverse(self, x: Tensor, first: bool = True) -> Tensor:
         """Undo `forward`."""
         for i, (k, f) in reversed(list(enumerate(self.steps))):
             mix = getattr(self, f"mix{i}")
-            x = x.unflatten(1, (-1, k * f * f))
-            x = torch.einsum("k n, b c k t h w -> b c n t h w", mix.to(x.dtype), x) if mix.numel() else x
+            x = mixed(mix.t(), x.unflatten(1, (-1, k * f * f)))
             x = rearrange(x, "b c (k p q) t h w -> b c (t k) (h p) (w q)", k=k, p=f, q=f)
         return x[:, :, self.time - 1 :] if first else x
+
+
+def mixed(mix: Tensor, x: Tensor) -> Tensor:
+    """Return `x` `[B, C, K, T, H, W]` with its blocks' K values mixed, in fp32: bf16 has fewer steps than pixels."""
+    if not mix.numel():
+        return x
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.einsum("n k, b c k t h w -> b c n t h w", mix, x.float())
 
 
 def wavelet(time: int, space: int) -> Tensor:

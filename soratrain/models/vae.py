@@ -156,16 +156,18 @@ class VAE(nn.Module):
         return self.front.inverse(y, state is None), after
 
     def normalise(self, latent: Tensor) -> Tensor:
-        """Return the latent with mean 0, variance 1 and uncorrelated channels, fp32."""
+        """Return the latent with mean 0, variance 1 and uncorrelated channels, fp32, under autocast too."""
         shape = (-1, 1, 1, 1)
-        latent = (latent.float() - self.latent_mean.view(shape)) / self.latent_std.view(shape)
-        return torch.einsum("dc,bcthw->bdthw", self.latent_mix, latent)
+        with torch.autocast(latent.device.type, enabled=False):
+            latent = (latent.float() - self.latent_mean.view(shape)) / self.latent_std.view(shape)
+            return torch.einsum("dc,bcthw->bdthw", self.latent_mix, latent)
 
     def denormalise(self, latent: Tensor) -> Tensor:
         """Undo `normalise`."""
         shape = (-1, 1, 1, 1)
-        latent = torch.einsum("dc,bcthw->bdthw", self.latent_unmix, latent.float())
-        return latent * self.latent_std.view(shape) + self.latent_mean.view(shape)
+        with torch.autocast(latent.device.type, enabled=False):
+            latent = torch.einsum("dc,bcthw->bdthw", self.latent_unmix, latent.float())
+            return latent * self.latent_std.view(shape) + self.latent_mean.view(shape)
 
     def set_statistics(self, mean: Tensor, covariance: Tensor) -> None:
         """Make latents of this mean `[C]` and covariance `[C, C]` uncorrelated and of variance 1.

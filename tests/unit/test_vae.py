@@ -163,6 +163,19 @@ def test_decode_undoes_the_normalisation_of_encode() -> None:
     torch.testing.assert_close(vae.decode(vae.encode(x)), vae.decode_chunk(vae.posterior(x)[0])[0], rtol=0, atol=1e-4)
 
 
+def test_what_is_no_convolution_stays_fp32_under_autocast() -> None:
+    vae, x = make("wavelet front"), clip()
+    with torch.no_grad():
+        vae.set_statistics(torch.zeros(4), torch.cov(torch.randn(4, 40, generator=torch.Generator().manual_seed(2))))
+        latent = vae.encode(x)
+        normalised, plain, bands = vae.normalise(latent), vae.denormalise(latent), vae.front(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(vae.normalise(latent), normalised) and torch.equal(vae.denormalise(latent), plain)
+            assert torch.equal(vae.front(x), bands)
+            assert vae.encode(x).dtype == torch.float32
+            torch.testing.assert_close(vae.front.inverse(bands), x)
+
+
 @pytest.mark.parametrize(("kind", "time", "space"), [("space_to_depth", 2, 4), ("haar", 2, 4), ("haar", 4, 2)])
 def test_a_front_is_orthogonal_and_exactly_undone(kind: str, time: int, space: int) -> None:
     front, x = Front(kind=kind, time=time, space=space), clip()
