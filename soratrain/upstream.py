@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 WORLD = "data/world"  # where the embedded world lies by default
 MAKERS = {"captions": "recaption", "vae": "vae", "captioner": "captioner", "latents": "encode", "dit": "dit"}
-PASSED_ON = ("run", "seed", "machine", "upstream", "inputs", "vae", "captioner", "text", "lpips", "logger")
+PASSED_ON = ("run", "seed", "machine", "upstream", "inputs", "vae", "captioner", "dit", "text", "lpips", "logger")
+ALSO = {"latents": ("buckets",), "dit": ("buckets",)}  # of cached latents; other stages have buckets of their own
 
 
 def holds(key: str, place: str) -> bool:
@@ -80,7 +81,8 @@ def command(key: str, place: str, config: Mapping[str, Any], overrides: Sequence
             f"output={place}",
             f"world.clips={clips}",
         ]
-    passed = [item for item in overrides if split_override(item)[0].split(".")[0] in PASSED_ON]
+    groups_passed = PASSED_ON + ALSO.get(key, ())
+    passed = [item for item in overrides if split_override(item)[0].split(".")[0] in groups_passed]
     passed = [item for item in passed if split_override(item)[0] != f"inputs.{key}" and item != "upstream=fail"]
     passed += of_experiment(Path(place)).split()
     return [sys.executable, "-m", "soratrain", f"stage={MAKERS[key]}", *passed]

@@ -110,6 +110,12 @@ def test_what_an_experiment_continues_is_made_first_or_named_with_its_command(tm
         upstream.ensure(wanted, given)
 
 
+def test_what_a_vae_of_a_larger_stride_asks_for_reaches_the_stage_that_needs_it(tmp_path):
+    given = ["vae=hc", "buckets.grid=32", "dit.patch=[1,1,1]", "sampler.steps=2"]
+    for key, words in {"latents": given[:3], "dit": given[:3], "vae": [given[0], given[2]]}.items():
+        assert upstream.command(key, str(tmp_path), config(tmp_path), given)[4:] == words
+
+
 def test_latents_that_are_not_complete_are_no_upstream(tmp_path):
     (tmp_path / "dataset.json").write_text('{"complete": false}')
     assert not upstream.holds("latents", str(tmp_path))
