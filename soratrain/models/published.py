@@ -2,7 +2,6 @@
 
 A latent is what diffusers' `encode` gives as its mode, normalised inside by the statistics in its config.
 
-
 Legend: B samples, C channels, T H W frames, height, width in pixels, t h w the same of the latent.
 """
 
@@ -34,6 +33,7 @@ class Published(VAE):
 
     class_name: ClassVar[str]  # in diffusers
     option: ClassVar[str]  # of the group `vae`
+    strides: ClassVar[Mapping[int, tuple[int, int, int]]]  # by latent channels, of what is published
 
     def __init__(self, net: nn.Module, *, latent_channels: int | None = None) -> None:
         nn.Module.__init__(self)  # none of our own layers
@@ -78,6 +78,7 @@ class Wan(Published):
     """
 
     class_name, option = "AutoencoderKLWan", "wan"
+    strides: ClassVar = {16: (4, 8, 8), 48: (4, 16, 16)}
 
     def __init__(self, net: nn.Module, *, latent_channels: int | None = None) -> None:
         super().__init__(net, latent_channels=latent_channels)
@@ -140,6 +141,7 @@ class CogVideoX(Published):
     """
 
     class_name, option = "AutoencoderKLCogVideoX", "cogvideox"
+    strides: ClassVar = {16: (4, 8, 8)}
 
     @staticmethod
     def channels_in(config: Mapping[str, Any]) -> int:

@@ -27,7 +27,7 @@ from soratrain.distributed.memory import GIB, Kept, dit_activations, kept, measu
 from soratrain.distributed.strategy import StrategyOptions
 from soratrain.errors import ConfigError
 from soratrain.models.vae import VAE
-from soratrain.stages.plan_cost import each_token, tokens_of
+from soratrain.stages.plan_cost import each_token, positions, stride_of
 from soratrain.stages.plan_table import show
 
 TARGETS = ("vae", "captioner", "dit")
@@ -189,7 +189,8 @@ class PlanStage:
         itemsize = 2 if self.half else 4
         if self.target == "dit":
             net, shape = parts["dit"], self.nets["dit"].keywords
-            tokens = tokens * 4 // math.prod(net.patch)  # type: ignore[arg-type]
+            rows, columns = stride_of(self.nets["vae"])[1:]
+            tokens = tokens * GRID**2 // (rows * columns * math.prod(net.patch))  # type: ignore[arg-type]
             sizes = {name: shape[name] for name in ("dim", "depth", "mlp_ratio")}
             return dit_activations(tokens=tokens, itemsize=itemsize, **sizes)
         if self.target == "vae":
@@ -203,22 +204,23 @@ class PlanStage:
 
     def cache(self, plan: Plan, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
         """Return the size of all cached latents in bf16."""
-        channels = self.nets["vae"].keywords["latent_channels"]
-        latents = sum(
-            len(members) * channels * (1 + (bucket.frames - 1) // TIME) * bucket.height * bucket.width // 64
-            for bucket, members in zip(plan.assignment.buckets, plan.assignment.members, strict=True)
-        )
+        each = zip(plan.assignment.buckets, plan.assignment.members, strict=True)
+        latents = sum(len(members) * self.latent(bucket) for bucket, members in each)
         return {"latents_gib": 2 * latents / GIB, "clips": sum(map(len, plan.assignment.members))}
+
+    def latent(self, bucket: Bucket) -> int:
+        """Return the numbers in the latent of one clip of a bucket."""
+        factory = self.nets["vae"]
+        return factory.keywords["latent_channels"] * math.prod(positions(bucket, stride_of(factory)))
 
     def cost(self, clip: tuple[int, int, int], parts: Mapping[str, nn.Module]) -> dict[str, Any]:
         """Return what one clip of (height, width, frames) costs."""
         height, width, frames = clip
         bucket = Bucket(height // GRID * GRID, width // GRID * GRID, 1 + (frames - 1) // TIME * TIME)
         patch: Sequence[int] = parts["dit"].patch if "dit" in parts else (1, 2, 2)  # type: ignore[assignment]
-        channels = self.nets["vae"].keywords["latent_channels"]
-        latent = channels * (1 + (bucket.frames - 1) // TIME) * bucket.height * bucket.width // 64
-        tokens = tokens_of(bucket, patch)
-        found: dict[str, Any] = {"bucket": str(bucket), "tokens": tokens, "latent_mib": 2 * latent / 2**20}
+        t, h, w = positions(bucket, stride_of(self.nets["vae"]))
+        tokens = -(-t // patch[0]) * (h // patch[1]) * (w // patch[2])
+        found: dict[str, Any] = {"bucket": str(bucket), "tokens": tokens, "latent_mib": 2 * self.latent(bucket) / 2**20}
         if "dit" in parts:
             dim, depth = (self.nets["dit"].keywords[name] for name in ("dim", "depth"))
             blocks = 2 * tokens * sum(layer.weight.numel() for layer in each_token(parts["dit"]))

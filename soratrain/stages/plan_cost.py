@@ -1,13 +1,16 @@
-"""What a clip costs a DiT: its tokens, and the layers that each of them goes through."""
+"""What a clip costs a DiT: the positions of its latent, and the layers that each token goes through."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
+import torch
 from torch import nn
 
 from soratrain.data.assignment import Bucket
-from soratrain.data.fitting import TIME
+from soratrain.models.patchify import STRIDE
+from soratrain.models.published import Published
 
 
 def each_token(dit: nn.Module) -> list[nn.Linear]:
@@ -20,7 +23,14 @@ def each_token(dit: nn.Module) -> list[nn.Linear]:
     ]
 
 
-def tokens_of(bucket: Bucket, patch: Sequence[int]) -> int:
-    """Return a DiT's tokens for one clip of a bucket."""
-    t, h, w = 1 + (bucket.frames - 1) // TIME, bucket.height // 8, bucket.width // 8
-    return -(-t // patch[0]) * (h // patch[1]) * (w // patch[2])
+def stride_of(vae: partial) -> Sequence[int]:
+    """Return the stride of a VAE's factory; of another's, whose config lies with its weights, that of the published."""
+    if issubclass(vae.func, Published):  # type: ignore[arg-type]
+        return vae.func.strides.get(vae.keywords["latent_channels"], STRIDE)
+    with torch.device("meta"):
+        return vae().stride
+
+
+def positions(bucket: Bucket, stride: Sequence[int]) -> tuple[int, int, int]:
+    """Return frames, height and width of a bucket's latent."""
+    return 1 + (bucket.frames - 1) // stride[0], bucket.height // stride[1], bucket.width // stride[2]

@@ -110,6 +110,17 @@ def test_the_forward_pass_of_a_clip_is_counted_as_it_is_run() -> None:
     assert 2 * tokens * sum(layer.weight.numel() for layer in each_token(net)) == pytest.approx(linear, rel=0.05)
 
 
+@pytest.mark.parametrize("vae", ["hc", "wan22"])
+def test_a_vae_of_a_larger_stride_has_fewer_positions(tmp_path: Path, vae: str) -> None:
+    write_shards(tmp_path / "shards")
+    small, large = (planned(tmp_path, f"vae={name}", "fresh=true") for name in (vae, "wan"))
+    assert small["clip"]["tokens"] == 360 * 33 * 60 and large["clip"]["tokens"] == 360 * 67 * 120
+    for part, key in (("cache", "latents_gib"), ("clip", "latent_mib")):  # a quarter of the positions, 48 for 16
+        assert small[part][key] == pytest.approx(large[part][key] * 3 / 4)
+    gib = [found["memory"]["gib"]["activations"] for found in (small, large)]
+    assert gib[0] == pytest.approx(gib[1] / 4, rel=0.02)
+
+
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_zero_divides_what_its_stage_shards(zero: int) -> None:
     held = kept(1000, zero=zero, ranks=4, moments=2, average=True)
