@@ -84,7 +84,8 @@ class ManualStage(TrainStage):
             if name not in skipped:
                 if clips[name]:
                     torch.nn.utils.clip_grads_with_norm_(params_of(optimizer), clips[name], norms[name])
-                optimizer.step()
+                with torch.autocast(self.device.type, enabled=False):  # Muon multiplies matrices, and not in bf16
+                    optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         schedulers: Any = self.lr_schedulers()
         for scheduler in schedulers:

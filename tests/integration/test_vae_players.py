@@ -13,6 +13,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from test_resume import identical
 from test_strategies import same_training, steps
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from vae_c import NET, SAMPLES, begun, clips, train
 
 from soratrain.callbacks.metrics import read_rows
@@ -162,6 +163,16 @@ def test_bf16_computes_both_players_near_fp32(tmp_path: Path) -> None:
         for name in ("loss", "d_loss", "logits_real"):
             assert one.get(name) == pytest.approx(other.get(name), abs=0.02)
     assert all(value.dtype in (torch.float32, torch.int64) for value in whole(tmp_path / "bf16-mixed").values())
+
+
+def test_optimizers_step_outside_of_autocast(tmp_path: Path) -> None:
+    seen: list[bool] = []
+    hook = register_optimizer_step_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    try:
+        train(tmp_path, begin=begun(tmp_path), max_steps=2, precision="bf16-mixed", optimizer="muon")
+    finally:
+        hook.remove()
+    assert seen and not any(seen)
 
 
 @pytest.mark.parametrize(("spoilt", "still"), [("rebuilt", ("vae.", "disc.")), ("real", ("disc.",))])
