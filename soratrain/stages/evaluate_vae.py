@@ -24,7 +24,7 @@ from soratrain.errors import ConfigError, DataError
 from soratrain.frechet import ClipFeatures, frechet_distance
 from soratrain.quality import perceptual, psnr, ssim
 from soratrain.stages.clips import Clip, Fit, candidates
-from soratrain.stages.encode import progress
+from soratrain.stages.pace import progress
 from soratrain.stages.rebuild import Rebuild, check_size
 from soratrain.stages.vae_pictures import draw_clips, to_shown
 from soratrain.stages.vae_summary import Measured, plain, show, summarise, write_csv

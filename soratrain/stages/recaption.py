@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader
 
 from soratrain.batch import draw_of, to_pixels
@@ -35,6 +34,7 @@ from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
 from soratrain.models.captioner import Captioner
 from soratrain.stages.latents import Clip, Groups
+from soratrain.stages.pace import progress
 
 log = logging.getLogger(__name__)
 # Four or more characters said three times in a row, or one said eight times: a decoder that has lost its way.
@@ -259,10 +259,3 @@ class Recaption:
                     figures["captions"] += 1
                     rows[key].append({"key": key, "type": style, "text": caption, "model": model, "lang": "en"})
         yield from rows.values()
-
-
-def progress() -> Progress:
-    """Return a progress bar with time left."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    )
