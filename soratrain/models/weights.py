@@ -121,10 +121,16 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> No
     module.load_state_dict(dict(state))
 
 
-def digest(module: nn.Module) -> str:
-    """Return the SHA-256, in hex, of a network's names, types and numbers: the same wherever they were read from."""
+def digest(module: nn.Module, *, without: str | None = None) -> str:
+    """Return the SHA-256, in hex, of a network's names, types and numbers: the same wherever they were read from.
+
+    Args:
+        without: what does not count: names that begin so.
+    """
     found = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
+        if without and name.startswith(without):
+            continue
         tensor = tensor.detach().cpu().contiguous()
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

@@ -29,13 +29,13 @@ from soratrain.data.remote import Remote
 from soratrain.data.shards import ShardWriter
 from soratrain.distributed.ranks import Ranks, deal
 from soratrain.errors import DataError
-from soratrain.models import weights
 from soratrain.models.autoencoders import load_vae
 from soratrain.models.vae import VAE
 from soratrain.stages.encoding import ClipEncoder, pixels, pixels_by_shard, trimmed
 from soratrain.stages.latents import SCHEMA, Groups, store
 from soratrain.stages.pace import Pace, in_bytes, progress
 from soratrain.stages.texts import Texts, stored_text
+from soratrain.stages.vae_latents import encoder_hash
 
 log = logging.getLogger(__name__)
 
@@ -129,13 +129,13 @@ class Encode:
         return Work(manifest, assignment, vae, device, texts)
 
     def fingerprint(self, work: Work) -> dict[str, str]:
-        """Return what the latents depend on: the VAE's weights, the clips, what is taken of them how, and the texts."""
+        """Return what the latents depend on: the VAE's encoder, the clips, what is taken of them how, and the texts."""
         assignment = work.assignment
         taken = hashlib.sha256(f"{self.encoding}".encode() + assignment.stride.tobytes())
         for bucket, members in zip(assignment.buckets, assignment.members, strict=True):
             taken.update(f"{bucket}".encode() + members.tobytes())
         return {
-            "vae": weights.digest(work.vae),
+            "vae": encoder_hash(work.vae),
             "shards": work.manifest.hash,
             "transform": taken.hexdigest(),
             "text": "none" if work.texts is None else work.texts.identity(),

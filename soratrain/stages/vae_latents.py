@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from soratrain.batch import VideoBatch
 from soratrain.errors import ConfigError, DataError
+from soratrain.models import weights
 from soratrain.models.vae import VAE
 
 
@@ -38,12 +38,7 @@ def measured(vae: VAE, batches: Iterable[VideoBatch]) -> tuple[Tensor, Tensor]:
 
 def encoder_hash(vae: VAE) -> str:
     """Return the SHA-256 of everything that decides a latent: the encoder's weights and the statistics."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(vae.state_dict().items()):
-        if not name.startswith("decoder."):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return weights.digest(vae, without="decoder.")
 
 
 class FrozenEncoder:

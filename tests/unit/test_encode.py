@@ -229,6 +229,15 @@ def test_latents_of_something_else_are_refused(place: Path, what: str) -> None:
         job(place, **options)()
 
 
+def test_a_decoder_that_was_trained_on_leaves_latents_valid(place: Path) -> None:
+    vae = write_vae(place / "vae")
+    job(place)()
+    with torch.no_grad():
+        next(vae.decoder.parameters()).add_(1)
+    weights.save(place / "vae", "vae", vae, FACTORY, {})
+    assert job(place)()["clips"] == len(SIZES)
+
+
 def test_an_unreadable_clip_is_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_shards(tmp_path / "shards", damaged=3)
     write_vae(tmp_path / "vae")
