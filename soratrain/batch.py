@@ -137,6 +137,16 @@ class VideoBatch(Batch):
         return to_pixels(self.video)
 
 
+def random_crop(batch: VideoBatch, size: int) -> Tensor:
+    """Return `[B, T, h, w, 3]`, h and w at most `size`, cut out of each clip where its draw says."""
+    _, _, height, width, _ = batch.video.shape
+    h, w = min(size, height), min(size, width)
+    tops = (batch.uniform("crop top") * (height - h + 1)).long().tolist()
+    lefts = (batch.uniform("crop left") * (width - w + 1)).long().tolist()
+    parts = zip(batch.video, tops, lefts, strict=True)
+    return torch.stack([video[:, top : top + h, left : left + w] for video, top, left in parts])
+
+
 @dataclass(frozen=True)
 class LatentBatch(Batch):
     """Cached latents; of one shape in bucket mode, of any shapes in a pack.

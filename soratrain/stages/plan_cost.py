@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,8 +26,9 @@ def each_token(dit: nn.Module) -> list[nn.Linear]:
 
 def stride_of(vae: partial) -> Sequence[int]:
     """Return the stride of a VAE's factory; of another's, whose config lies with its weights, that of the published."""
-    if issubclass(vae.func, Published):  # type: ignore[arg-type]
-        return vae.func.strides.get(vae.keywords["latent_channels"], STRIDE)
+    kind: Any = vae.func
+    if issubclass(kind, Published):
+        return kind.strides.get(vae.keywords["latent_channels"], STRIDE)
     with torch.device("meta"):
         return vae().stride
 

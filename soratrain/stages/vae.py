@@ -11,7 +11,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from soratrain.batch import VideoBatch, to_pixels
+from soratrain.batch import VideoBatch, random_crop, to_pixels
 from soratrain.errors import ConfigError
 from soratrain.models.lpips import SMALLEST
 from soratrain.models.vae import VAE
@@ -260,13 +260,3 @@ class VAEStage(ManualStage):
             DataError: there is no clip.
         """
         self.vae.set_statistics(*measured(self.vae, (batch.to(self.device) for batch in batches)))
-
-
-def random_crop(batch: VideoBatch, size: int) -> Tensor:
-    """Return `[B, T, h, w, 3]`, h and w at most `size`, cut out of each clip where its draw says."""
-    _, _, height, width, _ = batch.video.shape
-    h, w = min(size, height), min(size, width)
-    tops = (batch.uniform("crop top") * (height - h + 1)).long().tolist()
-    lefts = (batch.uniform("crop left") * (width - w + 1)).long().tolist()
-    parts = zip(batch.video, tops, lefts, strict=True)
-    return torch.stack([video[:, top : top + h, left : left + w] for video, top, left in parts])

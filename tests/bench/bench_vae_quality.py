@@ -21,11 +21,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from soratrain.batch import VideoBatch, to_pixels
+from soratrain.batch import VideoBatch, random_crop, to_pixels
 from soratrain.data.buckets import Native
 from soratrain.data.datamodule import VideoData
 from soratrain.models.vae import VAE
-from soratrain.stages.vae import kl, random_crop
+from soratrain.stages.vae_losses import kl
 
 ROOT = Path(__file__).parents[2]
 MEDIA = ROOT.parent / "shared" / "media"

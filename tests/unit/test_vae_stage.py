@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from soratrain.batch import VideoBatch, draw_of
+from soratrain.batch import VideoBatch, draw_of, random_crop
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
 from soratrain.models.vae import VAE
 from soratrain.optim import OptimizerFactory, Schedule
-from soratrain.stages.vae import VAEStage, random_crop
+from soratrain.stages.vae import VAEStage
 from soratrain.stages.vae_losses import foreground, kl
 
 NET = partial(
