@@ -205,11 +205,15 @@ class VAEStage(ManualStage):
         """Build the nets.
 
         Raises:
-            ConfigError: the encoder is to be frozen as it was initialized.
+            ConfigError: the encoder is to be frozen as it was initialized; `crop` does not fit the VAE's stride.
         """
         if self.freeze_encoder and "vae" not in self.origins:
             raise ConfigError("freeze_encoder=true: there is no trained encoder to keep; say with init=FOLDER which")
         super().configure_model()
+        space = self.vae.stride[1]
+        if self.crop % space:
+            near = self.crop + -self.crop % space
+            raise ConfigError(f"crop={self.crop}: is no multiple of the VAE's stride of {space} pixels; use {near}")
         if self.freeze_encoder:
             self.frozen.freeze(self.vae)
 

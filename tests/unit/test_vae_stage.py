@@ -176,6 +176,7 @@ def test_training_lowers_the_error() -> None:
     [
         ({"kl_weight": -1.0}, "kl_weight"),
         ({"crop": -8}, "crop"),
+        ({"crop": 12}, "crop=12: is no multiple of the VAE.s stride of 8 pixels; use 16"),
         ({"l1_weight": 0.0}, "make one positive"),
         ({"foreground_weight": 1.0, "foreground_until": 1.0}, "foreground_until"),
         ({"statistics_batches": 0}, "statistics_batches"),
