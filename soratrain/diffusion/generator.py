@@ -24,6 +24,7 @@ from soratrain.models.vae import VAE
 
 log = logging.getLogger(__name__)
 
+DECODED = 1 << 22  # pixels decoded at once: what a VAE keeps of a clip in between is many times as large
 PROMPT_BYTES = 10_000  # a prompt longer than this is a mistake, a file's content say
 
 
@@ -115,8 +116,13 @@ class Generator:
             some = prompts[start : start + self.batch]
             noise = torch.stack([keyed_normal(draw_of(seed, prompt), "noise", shape) for prompt in some])
             latents = self.draw(some, noise, fps, steps, guidance_scale)
-            clips.extend(to_uint8(self.vae.decode(latents)).cpu().numpy())
+            clips += [self.decode(latent) for latent in latents]
         return clips
+
+    def decode(self, latent: Tensor) -> np.ndarray:
+        """Return the clip, uint8 `[T, H, W, 3]`, of a latent `[C, t, h, w]`, made piece by piece."""
+        pieces = self.vae.decode_stream([latent[None]], latent.shape[1], DECODED)
+        return np.concatenate([to_uint8(piece)[0].cpu().numpy() for piece in pieces])
 
     def draw(self, prompts: Sequence[str], noise: Tensor, fps: float, steps: int, guidance_scale: float) -> Tensor:
         """Return latents `[B, C, t, h, w]` for the prompts, from noise of that shape."""

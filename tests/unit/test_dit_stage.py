@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from soratrain.batch import LatentBatch, draw_of
+from soratrain.batch import LatentBatch, draw_of, to_uint8
+from soratrain.diffusion import generator
 from soratrain.diffusion.flow import Flow
 from soratrain.diffusion.generator import Generator
 from soratrain.errors import ConfigError, DataError
@@ -151,6 +152,20 @@ def trained(tmp_path: Path) -> Path:
 def draw(trained: Path, prompts: list[str], batch: int = 16, **kwargs: object) -> list[np.ndarray]:
     settings = {"height": 16, "width": 32, "frames": 5, "seed": 3, "steps": 3, "guidance_scale": 2.0} | kwargs
     return Generator.load(trained, trained, batch=batch)(prompts, **settings)  # type: ignore[arg-type]
+
+
+def test_decoding_holds_a_piece_of_a_clip_at_once_and_gives_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vae, seen = VAE_FACTORY().eval(), []
+    latent = torch.randn(4, 9, 4, 6)
+    with torch.no_grad():
+        whole = to_uint8(vae.decode(latent[None]))[0].numpy()
+    denormalise = vae.denormalise
+    monkeypatch.setattr(vae, "denormalise", lambda z: seen.append(z.shape[2]) or denormalise(z))
+    monkeypatch.setattr(generator, "DECODED", 2 * 4 * 32 * 48)  # two latent frames
+    drawn = Generator(vae, DIT_FACTORY(), TEXT_FACTORY()).decode(latent)
+    assert drawn.shape == (33, 32, 48, 3) and np.abs(drawn.astype(int) - whole).max() <= 1
+    assert seen == [1, 2, 2, 2, 2]
 
 
 def test_a_clip_depends_on_seed_and_prompt_and_not_on_its_batch(trained: Path) -> None:
