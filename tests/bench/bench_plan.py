@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -76,9 +75,14 @@ def once(folder: str) -> dict[str, float]:
         began = time.monotonic()
         plan.micro(step, 17)
         jumps.append(time.monotonic() - began)
-    own = next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"made": made, "jump": max(jumps), "peak": peak / 2**20, "own": own / 2**20}
+    own, peak = memory("RssAnon"), memory("VmHWM")
+    return {"made": made, "jump": max(jumps), "peak": peak, "own": own}
+
+
+def memory(name: str) -> float:
+    """Return a figure of this process in GiB; its peak from here, since getrusage's may be that of its parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) / 2**20
 
 
 def measure() -> list[dict[str, str]]:
