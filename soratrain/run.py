@@ -36,7 +36,8 @@ def detect_machine(overrides: Sequence[str]) -> tuple[str, str]:
 def prepare(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the validated config and the overrides with the machine settled.
 
-    `machine=auto` becomes what the run's folder was begun with, else what is found here.
+    `machine=auto` becomes what the run's folder was begun with, else what is found here; a folder that a stage only
+    passes through (`once: false`) binds nothing.
 
     Raises:
         ConfigError: anything that the config system refuses.
@@ -48,13 +49,14 @@ def prepare(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     chosen = [item for item in asked[-1:] if item != "auto"]
     machine, why = (chosen[0], "as asked") if chosen else detect_machine(overrides)
     config, _ = compose([*settled, f"machine={machine}"])
-    old = outputs.stored_config(Path(config["out"]))
-    if old and not chosen and not config["fresh"] and old["machine"]["name"] != machine:
+    goes_on = config["stage"].get("once", True) and not config["fresh"]
+    old = outputs.stored_config(Path(config["out"])) if goes_on else None
+    if old and not chosen and old["machine"]["name"] != machine:
         machine, why = old["machine"]["name"], "as this run was begun"
         config, _ = compose([*settled, f"machine={machine}"])
     settled.append(f"machine={machine}")
     if config["machine"]["precision"] == "auto":
-        precision = detect_precision() if not old or config["fresh"] else old["machine"]["precision"]
+        precision = old["machine"]["precision"] if old else detect_precision()
         settled.append(f"machine.precision={precision}")
         config, _ = compose(settled)
     validate(config)

@@ -85,6 +85,14 @@ def test_it_needs_no_gpu_and_plans_for_one(tmp_path: Path) -> None:
         assert ("activations" in memory["gib"]) is known
 
 
+def test_a_plan_for_another_machine_binds_no_later_one(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    planned(tmp_path, "machine=gpu", "stage.job.clip=null")
+    config, _ = prepare(["stage=plan", f"out={tmp_path / 'plan'}"])
+    fresh, _ = prepare(["stage=plan", f"out={tmp_path / 'another'}"])
+    assert config["machine"] == fresh["machine"] and "begun" not in config["machine"]["chosen"]
+
+
 def test_a_minute_of_1080p_is_counted_in_tokens_by_hand(tmp_path: Path) -> None:
     write_shards(tmp_path / "shards")
     clip = planned(tmp_path)["clip"]
