@@ -41,6 +41,7 @@ FREE = (
     "stage.job.workers",
     "stage.job.remote",
 )
+OF_A_CLAIM = ("config.yaml", "upstream.yaml", "log.txt")  # what is in a folder before anything is made
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -113,6 +114,15 @@ def claim(out: Path, config: Mapping[str, Any], *, compare: bool) -> None:
         raise DataError(
             f"{out}: cannot be written ({error.strerror}); give run=NAME or out=FOLDER elsewhere"
         ) from error
+
+
+def release(out: Path) -> None:
+    """Give up a claimed folder in which nothing has been made, so that the mended command may have it.
+
+    It is as if the refused command had not been given; where anything was made, the folder stays with its config.
+    """
+    if all(file.name in OF_A_CLAIM for file in out.rglob("*") if not file.is_dir()):
+        shutil.rmtree(out)
 
 
 def finish(out: Path, result: Mapping[str, Any]) -> None:

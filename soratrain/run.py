@@ -120,7 +120,7 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Run the stage that `config` describes, or go on with it; return its result.
 
     What the values themselves make impossible is found first: before anything upstream is made, before the folder is
-    touched.
+    touched. What the data make impossible is found later; a folder in which nothing was made by then is given up.
 
     Raises:
         UserError: something that the user can mend.
@@ -149,6 +149,10 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     try:
         with sharing(config, overrides) if shared else nullcontext():
             metrics = work()
+    except UserError:
+        if first and once:
+            outputs.release(out)
+        raise
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
     result = {**metrics, "stage": stage["name"], "seconds": round(time.monotonic() - began, 1)}

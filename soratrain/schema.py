@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 import re
 import typing
 from collections.abc import Iterable, Mapping
@@ -245,10 +246,31 @@ def check_across(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"text=hf: stage={stage['name']} trains its text encoder along and reads no stored features; use text=byte"
         )
+    check_mix(config)
     for key, least in (("max_steps", 0), ("num_nodes", 1)):
         value = config["trainer"].get(key)
         if isinstance(value, int) and value < least:
             raise ConfigError(f"trainer.{key}={value}: must be at least {least}")
+
+
+def check_mix(config: Mapping[str, Any]) -> None:
+    """Refuse `data.mix` where it does not weigh the folders that the stage's data come from.
+
+    Raises:
+        ConfigError: names the weights and the folders.
+    """
+    stage, weights = config["stage"], config["data"].get("mix")
+    if weights is None or not (stage["kind"] == "fit" or stage["name"] == "plan"):
+        return
+    key = "latents" if "latents" in stage["needs"] else "shards"
+    places = config["inputs"][key]
+    count = len(places) if isinstance(places, list) else 1
+    numbers = isinstance(weights, list) and all(type(weight) in (int, float) for weight in weights)
+    if not numbers or len(weights) != count or not all(0 < weight < math.inf for weight in weights):
+        raise ConfigError(
+            f"data.mix={weights}: must hold one positive number for each folder of inputs.{key} (here {count}), or be"
+            " null, which takes all samples equally often"
+        )
 
 
 def validate(config: Mapping[str, Any]) -> None:

@@ -135,6 +135,12 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
         (["stage=dit", "run=a/b"], "run='a/b': must be a folder name"),
         (["stage=dit", "trainer.max_steps=-1"], "trainer.max_steps=-1: must be at least 0"),
         (["stage=dit", "strategy=zero3", "optimizer=muon"], "optimizer=muon with strategy=zero3.*use optimizer=adamw"),
+        (["stage=vae", "inputs.shards=[a,b]", "data.mix=[0.7]"], r"data.mix=\[0.7\]: .*inputs.shards \(here 2\)"),
+        (["stage=vae", "data.mix=[0.7,0.3]"], r"data.mix=\[0.7, 0.3\]: .*inputs.shards \(here 1\)"),
+        (["stage=vae", "inputs.shards=[a,b]", "data.mix=[1,x]"], "data.mix=.*one positive number"),
+        (["stage=plan", "inputs.shards=[a,b]", "data.mix=[1,0]"], "data.mix=.*one positive number"),
+        (["stage=vae", "inputs.shards=[a,b]", "data.mix=[1,inf]"], "data.mix=.*one positive number"),
+        (["stage=dit", "inputs.latents=[a,b]", "data.mix=[1]"], r"data.mix=\[1\]: .*inputs.latents \(here 2\)"),
         (["stage=vae", "+experiment=vae_c", "strategy=zero2", "optimizer=adamw"], "zero2: DeepSpeed.*use strategy=ddp"),
         (
             ["stage=vae", "+experiment=vae_c", "optimizer.disc.rl=1"],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import yaml
+from data_tiny import write_clips
 
 from soratrain import outputs
 from soratrain.errors import ConfigError, DataError
+from soratrain.run import prepare, run
 
 
 def config(**changes):
@@ -44,6 +46,33 @@ def test_speed_and_speech_may_differ_between_starts():
 
 def test_what_the_stage_does_not_use_may_differ():
     assert outputs.differences({"dit": {"dim": 8}, "seed": 1}, {"dit": {"dim": 16}, "seed": 1}) == []
+
+
+def test_a_folder_in_which_nothing_was_made_is_given_up_and_any_other_is_not(tmp_path):
+    for made in ("checkpoints/step-1", "metrics.csv"):
+        out = tmp_path / "run"
+        outputs.claim(out, config(), compare=True)
+        (out / "log.txt").write_text("refused")
+        (out / "checkpoints").mkdir()
+        outputs.release(out)
+        assert not out.exists()
+        outputs.claim(out, config(stage={"lr": 0.2}), compare=True)
+        (out / made).parent.mkdir(exist_ok=True)
+        (out / made).write_text("made")
+        outputs.release(out)
+        with pytest.raises(ConfigError, match="was begun with another config"):
+            outputs.claim(out, config(), compare=True)
+        outputs.claim(out, config(fresh=True), compare=True)
+        outputs.release(out)
+
+
+def test_a_command_that_the_data_refuse_claims_no_folder(tmp_path):
+    write_clips(tmp_path / "shards", [(48, 64, 9)] * 4)
+    (tmp_path / "shards" / "dataset.json").write_text("{}")
+    words = ["stage=vae", "machine=laptop", "upstream=fail", f"inputs.shards={tmp_path}/shards", f"out={tmp_path}/vae"]
+    with pytest.raises(ConfigError, match="durations holds 33"):
+        run(*prepare([*words, "data.durations=[1,33]"]))
+    assert not (tmp_path / "vae").exists()
 
 
 def test_fresh_starts_over_with_the_new_config(tmp_path):
