@@ -19,6 +19,7 @@ from soratrain.schema import PUBLISHED, groups
 log = logging.getLogger(__name__)
 
 WORLD = "data/world"  # where the embedded world lies by default
+HELD = {"shards": "a complete dataset.json", "latents": "a complete dataset.json", "captions": "captions/*/*.parquet"}
 MAKERS = {"captions": "recaption", "vae": "vae", "captioner": "captioner", "latents": "encode", "dit": "dit"}
 PASSED_ON = ("run", "seed", "machine", "upstream", "inputs", "vae", "captioner", "dit", "text", "lpips", "logger")
 ALSO = {"latents": ("buckets",), "dit": ("buckets",)}  # of cached latents; other stages have buckets of their own
@@ -170,6 +171,36 @@ def check_nets(place: str, config: Mapping[str, Any], given: set[str]) -> None:
             )
 
 
+def lacks(key: str, place: str, config: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    """Return what is wrong with a path that was given by hand, and the mend."""
+    if key == "shards" and is_videos(place):
+        name = Path(place).resolve().name
+        words = [sys.executable, "-m", "data_prep", f"input={place}", f"output=data/{name}"]
+        return f"these are videos; make shards of them: {shown(words)}, and give those"
+    if key == "shards":
+        words = [sys.executable, "-m", "data_prep", "input=VIDEOS", f"output={place}"]
+    else:
+        words = command_at(key, place, config, overrides)
+    mend = f"give another path, or make it: {shown(words)}" if words else "give another path"
+    return f"holds no finished {key} ({HELD.get(key, f'weights/{key}.safetensors')}); {mend}"
+
+
+def command_at(key: str, place: str, config: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """Return the command whose own folder `place` is, of this run or another; none where no command makes it.
+
+    Another run has inputs of its own, and is named by the place.
+    """
+    *above, run, stage, name = Path(place).parts if len(Path(place).parts) > 3 else ("",) * 4
+    named = name == "base" or of_experiment(Path(place))
+    if above != ["outputs"] or stage != MAKERS[key] or not named:
+        return []
+    words = command(key, place, config, overrides)
+    if run == config["run"]:
+        return words
+    kept = [item for item in words[4:] if not item.startswith(("run=", "inputs."))]
+    return [*words[:4], *([f"run={run}"] if run != "default" else []), *kept]
+
+
 def make(
     key: str, place: str, config: Mapping[str, Any], overrides: Sequence[str], *, own: bool, called: str = ""
 ) -> None:
@@ -182,11 +213,10 @@ def make(
     Raises:
         DataError: it may not be made, or could not be.
     """
-    words, called = command(key, place, config, overrides), called or f"inputs.{key}"
+    called = called or f"inputs.{key}"
     if not own and not (key == "shards" and place == WORLD):
-        if key == "shards":
-            words = [sys.executable, "-m", "data_prep", "input=VIDEOS", f"output={place}"]
-        raise DataError(f"{called}={place}: holds no finished {key}; give another path, or make it: {shown(words)}")
+        raise DataError(f"{called}={place}: {lacks(key, place, config, overrides)}")
+    words = command(key, place, config, overrides)
     if config["upstream"] == "fail":
         raise DataError(f"{called}={place}: missing or unfinished; make it first: {shown(words)}")
     log.info("%s is missing: making it with  %s", key, shown(words))

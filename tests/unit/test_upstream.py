@@ -66,9 +66,41 @@ def test_upstream_fail_names_the_command_and_starts_nothing(tmp_path, calls):
 
 
 def test_a_path_that_was_given_and_is_empty_is_an_error_even_where_things_may_be_made(tmp_path, calls):
-    with pytest.raises(DataError, match=r"inputs\.vae=.*holds no finished vae"):
+    said = r"inputs\.vae=.*holds no finished vae \(weights/vae.safetensors\); give another path$"
+    with pytest.raises(DataError, match=said):  # no stage makes a folder there
         upstream.ensure(config(tmp_path), [f"inputs.vae={tmp_path / 'vae'}"])
     assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("outputs/mine/vae/base", "python -m soratrain stage=vae run=mine inputs.shards=data/mine vae=s"),
+        ("outputs/mine/vae/vae_a/", "stage=vae run=mine inputs.shards=data/mine vae=s +experiment=vae_a"),
+        ("outputs/default/vae/base", "python -m soratrain stage=vae vae=s"),
+        ("outputs/other/vae/vae_a", "python -m soratrain stage=vae run=other vae=s +experiment=vae_a"),
+        ("outputs/other/dit/base", ""),
+        ("outputs/other/vae/lr_1", ""),
+        ("elsewhere/mine/vae/base", ""),
+        ("vae", ""),
+    ],
+)
+def test_the_command_of_a_path_that_was_given_makes_that_path(tmp_path, monkeypatch, place, said):
+    monkeypatch.chdir(tmp_path)
+    given = ["stage=encode", "run=mine", "inputs.shards=data/mine", "vae=s", f"inputs.vae={place}"]
+    with pytest.raises(DataError) as caught:
+        upstream.ensure(config(tmp_path, run="mine", inputs={"vae": place}), given)
+    mend = f", or make it: {said}" if said.startswith("python") else said
+    assert str(caught.value).endswith(mend or "; give another path")
+
+
+def test_shards_that_are_videos_are_not_overwritten_by_the_mend(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.mp4").write_bytes(b"a")
+    shards = config(tmp_path, stage={"needs": ["shards"]}, inputs={"shards": "films"})
+    with pytest.raises(DataError, match=r"these are videos.*data_prep input=films output=data/films,"):
+        upstream.ensure(shards, ["inputs.shards=films"])
 
 
 def test_a_maker_that_fails_is_named_with_its_exit_code(tmp_path, monkeypatch):
