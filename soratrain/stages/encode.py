@@ -167,11 +167,12 @@ class Encode:
         sizes = list(zip(work.assignment.buckets, map(len, work.assignment.members), strict=True))
         size = sum(count * self.encoding.bytes_of(work.vae, bucket) for bucket, count in sizes)
         log.info(
-            "%s clips of %d sizes, %s of latents; %s frames beyond 1 + 4k are left out",
+            "%s clips of %d sizes, %s of latents; %s frames beyond each clip's 1 + 4k, at most %d, are left out",
             f"{sum(count for _, count in sizes):,}",
             len(sizes),
             in_bytes(size),
             f"{trimmed(work.manifest, work.assignment):,}",
+            max(bucket.frames for bucket in work.assignment.buckets),
         )
         for reason, count in work.assignment.dropped.items():
             log.info("%s clips are not encoded: %s", f"{count:,}", reason)

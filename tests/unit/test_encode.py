@@ -208,7 +208,8 @@ def test_what_it_will_take_is_said_before_it_begins_and_is_exact(place: Path, ca
         job(place, tail_frames=[1, 5, 9], pixels_per_batch=1)()
     held = sum(tensor.nbytes for _, tensors, _ in stored(place / "out").values() for name, tensor in tensors.items())
     said = [record.message for record in caplog.records]
-    assert said[0] == f"6 clips of 4 sizes, {in_bytes(held)} of latents; 2 frames beyond 1 + 4k are left out"
+    beyond = "2 frames beyond each clip's 1 + 4k, at most 17, are left out"
+    assert said[0] == f"6 clips of 4 sizes, {in_bytes(held)} of latents; {beyond}"
     assert sum("more at" in line and "clips/s" in line for line in said) == 1
 
 
