@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import os
 import time
 import zlib
@@ -23,6 +24,10 @@ from fsspec.asyn import sync
 from soratrain.data.filesystem import may_pass, open_filesystem, status_of
 from soratrain.errors import ConfigError, DataError, StoreError, UserError
 
+log = logging.getLogger(__name__)
+
+SAID = dict[str, float]()  # when this process last said that a store does not answer, by store
+SAY_EVERY = 60.0  # seconds; many reads fail at once, which one line tells
 LONGEST_WAIT = 30.0  # seconds between two tries
 GAP = 64 << 10  # bytes; ranges this close are read as one
 RUN = 16 << 20  # bytes; the longest read
@@ -82,8 +87,16 @@ class Remote:
                 f"{place} cannot be read: {reason}, {attempt + 1} times; the same command goes on once the"
                 " store answers (data.remote.retries, data.remote.timeout)"
             ) from error
+        if attempt == 0:
+            self._say(place, reason)
         jitter = zlib.crc32(repr((place, key, os.getpid(), attempt)).encode()) / 2**32
         return min(LONGEST_WAIT, self.backoff * 2**attempt) * (0.5 + jitter)
+
+    def _say(self, place: str, reason: str) -> None:
+        store, now = "/".join(place.split("/")[:3]), time.monotonic()
+        if now - SAID.get(store, -SAY_EVERY) >= SAY_EVERY:
+            SAID[store] = now
+            log.warning("%s: no answer (%s); trying again, up to %d times", place, reason, self.retries)
 
 
 def patient(read: Callable[P, T]) -> Callable[P, T]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 import pytest
@@ -80,6 +81,18 @@ def test_the_wait_doubles(store):
     began = time.monotonic()
     read(store, remote=Remote(retries=4, backoff=0.05))
     assert 0.5 * 0.75 <= time.monotonic() - began < 0.05 * 15 * 1.5 + 1
+
+
+def test_a_store_that_does_not_answer_is_said_once_however_many_reads_wait_for_it(store, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("soratrain"), "propagate", True)
+    monkeypatch.setattr("soratrain.data.remote.SAID", {})
+    store.faults = [503] * 3
+    with caplog.at_level("WARNING", logger="soratrain"):
+        RemoteFolder(store.url, QUICK).read_many([("a.tar", 0, 50)])
+        store.faults = [503] * 2
+        read(store)
+    said = [record.message for record in caplog.records]
+    assert said == [f"{store.url}/a.tar: no answer (status 503); trying again, up to 3 times"]
 
 
 def test_ranges_close_to_each_other_are_one_read_and_damage_of_one_spares_the_others(store):
