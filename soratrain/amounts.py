@@ -17,6 +17,15 @@ def size(count: float) -> str:
     return f"{text[:-1]} {text[-1]}B" if text[-1].isalpha() else f"{text} B"
 
 
+def memory(count: float) -> str:
+    """Return a number of bytes of memory with three digits and a unit, in powers of 1024: 12.3 MiB."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 999.5:  # which three digits round up
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:,.0f} GiB" if count >= 999.5 else f"{count:.3g} GiB"
+
+
 def duration(seconds: float) -> str:
     """Return a time as h:mm:ss."""
     whole = max(round(seconds), 0)

@@ -17,6 +17,7 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
 
     `buckets`: per bucket its samples, those in a micro-batch (in packs on average) and their tokens, the share of
     blocks (in packs of tokens) that it has, and its share of the samples shown;
+    `sets`: of several data sets, each with its samples in buckets and its share of the samples shown;
     `merged`, `rare`, `dropped`: with counts and reasons; `frames_discarded`: share of the frames of the samples
     shown that are not (cut off in time, or passed over by a lower rate); `pixels_discarded`: share of a shown frame's
     area that cropping takes away, on average over samples. Both weigh each bucket as it is shown, where data are mixed.
@@ -54,12 +55,27 @@ def summarise(plan: Plan, manifest: Manifest) -> dict[str, Any]:
         "samples": len(manifest),
         "batching": plan.batching,
         "buckets": buckets,
+        "sets": of_sets(plan, manifest) if len(folders) > 1 else [],
         "merged": [{"from": str(a), "to": str(b), "samples": count} for a, b, count in assignment.merged],
         "rare": [str(bucket) for bucket in assignment.rare],
         "dropped": dict(assignment.dropped),
         "frames_discarded": max(0.0, 1 - shown / there),
         "pixels_discarded": cropped / sum(assignment.rates),
     }
+
+
+def of_sets(plan: Plan, manifest: Manifest) -> list[dict[str, Any]]:
+    """Return folder, samples that are in a bucket, and share of the samples shown of each data set."""
+    assignment, start, found = plan.assignment, 0, []
+    used = np.zeros(len(manifest), dtype=bool)
+    for members in assignment.members:
+        used[members] = True
+    for number, part in enumerate(manifest.sets):
+        rates = [rate for rate, of in zip(assignment.rates, assignment.sets, strict=True) if of == number]
+        samples = int(used[start : start + len(part)].sum())
+        found.append({"data": part.folder, "samples": samples, "shown": sum(rates) / sum(assignment.rates)})
+        start += len(part)
+    return found
 
 
 def remarks(summary: dict[str, Any]) -> list[str]:

@@ -124,6 +124,8 @@ class PlanStage:
         with torch.device("meta"):
             parts = {name: factory() for name, factory in self.nets.items() if name in self.trained}
         run = self.run_figures(plan)
+        for item in summary["sets"]:
+            item["epochs"] = run["samples_per_step"] * self.steps * item["shown"] / max(item["samples"], 1)
         memory = self.memory(parts, plan)
         document = {
             "target": self.target,

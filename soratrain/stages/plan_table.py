@@ -8,7 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from soratrain.amounts import memory as in_memory
+from soratrain.amounts import size
 from soratrain.data.summary import remarks
+from soratrain.distributed.memory import GIB
+
+OFTEN = 20  # epochs of one data set in a mix beyond which a small one is rather learnt by heart
 
 
 def show(console: Console, document: Mapping[str, Any]) -> None:
@@ -16,14 +21,26 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
     data, run, memory = document["data"], document["run"], document["memory"]
     table = Table(title=f"plan of stage={document['target']} on {document['ranks']} ranks", title_justify="left")
     shared = "of tokens" if data["batching"] == "pack" else "of blocks"
+    sets = data["sets"]
+    if sets:
+        table.add_column("data set", overflow="fold")
     for name in ("bucket", "samples", "a micro-batch", "tokens", shared, "of samples"):
         table.add_column(name, justify="left" if name == "bucket" else "right")
     for item in sorted(data["buckets"], key=lambda item: -item["tokens"]):
         counts = f"{item['samples']:,}", f"{item['batch_size']:.4g}", f"{item['tokens']:,.0f}"
-        table.add_row(item["bucket"], *counts, f"{item['blocks']:.1%}", f"{item['shown']:.1%}")
+        named = [item["data"]] if sets else []
+        table.add_row(*named, item["bucket"], *counts, f"{item['blocks']:.1%}", f"{item['shown']:.1%}")
     console.print(table)
     for line in remarks(data):
         console.print(line)
+    for item in sets:
+        often = (
+            f"; more than {OFTEN} times: take less of it in data.mix, or fewer steps" if item["epochs"] > OFTEN else ""
+        )
+        console.print(
+            f"  {item['data']}: {item['shown']:.1%} of the samples shown, {item['epochs']:.3g} epochs of its"
+            f" {item['samples']:,} samples{often}"
+        )
     console.print(
         f"{run['steps']:,} steps of {run['samples_per_step']:.4g} samples and {run['tokens_per_step']:,.0f} tokens:"
         f" {run['epochs']:.3g} epochs, {run['tokens']:.3g} tokens",
@@ -31,19 +48,20 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
     console.print(
         f"ranks' work: mean by largest {document['balance']['mean']:.3f} (least {document['balance']['least']:.3f})",
     )
-    listed = ", ".join(f"{name} {value:.3g}" for name, value in memory["gib"].items())
+    total = in_memory(memory["total_gib"] * GIB)
+    listed = ", ".join(f"{name} {in_memory(value * GIB)}" for name, value in memory["gib"].items())
     console.print(
-        f"memory of a rank under strategy={memory['strategy']}, an estimate: {memory['total_gib']:.3g} GiB ({listed};"
+        f"memory of a rank under strategy={memory['strategy']}, an estimate: {total} ({listed};"
         f" {memory['parameters'] / 1e6:.4g} M parameters, largest micro-batch {memory['largest']})",
     )
     if "activations" not in memory["gib"]:
         console.print("  activations are not in it: nothing is known of this net's")
     cache = document["cache"]
-    console.print(f"cached latents of {cache['clips']:,} clips: {cache['latents_gib']:.3g} GiB")
+    console.print(f"cached latents of {cache['clips']:,} clips: {size(cache['latents_gib'] * GIB)}")
     if document["clip"]:
         clip = document["clip"]
         flops = ""
         if "forward_tflop" in clip:
             flops = f", {clip['forward_tflop']:.4g} TFLOP forward ({clip['attention']:.0%} of it attention)"
-        mib = f"{clip['latent_mib']:.3g} MiB of latents"
-        console.print(f"a clip of {clip['bucket']}: {clip['tokens']:,} tokens, {mib}{flops}")
+        latents = f"{size(clip['latent_mib'] * 2**20)} of latents"
+        console.print(f"a clip of {clip['bucket']}: {clip['tokens']:,} tokens, {latents}{flops}")

@@ -13,6 +13,7 @@ from test_dit import build, clips, texts
 from test_dit import run as forward
 from torch.utils.flop_counter import FlopCounterMode
 
+from soratrain.amounts import memory
 from soratrain.distributed.memory import dit_activations, kept, measured_activations
 from soratrain.errors import ConfigError
 from soratrain.models.vae import VAE
@@ -91,6 +92,35 @@ def test_a_plan_for_another_machine_binds_no_later_one(tmp_path: Path) -> None:
     config, _ = prepare(["stage=plan", f"out={tmp_path / 'plan'}"])
     fresh, _ = prepare(["stage=plan", f"out={tmp_path / 'another'}"])
     assert config["machine"] == fresh["machine"] and "begun" not in config["machine"]["chosen"]
+
+
+def test_of_several_data_sets_each_ones_share_and_epochs_are_told(tmp_path: Path, capsys, monkeypatch) -> None:
+    write_shards(tmp_path / "shards")
+    monkeypatch.setattr("data_tiny.key", lambda number: f"{number + 1000:032x}")
+    write_clips(tmp_path / "few", [(48, 64, 9)] * 4)
+    (tmp_path / "few" / "dataset.json").write_text("{}")
+    both = [f"inputs.shards=[{tmp_path}/shards,{tmp_path}/few]", "data.mix=[0.9,0.1]", "trainer.max_steps=50"]
+    found = planned(tmp_path, *both)
+    large, few = found["data"]["sets"]
+    assert (large["samples"], few["samples"]) == (18, 4) and few["shown"] == pytest.approx(0.1)
+    samples = 50 * found["run"]["samples_per_step"]
+    assert (large["epochs"], few["epochs"]) == pytest.approx((0.9 * samples / 18, 0.1 * samples / 4))
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if "of the samples shown" in line]
+    assert (
+        [("more than 20 times" in line) for line in said] == [large["epochs"] > 20, few["epochs"] > 20] == [True, False]
+    )
+    assert any("data set" in line for line in lines)
+    assert planned(tmp_path)["data"]["sets"] == [] and "data set" not in capsys.readouterr().out
+
+
+def test_amounts_are_told_in_units_of_their_size(tmp_path: Path, capsys) -> None:
+    write_shards(tmp_path / "shards")
+    planned(tmp_path)
+    said = capsys.readouterr().out
+    assert "cached latents of 18 clips: 64.5 kB" in said and "MiB (weights 16.5 MiB" in said
+    told = [memory(count) for count in (5, 2000, 999.4 * 2**20, 1000 * 2**20, 2**34, 2**41)]
+    assert told == ["5 B", "1.95 KiB", "999 MiB", "0.977 GiB", "16 GiB", "2,048 GiB"]
 
 
 def test_a_minute_of_1080p_is_counted_in_tokens_by_hand(tmp_path: Path) -> None:
