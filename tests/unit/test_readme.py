@@ -10,7 +10,7 @@ import pytest
 
 from data_prep import compose as prep_compose
 from data_prep.schema import PATHS
-from soratrain.compose import TEXT_KEYS
+from soratrain.compose import LIST_KEYS, TEXT_KEYS
 from soratrain.quoting import quote
 from soratrain.run import prepare
 from soratrain.sweep import combinations
@@ -34,7 +34,11 @@ def test_a_command_of_the_readme_composes(command):
         assert prep_compose.compose(quote(words, PATHS)).output
         return
     words = [word for word in words if word != "--cfg"]
-    runs = combinations(quote(words[1:], TEXT_KEYS)) if words[0] == "-m" else [quote(words, TEXT_KEYS)]
+    runs = (
+        combinations(quote(words[1:], TEXT_KEYS, LIST_KEYS))
+        if words[0] == "-m"
+        else [quote(words, TEXT_KEYS, LIST_KEYS)]
+    )
     for run in runs:
         config, _ = prepare(["machine=laptop", *run] if "machine=gpu" not in run else run)
         assert config["stage"]["name"] in command
