@@ -36,10 +36,16 @@ class Rule:
     name: str
     value: Callable[[Row, dict[str, Any]], float | str | None]
     passes: Callable[[Any, Any], bool]
+    score: str = ""  # what it reads is this score, not a fact of the media
 
     def reason(self, limit: Any) -> str:
         """Return why a sample is left out by this rule."""
         return f"select.{self.name}={limit:g}" if isinstance(limit, float) else f"select.{self.name}={limit}"
+
+
+def scored(name: str, score: str, passes: Callable[[Any, Any], bool]) -> Rule:
+    """Return a threshold on a score."""
+    return Rule(name, score_of(score), passes, score)
 
 
 def score_of(name: str) -> Callable[[Row, dict[str, Any]], Any]:
@@ -62,17 +68,17 @@ def at_most(value: float, limit: float) -> bool:
     return value <= limit
 
 
-RATED = {"aesthetic": "min_aesthetic", "text_area": "max_text_area"}  # scores by trained models
+RATED = ("aesthetic", "text_area")  # scores by trained models
 RULES = (
     Rule("min_seconds", seconds, at_least),
     Rule("max_seconds", seconds, at_most),
     Rule("min_side", lambda row, scores: min(row["w"], row["h"]), at_least),
     Rule("max_aspect", lambda row, scores: max(row["w"] / row["h"], row["h"] / row["w"]), at_most),
     Rule("min_fps", lambda row, s: row["fps_num"] / row["fps_den"] if row["kind"] == "video" else None, at_least),
-    *(Rule(f"max_{name}", score_of(name), at_most) for name in ("black", "static", "letterbox", "blur", "motion")),
-    Rule("min_motion", score_of("motion"), at_least),
-    Rule("min_aesthetic", score_of("aesthetic"), at_least),
-    Rule("max_text_area", score_of("text_area"), at_most),
+    *(scored(f"max_{name}", name, at_most) for name in ("black", "static", "letterbox", "blur", "motion")),
+    scored("min_motion", "motion", at_least),
+    scored("min_aesthetic", "aesthetic", at_least),
+    scored("max_text_area", "text_area", at_most),
     Rule("duplicates", score_of("duplicate_of"), lambda value, limit: limit == "keep"),
 )
 
@@ -81,18 +87,16 @@ def select(config: PrepConfig, console: Console) -> None:
     """Write the folder that `output` names.
 
     Raises:
-        DataError: the input is no finished folder here, or nothing passes.
-        ConfigError: the output is the input, or was made with other settings, or a threshold is on a score that there
-            is none of.
+        DataError: the input is no finished folder here, a threshold is on a score that it has none of, or nothing
+            passes.
+        ConfigError: the output is the input, or was made with other settings.
     """
     source = Path(config.input)
     if config.folder.resolve() == source.resolve():
         raise ConfigError(f"output={config.output} is the input, which would be lost; select into another folder")
     dataset = result.finished(source, "select")
-    for name, setting in RATED.items():
-        if (limit := getattr(config.select, setting)) is not None and name not in dataset.get("rated", {}):
-            what = f"input={config.input} has no {name}, which task=score gives"
-            raise ConfigError(f"select.{setting}={limit:g}: {what}; or leave it out")
+    rows = read_table(source).to_pylist()
+    look_for_scores(config, rows)
     identity = output.Identity(config.identity(), output.fingerprint(dataset))
     if output.claim(config.folder, identity, fresh=config.fresh) == "done":
         console.print(f"{config.folder} is complete and was made by the same command; fresh=true makes it again")
@@ -102,7 +106,7 @@ def select(config: PrepConfig, console: Console) -> None:
     report = Report()
     with output.held(config.folder):
         try:
-            packed = make(config, source, dataset, identity, report)
+            packed = make(config, rows, dataset, identity, report)
         except BaseException:
             output.discard(config.folder)
             raise
@@ -110,13 +114,29 @@ def select(config: PrepConfig, console: Console) -> None:
     console.print(f"  what was kept and what was not, as a page: {write_report(config.folder)}")
 
 
+def look_for_scores(config: PrepConfig, rows: list[Row]) -> None:
+    """Raise DataError where a threshold would pass everything, since no sample has its score; defaults may."""
+    default = SelectConfig()
+    for rule in (rule for rule in RULES if rule.score):
+        limit = getattr(config.select, rule.name)
+        if limit is None or limit == getattr(default, rule.name):
+            continue
+        if any(rule.score in json.loads(row["scores"]) for row in rows):
+            continue
+        where = "clips of its tars" if rule.score in ("motion", "static") else "what is in its tars"
+        given = f"task=build input='{Path(config.input) / '*.tar'}' gives {where}"
+        what = f"has no {rule.score}, which {'task=score gives' if rule.score in RATED else given}"
+        raise DataError(f"{rule.reason(limit)}: input={config.input} {what}; or leave it out")
+
+
 def make(
-    config: PrepConfig, source: Path, dataset: dict[str, Any], identity: output.Identity, report: Report
+    config: PrepConfig, rows: list[Row], dataset: dict[str, Any], identity: output.Identity, report: Report
 ) -> Packed:
     """Choose, link the shards that are still needed, and publish."""
+    source = Path(config.input)
     building = config.folder / output.BUILDING / "shards"
     building.mkdir(parents=True, exist_ok=True)
-    kept = list(chosen(read_table(source).to_pylist(), config.select, report))
+    kept = list(chosen(rows, config.select, report))
     if not kept:
         tally = report.tallies["select"]
         worst = "; ".join(f"{reason} ({number})" for reason, number in tally.dropped.most_common(3))
@@ -146,7 +166,7 @@ def chosen(rows: list[Row], thresholds: SelectConfig, report: Report) -> Iterato
         tally.how["have no scores: made before there were any, or by another"] += "phash" not in scores
         for rule, limit in rules:
             value = rule.value(row, scores)
-            if value is None and rule.name in RATED.values():
+            if value is None and rule.score in RATED:
                 tally.how[f"have no score for select.{rule.name}, and pass it"] += 1
             if value is not None and not rule.passes(value, limit):
                 why = f"{rule.reason(limit)}: {value:.4g}" if isinstance(value, int | float) else f"like {value}"

@@ -124,3 +124,20 @@ def test_a_folder_that_lacks_a_shard_or_is_described_by_nothing_is_one_line(
             (broken / "dataset.json").write_text(text)
         assert main([f"task={task}", f"input={broken}", f"output={tmp_path / 'out'}"]) == 2
         assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_threshold_on_a_score_that_no_sample_has_is_refused_and_defaults_are_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["input=world", "world.clips=2", f"output={tmp_path / 'world'}"]) == 0
+    argv = ["task=select", f"input={tmp_path / 'world'}", f"output={tmp_path / 'out'}"]
+    for threshold, score in (
+        ("min_motion=0.5", "motion"),
+        ("max_black=0.1", "black"),
+        ("min_aesthetic=5", "aesthetic"),
+    ):
+        assert main([*argv, f"select.{threshold}"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: select.{threshold}: input={tmp_path / 'world'} has no {score}, which task=")
+        assert said.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert main(argv) == 0
