@@ -138,7 +138,7 @@ class FileWork:
         sample = replace(sample, record=sample.record | {"scores": scores})
         written = self.report.tally("transcode", "clips")
         written.left += 1
-        written.how[sample.how] += 1
+        written.how[f"{sample.how}: {sample.why}" if sample.why else sample.how] += 1
         self.made += 1
         return sample
 

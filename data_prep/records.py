@@ -135,13 +135,17 @@ class Span:
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip or image as it goes into a shard: `record` is K.json, `media` the bytes of `K.<ext>`."""
+    """One clip or image as it goes into a shard: `record` is K.json, `media` the bytes of `K.<ext>`.
+
+    `why` is why it had to be encoded, for the summary alone; empty where that goes without saying.
+    """
 
     key: str
     kind: Kind
     ext: str
     media: bytes
     record: dict[str, Any]
+    why: str = ""
 
     @property
     def how(self) -> How:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import av
@@ -26,30 +26,31 @@ LARGEST = 16384  # pixels of a side, for x264
 
 @dataclass(frozen=True)
 class Encoded:
-    """A finished media member: its bytes, frames, most frames between key frames, and how it came to be."""
+    """A finished media member: its bytes, frames, most frames between key frames, how it came to be, and why so."""
 
     media: bytes
     frames: int
     gop: int
     how: How
+    why: str = ""
 
 
-def is_right(probe: Probe, encoding: Encoding) -> bool:
-    """Return whether the packets of a whole video can go into a shard as they are."""
+def why_not(probe: Probe, spans: list[Span], encoding: Encoding) -> str:
+    """Return why a video's packets cannot go into a shard as they are; empty where they can."""
     picture = probe.picture
-    return (
-        probe.codec == "h264"
-        and picture.pix_fmt == "yuv420p"
-        and not picture.full_range
-        and picture.turn == UPRIGHT
-        and size_of(picture) == (picture.width, picture.height)
-        and not picture.interlaced
-        and picture.transfer not in hdr.NAMES
-        and probe.constant
-        and probe.gop <= encoding.gop
-        and probe.headed
-        and not probe.damage
-    )
+    if len(spans) > 1 or not spans[0].whole:
+        return "cut from a longer file"
+    if probe.damage:
+        return "damaged"
+    if probe.codec != "h264" or picture.pix_fmt != "yuv420p" or picture.full_range or picture.transfer in hdr.NAMES:
+        return "another codec or pixel format"
+    if picture.turn != UPRIGHT or size_of(picture) != (picture.width, picture.height) or picture.interlaced:
+        return "turned, resized or not progressive"
+    if not probe.constant:
+        return "varying rate"
+    if probe.gop > encoding.gop:
+        return f"key frames more than {encoding.gop} apart"
+    return "" if probe.headed else "begins between key frames"
 
 
 def is_alone(source: Source, probe: Probe) -> bool:
@@ -59,8 +60,6 @@ def is_alone(source: Source, probe: Probe) -> bool:
 
 def kept(source: Source, probe: Probe, encoding: Encoding) -> Encoded | None:
     """Return a whole video whose packets are right without encoding it; None where it has to be encoded."""
-    if not is_right(probe, encoding):
-        return None
     if is_alone(source, probe) and closed(source):
         return Encoded(source.path.read_bytes(), len(probe.times), probe.gop, "copied")
     found = remuxed(source, probe, encoding.gop)
@@ -105,9 +104,12 @@ def transcode(
         square = "x".join(map(str, size_of(picture)))
         shape = f" with square pixels (its own are {picture.aspect})" if picture.aspect != 1 else ""
         raise Unusable(f"the picture is {square} pixels{shape}; H.264 takes {LARGEST} a side at most")
-    if len(spans) == 1 and spans[0].whole and (whole := kept(source, probe, encoding)):
-        yield sample_of(source, probe, spans[0], captions, whole, license=license, prep=prep)
-        return
+    why = why_not(probe, spans, encoding)
+    if not why:
+        if whole := kept(source, probe, encoding):
+            yield sample_of(source, probe, spans[0], captions, whole, license=license, prep=prep)
+            return
+        why = "could not be remuxed"
     queue = iter(spans)
     span = next(queue, None)
     encoder: Encoder | None = None
@@ -125,7 +127,7 @@ def transcode(
             while encoder.frames < len(shows) and shows[encoder.frames] == index:
                 encoder.add(frame)
             if index == span.stop - 1:
-                encoded = Encoded(encoder.finish(), encoder.frames, encoder.gop, "encoded")
+                encoded = Encoded(encoder.finish(), encoder.frames, encoder.gop, "encoded", why)
                 yield sample_of(source, probe, span, captions, encoded, license=license, prep=prep)
                 span, encoder = next(queue, None), None
     if span is not None:
@@ -184,7 +186,7 @@ def sample_of(
         },
     }
     where = {"id": probe.id, "uri": source.uri, "start_us": round(span.start * 1e6), "end_us": round(span.end * 1e6)}
-    return make_sample(
+    sample = make_sample(
         source=where | {"license": license},
         kind="video",
         ext="mp4",
@@ -194,3 +196,4 @@ def sample_of(
         prep=prep,
         how=encoded.how,
     )
+    return replace(sample, why=encoded.why)

@@ -170,14 +170,24 @@ def test_what_is_already_right_is_copied_byte_for_byte(tmp_path: Path) -> None:
     assert sample.record["video"]["gop"] <= 8 and sample.record["video"]["frames"] == 20
 
 
-@pytest.mark.parametrize("wrong", ["gop", "cut", "turn", "range"])
-def test_what_is_not_quite_right_is_encoded(tmp_path: Path, wrong: str) -> None:
+WHY = {
+    "gop": "key frames more than 16 apart",
+    "cut": "cut from a longer file",
+    "turn": "turned, resized or not progressive",
+    "range": "another codec or pixel format",
+}
+
+
+@pytest.mark.parametrize("wrong", WHY)
+def test_what_is_not_quite_right_is_encoded_and_the_funnel_says_why(tmp_path: Path, wrong: str) -> None:
     settings: dict[str, object] = {"options": {"g": "250" if wrong == "gop" else "8"}}
     path = write(tmp_path / "a.mp4", moving(20), color_range=2 if wrong == "range" else 1, **settings)  # type: ignore[arg-type]
     if wrong == "turn":
         set_turn(path, (-1, 0, 0, -1))
-    samples, _ = prepared(path, max_seconds=1.0 if wrong == "cut" else 20.0)
+    samples, report = prepared(path, max_seconds=1.0 if wrong == "cut" else 20.0)
     assert {sample.how for sample in samples} == {"encoded"}
+    assert report.tallies["transcode"].how == {f"encoded: {WHY[wrong]}": len(samples)}
+    assert all("why" not in sample.record["video"] for sample in samples)
     assert sum(len(frames_of(sample.media)) for sample in samples) == 20
 
 
