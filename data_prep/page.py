@@ -16,6 +16,7 @@ body{margin:0;background:var(--ground);color:var(--ink);
 font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 main{max-width:1120px;margin:0 auto;padding:32px 20px 64px}
 h1{font-size:26px;margin:0 0 20px;overflow-wrap:anywhere}
+.origin{margin:-14px 0 20px;color:var(--soft);overflow-wrap:anywhere}
 h2{font-size:18px;margin:40px 0 14px}h3{font-size:14px;margin:0 0 10px;font-weight:600}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px}
 .tile,.chart,.box{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:14px 16px}
@@ -48,7 +49,7 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:12px;margin:0}
 @media (max-width:520px){main{padding:20px 12px}.step{grid-template-columns:1fr}.notes{grid-column:1}
 .grid{grid-template-columns:repeat(2,minmax(0,1fr))}.charts{grid-template-columns:1fr}}
 </style></head><body><main>
-<h1>$title</h1>
+<h1>$title</h1>$origin
 <div class="tiles">$totals</div>
 <h2>What entered and left each step</h2><div class="box" id="funnel">$funnel</div>
 <h2>What was kept</h2><div class="grid" id="kept">$kept</div>

@@ -52,7 +52,8 @@ def write(folder: Path) -> Path:
     failures = read_lines(folder / "failures.jsonl")
     rated = {"rated": dataset["rated"]} if "rated" in dataset else {}
     page = PAGE.substitute(
-        title=html.escape(str(dataset["settings"].get("input", folder.name))),
+        title=html.escape(folder.resolve().name),
+        origin=origin(dataset["settings"]),
         totals="".join(tiles(dataset["totals"], stats)),
         funnel=funnel(stats["funnel"]),
         histograms="".join(histograms(rows)),
@@ -64,6 +65,13 @@ def write(folder: Path) -> Path:
     with replacing(folder / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8", errors="replace")
     return folder / "report.html"
+
+
+def origin(settings: Row) -> str:
+    """Return a line that names what a folder was made from; nothing where it was made in place."""
+    if "input" not in settings or settings.get("task") == "index":
+        return ""
+    return f"<p class=origin>from {html.escape(settings['input'])}</p>"
 
 
 def tiles(totals: Row, stats: Row) -> Iterator[str]:

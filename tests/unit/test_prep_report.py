@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import shutil
 import subprocess
@@ -74,6 +75,8 @@ def test_a_selection_shows_pictures_of_what_it_dropped_with_the_reason(built: Pa
     page = Page(built / "selected" / "report.html")
     assert page.figures == {"kept": 2, "dropped": 1}
     assert "select.max_static=0.9: 1" in page.text["dropped"]
+    shown = (built / "selected" / "report.html").read_text(encoding="utf-8")
+    assert f"<h1>selected</h1><p class=origin>from {html.escape(str(built / 'built'))}</p>" in shown
 
 
 def test_the_page_stands_alone_is_small_and_names_are_text(built: Path) -> None:
