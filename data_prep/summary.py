@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.pack import Packed, Report
+from data_prep.records import Failure
 
 SHOWN = 12  # reasons listed before the rest is summed
 
@@ -30,10 +31,18 @@ def show(console: Console, folder: Path, report: Report, packed: Packed) -> None
     )
     for line in report.captions.lines() if report.captions else ():
         console.print(line)
-    reasons = Counter(f"{failure.reason}{f' ({failure.used})' if failure.used else ''}" for failure in report.failures)
+    reasons = Counter(map(grouped, report.failures))
     for reason, count in reasons.most_common(SHOWN):
         console.print(f"  {count} × {reason}")
     if len(reasons) > SHOWN:
         console.print(f"  and {len(reasons) - SHOWN} more reasons")
     if reasons:
         console.print(f"  each file and its reason: {folder / 'failures.jsonl'}")
+
+
+def grouped(failure: Failure) -> str:
+    """Return a failure's reason, the same for all samples that one rule of select leaves out."""
+    if failure.step == "select":
+        rule, _, value = failure.reason.partition(": ")
+        return rule if value else "near duplicate of another"
+    return f"{failure.reason} ({failure.used})" if failure.used else failure.reason

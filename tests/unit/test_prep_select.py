@@ -61,6 +61,15 @@ def test_by_default_slides_black_clips_and_copies_are_left_out_with_their_reason
     assert (row["in"], row["out"], sum(row["dropped"].values())) == (6, 3, 3)
 
 
+def test_the_summary_lists_each_rule_once(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["select.min_motion=0.35", "select.max_static=null", "select.max_black=null"]
+    _, dropped = select(built, tmp_path / "out", *argv)
+    assert len(set(dropped.values())) > 2
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines() if " × " in line]
+    ruled = sum(reason.startswith("select.min_motion") for reason in dropped.values())
+    assert ruled > 1 and f"{ruled} × select.min_motion=0.35" in lines and len(lines) == len(set(lines)) <= 2
+
+
 @pytest.mark.parametrize(
     ("threshold", "kept"),
     [
