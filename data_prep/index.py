@@ -34,6 +34,10 @@ def index(config: PrepConfig, console: Console) -> None:
         ConfigError: the folder was indexed with other settings, or its tars have changed since.
     """
     folder, tars = find(config)
+    if not config.fresh and (task := output.made(folder)) not in (None, "index"):
+        require_known(folder, tars, result.finished(folder, "index"))
+        console.print(f"{folder} is finished already, by task={task}, and needs no index")
+        return
     listing = hashlib.blake2b(digest_size=8)
     for path in tars:
         listing.update(f"{path.name}\x1f{path.stat().st_size}\x1e".encode("utf-8", "replace"))
@@ -52,6 +56,18 @@ def index(config: PrepConfig, console: Console) -> None:
             raise DataError(f"input={config.input}: no sample of {len(tars)} tars can be used{first}")
         result.publish(folder, identity, packed, rows, captions, report, keep_shards=True)
     summary.show(console, folder, report, packed)
+
+
+def require_known(folder: Path, tars: list[Path], dataset: dict[str, Any]) -> None:
+    """Raise DataError where the tars of a folder that another task has made are not those that it made."""
+    shards = {entry["name"]: entry["bytes"] for entry in dataset["shards"]}
+    there = {path.name: path.stat().st_size for path in tars}
+    odd = sorted(name for name in shards.keys() | there.keys() if shards.get(name) != there.get(name))
+    if odd:
+        raise DataError(
+            f"input={folder}: {odd[0]} is not what dataset.json tells of: it was added, removed or written again; "
+            "task=validate finds what is wrong, and fresh=true indexes the tars as they are"
+        )
 
 
 def find(config: PrepConfig) -> tuple[Path, list[Path]]:

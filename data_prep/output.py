@@ -81,6 +81,14 @@ def claim(
     return "new"
 
 
+def made(folder: Path) -> str | None:
+    """Return by which task data_prep has finished a folder; None where it has not."""
+    dataset = _read(folder / "dataset.json")
+    if dataset is None or not _ours(dataset) or (folder / BUILDING).is_dir():
+        return None
+    return str(dataset.get("settings", {}).get("task", "build"))
+
+
 def stored(folder: Path) -> dict[str, int] | None:
     """Return the shards, with their numbers of samples, that an unfinished build takes its media from; None of none."""
     found: dict[str, int] | None = (_read(folder / BUILDING / "state.json") or {}).get("stored")

@@ -66,6 +66,24 @@ def test_a_foreign_webdataset_gets_a_manifest_and_stays_as_it_is(foreign: Path) 
     assert json.loads((foreign / "stats.json").read_text())["funnel"][1]["out"] == 3
 
 
+def test_a_folder_that_was_built_needs_no_index_unless_its_tars_are_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built = tmp_path / "built"
+    assert main(["input=world", f"output={built}", "world.clips=1"]) == 0
+    before = (built / "dataset.json").read_bytes()
+    capsys.readouterr()
+    assert main(["task=index", f"input={built}"]) == 0
+    assert capsys.readouterr().out.split() == f"{built} is finished already, by task=build, and needs no index".split()
+    with tarfile.open(built / "more.tar", "w") as tar:
+        put(tar, "0.png", encode_png(picture()))
+    assert main(["task=index", f"input={built}"]) == 2
+    assert "more.tar is not what dataset.json tells of" in capsys.readouterr().err
+    assert (built / "dataset.json").read_bytes() == before
+    assert main(["task=index", f"input={built}", "fresh=true"]) == 0
+    assert len(list(read_manifest(built).rows())) == 2
+
+
 def test_a_clip_of_varying_rate_is_as_long_as_it_is_shown_and_loads_to_its_last_frame(tmp_path: Path) -> None:
     ticks = [0, 1, 2, 3, 4, 9, 14, 19, 20]  # of a 10th of a second: frames 5 to 18 are those before them
     write(tmp_path / "a.mkv", moving(9), ticks=ticks, time_base=Fraction(1, 10))
