@@ -88,8 +88,10 @@ def check(folder: Path, decode: str, processes: int) -> Iterator[Problem]:
     """Yield what is wrong with a folder.
 
     Raises:
-        DataError: there is no finished folder.
+        DataError: there is no folder, or no finished one.
     """
+    if not folder.is_dir():
+        raise DataError(f"input={folder} {'is no folder' if folder.exists() else 'does not exist'}")
     try:
         dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -180,3 +180,8 @@ def test_a_selection_is_sound_though_its_shards_hold_more(folder: Path, tmp_path
     assert main(["task=select", f"input={folder}", f"output={out}", "select.min_seconds=1.25"]) == 0
     assert len(read_table(out)) < 4 and list(check(out, "all", 1)) == []
     assert pq.read_table(next((out / "manifest").glob("*.parquet"))).num_rows == len(read_table(out))
+
+
+def test_a_folder_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["task=validate", f"input={tmp_path / 'nope'}"]) == 2
+    assert capsys.readouterr().err == f"error: input={tmp_path / 'nope'} does not exist\n"
