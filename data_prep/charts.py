@@ -6,6 +6,8 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from soratrain.amounts import counted
+
 
 def bars(title: str, counts: Sequence[tuple[str, int]], total: int) -> str:
     """Return a chart of horizontal bars; nothing where there is nothing to show."""
@@ -18,7 +20,7 @@ def bars(title: str, counts: Sequence[tuple[str, int]], total: int) -> str:
         for name, count in counts
     )
     shown = sum(count for _, count in counts)
-    rest = f"<p class=rest>{total - shown:,} others</p>" if total > shown else ""
+    rest = f"<p class=rest>{counted(total - shown, 'others')}</p>" if total > shown else ""
     return f"<section class=chart><h3>{html.escape(title)}</h3><div class=bars>{lines}</div>{rest}</section>"
 
 
@@ -32,7 +34,7 @@ def funnel(steps: Sequence[dict[str, Any]]) -> str:
         parts.append(
             f"<div class=step><div class=name>{html.escape(step['step'])}</div>"
             f"<div class=track><b style='width:{100 * step['out'] / most:.1f}%'></b>"
-            f"<span>{step['in']:,} {html.escape(step['unit'])} in, {step['out']:,} out</span></div>"
+            f"<span>{html.escape(counted(step['in'], step['unit']))} in, {step['out']:,} out</span></div>"
             f"<div class=notes>{html.escape(', '.join(notes))}<ul>{why}</ul></div></div>"
         )
     return "".join(parts)

@@ -19,6 +19,7 @@ from data_prep.score import score
 from data_prep.shots import CutFinder, Cutting, spans
 from data_prep.stills import still
 from data_prep.transcode import transcode
+from soratrain.amounts import counted
 
 COUNTED = {"probe": "files", "transcode": "clips"}
 SEVERAL = "its caption describes the whole file, which became several clips"
@@ -80,7 +81,7 @@ class FileWork:
 
     def failed(self, reason: str) -> None:
         """Record why this file, or the rest of it, is not used."""
-        used = f"its first {self.made} clips" if self.made else ""
+        used = f"its first {counted(self.made, 'clips')}" if self.made else ""
         self.report.failures.append(Failure(self.source.uri, self.step, reason, used))
         self.report.tally(self.step, COUNTED[self.step]).dropped[reason] += self.expected - self.made
 

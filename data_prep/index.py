@@ -22,6 +22,7 @@ from data_prep.pack import Packed, Report, clean, read_report, read_samples, uni
 from data_prep.records import Failure
 from data_prep.schema import PrepConfig
 from data_prep.workers import Limits, do_units
+from soratrain.amounts import counted
 from soratrain.data.shards import Shard
 from soratrain.errors import DataError
 
@@ -53,7 +54,7 @@ def index(config: PrepConfig, console: Console) -> None:
         if not rows:
             output.discard(folder)
             first = f": {report.failures[0].uri}: {report.failures[0].reason}" if report.failures else ""
-            raise DataError(f"input={config.input}: no sample of {len(tars)} tars can be used{first}")
+            raise DataError(f"input={config.input}: no sample of {counted(len(tars), 'tars')} can be used{first}")
         result.publish(folder, identity, packed, rows, captions, report, keep_shards=True)
     summary.show(console, folder, report, packed)
 
@@ -93,7 +94,7 @@ def work(config: PrepConfig, console: Console, folder: Path, tars: list[Path], *
                 known.unlink()
     pending = [number for number in range(len(units)) if not unit_done(target, number)]
     if resumed:
-        console.print(f"{folder}: continuing, {len(units) - len(pending)} of {len(units)} tars were read")
+        console.print(f"{folder}: continuing, {len(units) - len(pending)} of {counted(len(units), 'tars')} read")
     limits = Limits(**asdict(config.limits))
     figures: dict[str, Any] = {"begun": Report(), "steps": STEPS, "result": "index", "unit": "tars", "verb": "read"}
     with Live("index", target, units, pending, bytes_of=lambda n: tars[n].stat().st_size, **figures) as live:

@@ -89,7 +89,7 @@ def sources_of(uri: str, path: Path, listed: bool, report: Report) -> Iterator[S
     elif kind is not None:
         yield Source(uri, path, kind, tuple(captions_of(beside(path), uri, report)) or from_name(path))
     elif path.suffix.lower() not in ENDINGS:
-        report.tally("ingest", "files").how["other files left out"] += 1
+        report.tally("ingest", "files").how["left out, not video or image"] += 1
 
 
 def table_of(path: Path, captions: str | None, columns: Columns) -> Captions | None:

@@ -24,7 +24,7 @@ from data_prep.columns import end_cut, middle_cut, printable
 from data_prep.pack import Report, Unit, read_report
 from data_prep.records import Tally
 from data_prep.workers import Doing
-from soratrain.amounts import duration, short, size
+from soratrain.amounts import counted, duration, short, size
 
 PER_SECOND = 4  # times the display is drawn
 EVERY = 30.0  # seconds between two lines where there is no terminal
@@ -203,7 +203,7 @@ class Live:
             reasons, others = top(tally)
             notes = [f"dropped {count:,}: {printable(reason)}" for reason, count in reasons]
             notes += [f"dropped {others:,} for other reasons"] if others else []
-            numbers = (f"  {tally.step}", f"{tally.entered:,} {tally.unit} in", f"{tally.left:,} out")
+            numbers = (f"  {tally.step}", f"{counted(tally.entered, tally.unit)} in", f"{tally.left:,} out")
             rows += [(*numbers, "".join(notes[:1])), *(("", "", "", note) for note in notes[1:])]
         one, two, three = (max((cell_len(row[place]) for row in rows), default=0) for place in range(3))
         text = Text(no_wrap=True, overflow="ellipsis")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from soratrain.amounts import counted
+
 SHOWN = 5  # names of those that do not match
 
 
@@ -57,5 +59,5 @@ class Matched:
             (self.beside, "files with captions beside them as well; those of the table are used", ()),
         ):
             first = f": {', '.join(names[:SHOWN])}{', …' if len(names) > SHOWN else ''}" if names else ""
-            said += [f"  {count} {what}{first}"] if count else []
+            said += [f"  {counted(count, what)}{first}"] if count else []
         return said

@@ -32,6 +32,7 @@ from data_prep.records import dumps
 from data_prep.report import write as write_report
 from data_prep.result import finished
 from data_prep.schema import PrepConfig, hash_of
+from soratrain.amounts import counted
 from soratrain.data.manifest import write_manifest
 from soratrain.data.reading import read_table
 from soratrain.errors import DataError
@@ -88,7 +89,9 @@ def score(config: PrepConfig, console: Console) -> None:
     for key, why in list(found.failures.items())[:SHOWN]:
         console.print(f"  {key}: {why}")
     if found.failures:
-        console.print(f"  {len(found.failures)} samples have no score; each and its reason: {folder / UNSCORED}")
+        console.print(
+            f"  {counted(len(found.failures), 'samples')} without a score; each and its reason: {folder / UNSCORED}"
+        )
 
 
 @contextmanager

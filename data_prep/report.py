@@ -24,6 +24,7 @@ from data_prep.charts import bars, funnel
 from data_prep.media import Unusable, opened, video_stream
 from data_prep.output import read_lines
 from data_prep.page import PAGE
+from soratrain.amounts import counted, noun
 from soratrain.data.atomic import replacing
 from soratrain.data.reading import read_table
 from soratrain.data.shards import ShardReader
@@ -52,7 +53,7 @@ def write(folder: Path) -> Path:
     failures = read_lines(folder / "failures.jsonl")
     rated = {"rated": dataset["rated"]} if "rated" in dataset else {}
     page = PAGE.substitute(
-        title=html.escape(folder.resolve().name),
+        title=html.escape(title(folder, dataset["settings"])),
         origin=origin(dataset["settings"]),
         totals="".join(tiles(dataset["totals"], stats)),
         funnel=funnel(stats["funnel"]),
@@ -67,9 +68,15 @@ def write(folder: Path) -> Path:
     return folder / "report.html"
 
 
+def title(folder: Path, settings: Row) -> str:
+    """Return what a page is called: a selection by its folder, another by its input, so that its bytes are the same."""
+    selected = settings.get("task") == "select"
+    return folder.resolve().name if selected else str(settings.get("input", folder.name))
+
+
 def origin(settings: Row) -> str:
-    """Return a line that names what a folder was made from; nothing where it was made in place."""
-    if "input" not in settings or settings.get("task") == "index":
+    """Return a line that names what a selection was made from; nothing of others, whose title tells."""
+    if settings.get("task") != "select":
         return ""
     return f"<p class=origin>from {html.escape(settings['input'])}</p>"
 
@@ -79,10 +86,10 @@ def tiles(totals: Row, stats: Row) -> Iterator[str]:
     came = stats["seconds"]["in"]
     share = f"of {duration(came)} that came in" if came else ""
     for value, name, note in (
-        (f"{totals['videos']:,}", "clips", ""),
-        (f"{totals['images']:,}", "images", ""),
+        (f"{totals['videos']:,}", noun(totals["videos"], "clips"), ""),
+        (f"{totals['images']:,}", noun(totals["images"], "images"), ""),
         (duration(totals["seconds"]), "of video", share),
-        (f"{totals['frames']:,}", "frames", ""),
+        (f"{totals['frames']:,}", noun(totals["frames"], "frames"), ""),
         (f"{totals['bytes'] / 1e6:,.1f} MB", "in shards", ""),
     ):
         yield f"<div class=tile><b>{value}</b><span>{name}</span><small>{note}</small></div>"
@@ -132,7 +139,7 @@ def kept(folder: Path, rows: Sequence[Row]) -> Iterator[str]:
             continue
         scores = json.loads(row["scores"])
         alike = " · like another" if "duplicate_of" in scores else ""
-        note = f"{row['w']}×{row['h']} · {row['frames']} {'frames' if row['frames'] > 1 else 'frame'}{alike}"
+        note = f"{row['w']}×{row['h']} · {counted(row['frames'], 'frames')}{alike}"
         yield figure(picture, note, f"{row['key']}\n{scores_text(scores)}")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from data_prep import output
 from data_prep.pack import Packed, Report, count, ordered
 from data_prep.records import SCHEMA
+from soratrain.amounts import counted
 from soratrain.data.manifest import write_captions, write_manifest
 from soratrain.data.shards import Shard
 from soratrain.errors import DataError
@@ -31,7 +32,7 @@ def finished(folder: Path, task: str) -> dict[str, Any]:
         raise DataError(f"input={folder} is no folder that data_prep has finished; task={task} takes one here")
     gone = [entry["name"] for entry in dataset["shards"] if not (folder / entry["name"]).is_file()]
     if gone:
-        raise DataError(f"input={folder}: {gone[0]} is not there, of {len(dataset['shards'])} shards")
+        raise DataError(f"input={folder}: {gone[0]} is not there, of {counted(len(dataset['shards']), 'shards')}")
     return dict(dataset)
 
 

@@ -21,6 +21,7 @@ from data_prep.pack import Packed, Report
 from data_prep.records import Failure
 from data_prep.report import write as write_report
 from data_prep.schema import PrepConfig, SelectConfig
+from soratrain.amounts import counted
 from soratrain.data.caption_table import read_original_captions
 from soratrain.data.reading import read_table
 from soratrain.data.shards import Shard
@@ -140,7 +141,9 @@ def make(
     if not kept:
         tally = report.tallies["select"]
         worst = "; ".join(f"{reason} ({number})" for reason, number in tally.dropped.most_common(3))
-        raise DataError(f"input={config.input}: none of {tally.entered} samples passes: {worst}; lower a threshold")
+        raise DataError(
+            f"input={config.input}: none of {counted(tally.entered, 'samples')} passes: {worst}; lower a threshold"
+        )
     needed = {row["shard"] for row in kept}
     shards = tuple(Shard(**entry) for entry in dataset["shards"] if entry["name"] in needed)
     for shard in shards:
@@ -163,11 +166,11 @@ def chosen(rows: list[Row], thresholds: SelectConfig, report: Report) -> Iterato
         tally.entered += 1
         scores = json.loads(row["scores"])
         report.seconds += seconds(row, scores) or 0.0
-        tally.how["have no scores: made before there were any, or by another"] += "phash" not in scores
+        tally.how["without scores: made before there were any, or by another"] += "phash" not in scores
         for rule, limit in rules:
             value = rule.value(row, scores)
             if value is None and rule.score in RATED:
-                tally.how[f"have no score for select.{rule.name}, and pass it"] += 1
+                tally.how[f"without a score for select.{rule.name}, and so kept"] += 1
             if value is not None and not rule.passes(value, limit):
                 why = f"{rule.reason(limit)}: {value:.4g}" if isinstance(value, int | float) else f"like {value}"
                 report.failures.append(Failure(row["key"], "select", why))

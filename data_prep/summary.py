@@ -10,6 +10,7 @@ from rich.table import Table
 
 from data_prep.pack import Packed, Report
 from data_prep.records import Failure
+from soratrain.amounts import counted
 
 SHOWN = 12  # reasons listed before the rest is summed
 
@@ -22,12 +23,13 @@ def show(console: Console, folder: Path, report: Report, packed: Packed) -> None
     for tally in report.tallies.values():
         notes = [f"{count} {how}" for how, count in sorted(tally.how.items())]
         notes += [f"dropped {count}: {reason}" for reason, count in tally.dropped.most_common()]
-        table.add_row(tally.step, f"{tally.entered} {tally.unit}", str(tally.left), "\n".join(notes))
+        table.add_row(tally.step, counted(tally.entered, tally.unit), str(tally.left), "\n".join(notes))
     console.print(table)
     totals = packed.totals
+    images, shards = counted(totals["images"], "images"), counted(len(packed.shards), "shards")
     console.print(
-        f"{totals['videos']} clips ({totals['seconds']:.1f} s of video, {report.seconds:.1f} s came in) and "
-        f"{totals['images']} images in {len(packed.shards)} shards, {totals['bytes'] / 1e6:.1f} MB"
+        f"{counted(totals['videos'], 'clips')} ({totals['seconds']:.1f} s of video, {report.seconds:.1f} s came in) "
+        f"and {images} in {shards}, {totals['bytes'] / 1e6:.1f} MB"
     )
     for line in report.captions.lines() if report.captions else ():
         console.print(line)
@@ -35,7 +37,7 @@ def show(console: Console, folder: Path, report: Report, packed: Packed) -> None
     for reason, count in reasons.most_common(SHOWN):
         console.print(f"  {count} × {reason}")
     if len(reasons) > SHOWN:
-        console.print(f"  and {len(reasons) - SHOWN} more reasons")
+        console.print(f"  and {counted(len(reasons) - SHOWN, 'reasons')} more")
     if reasons:
         console.print(f"  each file and its reason: {folder / 'failures.jsonl'}")
 

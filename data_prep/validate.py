@@ -26,6 +26,7 @@ from data_prep.indexed import look, ours
 from data_prep.media import Unusable
 from data_prep.members import Member
 from data_prep.schema import PrepConfig, hash_of
+from soratrain.amounts import counted
 from soratrain.data.atomic import replacing
 from soratrain.data.caption_table import read_original_captions
 from soratrain.data.members import json_object
@@ -71,9 +72,11 @@ def validate(config: PrepConfig, console: Console) -> None:
         with replacing(Path(config.validate.report)) as temporary:
             temporary.write_text(json.dumps([asdict(item) for item in problems], indent=1) + "\n", encoding="utf-8")
     if not problems:
-        console.print(f"{folder}: {samples} samples, nothing wrong (validate.decode={config.validate.decode})")
+        console.print(
+            f"{folder}: {counted(samples, 'samples')}, nothing wrong (validate.decode={config.validate.decode})"
+        )
         return
-    table = Table(title=f"{folder}: {len(problems)} problems", title_justify="left")
+    table = Table(title=f"{folder}: {counted(len(problems), 'problems')}", title_justify="left")
     for name in ("file", "sample", "byte", "what is wrong"):
         table.add_column(name, justify="right" if name == "byte" else "left", overflow="fold")
     for item in problems[:SHOWN]:
@@ -81,7 +84,9 @@ def validate(config: PrepConfig, console: Console) -> None:
     console.print(table)
     more = f"; {len(problems) - SHOWN} more: list all with validate.report=FILE" if len(problems) > SHOWN else ""
     first = problems[0]
-    raise DataError(f"input={config.input}: {len(problems)} problems, the first in {first.file}: {first.what}{more}")
+    raise DataError(
+        f"input={config.input}: {counted(len(problems), 'problems')}, the first in {first.file}: {first.what}{more}"
+    )
 
 
 def check(folder: Path, decode: str, processes: int) -> Iterator[Problem]:
@@ -107,7 +112,9 @@ def check(folder: Path, decode: str, processes: int) -> Iterator[Problem]:
         return
     if len(rows) != dataset.get("totals", {}).get("samples"):
         told = dataset.get("totals", {}).get("samples")
-        yield Problem("manifest", f"holds {len(rows)} samples, dataset.json tells of {told}: it is of another build")
+        yield Problem(
+            "manifest", f"holds {counted(len(rows), 'samples')}, dataset.json tells of {told}: it is of another build"
+        )
     keys = {row["key"] for row in rows}
     for key in sorted({row["key"] for row in read_original_captions(folder)} - keys):
         yield Problem("captions", "a caption of a sample that is not in the manifest", key)

@@ -30,3 +30,14 @@ def duration(seconds: float) -> str:
     """Return a time as h:mm:ss."""
     whole = max(round(seconds), 0)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def noun(count: int, plural: str) -> str:
+    """Return what a number of things is called, in the singular where it is one."""
+    first, space, rest = plural.partition(" ")
+    return (first.removesuffix("s") if count == 1 else first) + space + rest
+
+
+def counted(count: int, plural: str) -> str:
+    """Return a number of things with their name: 1 clip, 12,000 clips."""
+    return f"{count:,} {noun(count, plural)}"

@@ -215,7 +215,7 @@ def test_metadata_of_another_sort_is_left_alone(clips: Path) -> None:
         table_of(clips / "metadata.csv", [row])
         report = Report()
         assert captions(clips, None, report)["a1.mp4"] == []
-        assert report.captions is None and report.tallies["ingest"].how == {"other files left out": 1}
+        assert report.captions is None and report.tallies["ingest"].how == {"left out, not video or image": 1}
     assert texts(clips, None, file="name")["a1.mp4"] == ["a cat"]
 
 
@@ -331,9 +331,9 @@ def test_a_build_with_a_table_says_what_matched_and_ends_with_its_captions(
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "2 of 3 rows name a file in column clip (2 by stem)" in printed
-    assert "1 rows without a file, or not one alone: zz" in printed
+    assert "1 row without a file, or not one alone: zz" in printed
     assert "2 files without a caption in it: b1.mp4, c1.mp4" in printed
-    assert "1 files with captions beside them as well; those of the table are used" in printed
+    assert "1 file with captions beside them as well; those of the table are used" in printed
     stats = json.loads((tmp_path / "out/stats.json").read_text())["captions"]
     assert stats["rows_without_file"] == {"count": 1, "first": ["zz"]}
     assert stats["files_without_row"] == {"count": 2, "first": ["b1.mp4", "c1.mp4"]}

@@ -167,7 +167,7 @@ def test_a_failure_of_the_disk_is_one_line_and_the_same_command_goes_on(
     error = capsys.readouterr().err
     assert "No space left" in error and "manifest" in error and error.count("\n") == 1
     assert main(["task=index", f"input={foreign}"]) == 0
-    assert "continuing, 2 of 2 tars were read" in capsys.readouterr().out
+    assert "continuing, 2 of 2 tars read" in capsys.readouterr().out
     assert len(read_manifest(foreign)) == 3 and not (foreign / ".building").exists()
 
 

@@ -246,7 +246,7 @@ def test_any_number_of_workers_and_any_interruption_give_the_same_bytes(
     later = time.time() + 5  # and one was written again since
     os.utime(tmp_path / "c/0.tar", (later, later))
     indexed(tmp_path / "c", "workers=2")
-    assert "continuing, 2 of 5 tars were read" in capsys.readouterr().out
+    assert "continuing, 2 of 5 tars read" in capsys.readouterr().out
     one, four, resumed = ({**files_of(tmp_path / name), "dataset.json": described(tmp_path / name)} for name in "abc")
     assert one == four == resumed and "manifest/part-00000.parquet" in one
 

@@ -186,7 +186,7 @@ def test_a_folder_is_searched_below_without_hidden_files_and_loops(tmp_path: Pat
     report = Report()
     sources, _ = find(str(tmp_path), report)
     assert [source.uri for source in sources] == ["a/clip.mp4", "b/clip.mp4"]
-    assert report.tallies["ingest"].how == {"other files left out": 1}
+    assert report.tallies["ingest"].how == {"left out, not video or image": 1}
 
 
 def test_a_list_names_files_of_any_name_beside_it(tmp_path: Path) -> None:

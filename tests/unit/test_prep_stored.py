@@ -83,7 +83,7 @@ def test_changed_captions_are_taken_over_without_decoding_to_what_a_new_build_gi
 
 def test_a_file_of_which_a_clip_was_lost_is_known_to_be_several(clips: Path, anew: dict[str, bytes]) -> None:
     failures = clips.parent / "out/failures.jsonl"
-    lost = {"uri": "one.mp4", "step": "transcode", "reason": "lost", "used": "its first 1 clips"}
+    lost = {"uri": "one.mp4", "step": "transcode", "reason": "lost", "used": "its first 1 clip"}
     failures.write_text(failures.read_text() + json.dumps(lost) + "\n")
     assert main([*command(clips, "out", SECOND), "fresh=true"]) == 0
     found = [(item["uri"], item["reason"]) for item in map(json.loads, failures.read_text().splitlines())]

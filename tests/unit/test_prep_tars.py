@@ -125,7 +125,7 @@ def test_tars_give_the_samples_that_their_files_would_give_loose(foreign: Path, 
     }
     assert len(tars) == 5 and "two things" not in json.dumps([record for record, _ in tars])
     (left,) = [row for row in json.loads((tmp_path / "a/stats.json").read_text())["funnel"] if row["step"] == "ingest"]
-    assert left["how"] == {"other files left out": 2} and left["out"] == 4
+    assert left["how"] == {"left out, not video or image": 2} and left["out"] == 4
 
 
 def test_the_number_of_processes_does_not_change_a_byte_of_what_tars_give(foreign: Path, tmp_path: Path) -> None:
