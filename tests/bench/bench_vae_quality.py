@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 MEDIA = ROOT.parent / "shared" / "media"
 TITLE = "PSNR of clips not trained on, dB, after steps of the same training; parameters alike"
 STEPS, BATCH, CROP, POINTS = 300, 8, 48, 6
-RATES = (1e-3, 2e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 HELD_OUT = 12  # clips that only measure
 NARROW: dict[str, Any] = dict(  # vae=s and vae=base at the width that has as many parameters
     channels=[14, 28, 56],
