@@ -89,6 +89,19 @@ def test_a_stream_gives_the_numbers_of_the_whole(form: str, step: int, tmp_path:
     torch.testing.assert_close(decoded, vae.decode(latent), rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMS)
+def test_a_budget_of_pixels_shortens_the_steps_of_a_stream_and_changes_no_number(form: str, tmp_path: Path) -> None:
+    published.save(form, tmp_path)
+    vae, x = load_vae(tmp_path), clip(21)
+    latent, budget = vae.encode(x), 4 * 32 * 48
+    pieces = list(vae.encode_stream(x.split(3, dim=2), 16, budget))
+    torch.testing.assert_close(torch.cat(pieces, dim=2), latent, rtol=1e-5, atol=1e-5)
+    assert len(pieces) == (1 if form == "cogvideox" else 6)
+    decoded = torch.cat(list(vae.decode_stream([latent], 4, budget)), dim=2)
+    torch.testing.assert_close(decoded, vae.decode(latent), rtol=1e-5, atol=1e-5)
+
+
 def test_a_stream_through_wan_holds_no_more_than_a_step(tmp_path: Path) -> None:
     published.save("wan", tmp_path)
     vae = load_vae(tmp_path)
