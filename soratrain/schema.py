@@ -63,6 +63,7 @@ class Root:
     prompt: str | list | None = None
     size: str | None = None
     frames: int | None = None
+    fps: float = 8.0
 
 
 KINDS = {"size": "WIDTHxHEIGHT, such as 64x48"}
@@ -246,6 +247,10 @@ def check_across(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"text=hf: stage={stage['name']} trains its text encoder along and reads no stored features; use text=byte"
         )
+    if "objective" in (stage.get("module") or {}):  # what is drawn with, weights say
+        from soratrain.diffusion.sampler import check_fits
+
+        check_fits(config["sampler"].get("name", "auto"), locate(config["objective"]["_target_"]).name)
     check_mix(config)
     for key, least in (("max_steps", 0), ("num_nodes", 1)):
         value = config["trainer"].get(key)

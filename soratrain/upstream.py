@@ -22,7 +22,7 @@ WORLD = "data/world"  # where the embedded world lies by default
 HELD = {"shards": "a complete dataset.json", "latents": "a complete dataset.json", "captions": "captions/*/*.parquet"}
 MAKERS = {"captions": "recaption", "vae": "vae", "captioner": "captioner", "latents": "encode", "dit": "dit"}
 PASSED_ON = ("run", "seed", "machine", "upstream", "inputs", "vae", "captioner", "dit", "text", "lpips", "logger")
-ALSO = {"latents": ("buckets",), "dit": ("buckets",)}  # of cached latents; other stages have buckets of their own
+ALSO = {"latents": ("buckets",), "dit": ("buckets", "objective")}  # buckets: of cached latents
 
 
 def holds(key: str, place: str) -> bool:
@@ -162,7 +162,8 @@ def check_nets(place: str, config: Mapping[str, Any], given: set[str]) -> None:
         DataError: names the net and the two ways out.
     """
     old = outputs.stored_config(Path(place)) or {}
-    for net in ("vae", "captioner", "text"):
+    of_dit = ("objective",) if old.get("stage", {}).get("name") == "dit" else ()
+    for net in ("vae", "captioner", "text", *of_dit):
         asked = any(key == net or key.startswith(net + ".") for key in given)
         if asked and net in old and old[net] != config[net]:
             raise DataError(

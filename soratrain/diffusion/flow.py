@@ -1,14 +1,9 @@
-"""Objectives: what noise is added, what the net predicts, and how one turns into the other. Pure maths.
-
-`sigma` is the noise level, 0 clean to 1 noise; it broadcasts against the latents. Noise and uniform numbers come in as
-arguments. Rectified flow: Liu et al., 2022; logit-normal levels and their shift: Esser et al., 2024 (SD3).
-"""
+"""Rectified flow: Liu et al., 2022; logit-normal noise levels and their shift: Esser et al., 2024 (SD3)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,41 +13,18 @@ from soratrain.errors import ConfigError
 EDGE = 1e-4  # levels stay this far from 0 and 1, where a conversion would divide by 0
 
 
-class Objective(Protocol):
-    """What a stage and a sampler need to know of an objective."""
-
-    @property
-    def name(self) -> str:
-        """What config and weights call it."""
-
-    def levels(self, uniform: Tensor, tokens: Tensor) -> Tensor:
-        """Return the noise level of each sample, from numbers in [0, 1) and the samples' token counts."""
-
-    def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Return the net's input."""
-
-    def target(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Return what a perfect net would answer."""
-
-    def weight(self, sigma: Tensor) -> Tensor:
-        """Return the factor of each sample's mean squared error."""
-
-    def to_clean(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
-        """Return the clean latent that the prediction implies."""
-
-    def to_noise(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
-        """Return the noise that the prediction implies."""
-
-    def to_velocity(self, noised: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
-        """Return d noised / d sigma along the straight path, that is noise - clean."""
-
-    def grid(self, steps: int, tokens: int) -> Tensor:
-        """Return the `steps + 1` noise levels of a sampling run, falling from 1 to 0."""
-
-
 def shifted(sigma: Tensor, shift: float | Tensor) -> Tensor:
     """Move noise levels towards noise (`shift` above 1) or clean; 1 is the identity (Esser et al., 2024, eq. 23)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def shift_of(shift: float, shift_tokens: int, tokens: Tensor | int) -> Tensor:
+    """Return the shift of clips of so many tokens: longer ones need more noise to hide as much (Esser et al.).
+
+    It is `shift` at `shift_tokens` tokens and grows with the square root of their number, or stays where that is 0.
+    """
+    count = torch.as_tensor(tokens, dtype=torch.float32)
+    return shift * (torch.sqrt(count / shift_tokens) if shift_tokens else torch.ones_like(count))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +52,7 @@ class Flow:
     shift_tokens: int = 0
     clean_weight: float = 0.0
     prediction: str = "velocity"
-    name: str = "flow"
+    name: str = field(default="flow", init=False)
 
     def __post_init__(self) -> None:
         if self.prediction not in ("velocity", "balanced"):
@@ -92,16 +64,18 @@ class Flow:
             )
 
     def shift_at(self, tokens: Tensor | int) -> Tensor:
-        """Return the shift of clips of so many tokens: longer ones need more noise to hide as much (Esser et al.)."""
-        count = torch.as_tensor(tokens, dtype=torch.float32)
-        scale = torch.sqrt(count / self.shift_tokens) if self.shift_tokens else torch.ones_like(count)
-        return self.shift * scale
+        """Return the shift of clips of so many tokens."""
+        return shift_of(self.shift, self.shift_tokens, tokens)
 
     def levels(self, uniform: Tensor, tokens: Tensor) -> Tensor:
         """Return logit-normal levels `[B]`, shifted by token count; see `Objective`."""
         normal = torch.special.ndtri(uniform.double().clamp(1e-7, 1 - 1e-7)).float()
         sigma = torch.sigmoid(self.logit_mean + self.logit_std * normal)
         return shifted(sigma, self.shift_at(tokens)).clamp(EDGE, 1 - EDGE)
+
+    def coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (1 - sigma, sigma); see `Objective`."""
+        return 1 - sigma, sigma
 
     def noised(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Return `(1 - sigma) clean + sigma noise` (Liu et al., 2022, eq. 1)."""
@@ -144,9 +118,9 @@ class Flow:
         variance = (1 - sigma) ** 2 + sigma**2
         return (2 * sigma - 1) / variance, variance**-0.5
 
-    def grid(self, steps: int, tokens: int) -> Tensor:
+    def grid(self, steps: int, tokens: int, start: float = 1.0) -> Tensor:
         """Return evenly spaced levels, shifted like those of training; see `Objective`."""
-        return shifted(torch.linspace(1, 0, steps + 1), self.shift_at(tokens))
+        return shifted(torch.linspace(start, 0, steps + 1), self.shift_at(tokens))
 
 
 def logit_normal_density(sigma: Tensor, mean: float, std: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from soratrain.batch import draw_of, keyed_normal, to_uint8
-from soratrain.diffusion.flow import Flow, Objective
-from soratrain.diffusion.sampler import euler, guided
+from soratrain.diffusion.flow import Flow
+from soratrain.diffusion.objective import Objective, rebuilt
+from soratrain.diffusion.sampler import Sampler
 from soratrain.diffusion.segments import Segment, flatten
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
@@ -34,14 +36,23 @@ class Generator:
     Args:
         vae, dit, text: the nets, in eval mode, on one device.
         objective: the one that the DiT was trained for.
+        caption_dropout: share of captions that it was trained without; None where that is not known.
         batch: most clips drawn at once.
     """
 
     def __init__(
-        self, vae: VAE, dit: DiT, text: ByteTextEncoder, *, objective: Objective | None = None, batch: int = 16
+        self,
+        vae: VAE,
+        dit: DiT,
+        text: ByteTextEncoder,
+        *,
+        objective: Objective | None = None,
+        caption_dropout: float | None = None,
+        batch: int = 16,
     ) -> None:
         self.vae, self.dit, self.text, self.batch = vae, dit, text, batch
         self.objective: Objective = Flow() if objective is None else objective
+        self.caption_dropout = caption_dropout
 
     @classmethod
     def load(
@@ -50,16 +61,11 @@ class Generator:
         """Return a generator from the folders of a trained VAE and a trained DiT.
 
         Raises:
-            DataError: weights are missing, do not fit each other, or are of an objective that this cannot sample.
+            DataError: weights are missing, do not fit each other, or are of an unknown objective.
         """
         dit_net, extra = weights.load(dit, "dit", device)
         text_net, _ = weights.load(dit, "text", device)
         vae_net = load_vae(vae, device)
-        objective = dict(extra.get("objective", {"name": "flow"}))
-        if objective.pop("name") != "flow":
-            raise DataError(
-                f"the weights in {dit} are of the objective {extra['objective']['name']!r}; this samples flow"
-            )
         assert isinstance(dit_net, DiT) and isinstance(text_net, ByteTextEncoder)
         if dit_net.channels != vae_net.latent_channels:
             raise DataError(
@@ -68,17 +74,26 @@ class Generator:
             )
         if vae_net.stride[0] != STRIDE[0]:
             raise DataError(f"the VAE in {vae} has a stride of {vae_net.stride[0]} in time; the DiT counts {STRIDE[0]}")
-        return cls(vae_net, dit_net, text_net, objective=Flow(**objective), batch=batch)
+        objective = rebuilt(extra.get("objective", {"name": "flow"}))
+        dropout = extra.get("caption_dropout")
+        return cls(vae_net, dit_net, text_net, objective=objective, caption_dropout=dropout, batch=batch)
 
-    def check(self, prompts: Sequence[str], height: int, width: int, frames: int, guidance_scale: float) -> None:
-        """Refuse what cannot be drawn.
+    def check(self, prompts: Sequence[str], height: int, width: int, frames: int, sampler: Sampler) -> None:
+        """Refuse what cannot be drawn; warn of guidance by a net that has not learned to draw without a prompt.
 
         Raises:
             ConfigError: one line that names the key, the value and the mend.
         """
         check_size(height, width, frames, self.dit.patch, self.vae.stride)
         for prompt in prompts:
-            check_prompt(prompt, guidance_scale)
+            check_prompt(prompt, sampler.guidance_scale)
+        sampler.fitted(self.objective)
+        if self.caption_dropout == 0 and sampler.guidance_scale != 1:
+            log.warning(
+                "sampler.guidance_scale=%s: the DiT was trained with conditioning.caption_dropout=0 and has never seen"
+                " an empty prompt, which guidance leads away from; use sampler.guidance_scale=1",
+                sampler.guidance_scale,
+            )
 
     @torch.inference_mode()
     def __call__(
@@ -90,17 +105,17 @@ class Generator:
         frames: int,
         fps: float = 8.0,
         seed: int = 0,
-        steps: int = 25,
-        guidance_scale: float = 3.0,
+        sampler: Sampler | None = None,
     ) -> list[np.ndarray]:
         """Return a clip for each prompt, uint8 `[T, H, W, 3]`.
 
         A clip's noise depends on (seed, prompt) alone, so its content does not depend on the others in its batch.
 
         Raises:
-            ConfigError: a prompt, size or length that cannot be drawn.
+            ConfigError: a prompt, size or length that cannot be drawn, or a sampler that does not fit the weights.
         """
-        self.check(prompts, height, width, frames, guidance_scale)
+        sampler = sampler or Sampler()
+        self.check(prompts, height, width, frames, sampler)
         tokens = self.text.tokenize(prompts)
         if tokens.truncated:
             log.warning(
@@ -114,8 +129,7 @@ class Generator:
         clips: list[np.ndarray] = []
         for start in range(0, len(prompts), self.batch):
             some = prompts[start : start + self.batch]
-            noise = torch.stack([keyed_normal(draw_of(seed, prompt), "noise", shape) for prompt in some])
-            latents = self.draw(some, noise, fps, steps, guidance_scale)
+            latents = self.draw(some, shape, fps, seed, sampler)
             clips += [self.decode(latent) for latent in latents]
         return clips
 
@@ -124,22 +138,30 @@ class Generator:
         pieces = self.vae.decode_stream([latent[None]], latent.shape[1], DECODED)
         return np.concatenate([to_uint8(piece)[0].cpu().numpy() for piece in pieces])
 
-    def draw(self, prompts: Sequence[str], noise: Tensor, fps: float, steps: int, guidance_scale: float) -> Tensor:
-        """Return latents `[B, C, t, h, w]` for the prompts, from noise of that shape."""
-        device = self.dit.head.weight.device
-        guide = guidance_scale != 1
-        text, packing = self.text(self.text.tokenize([*prompts, *[""] * (len(prompts) if guide else 0)]))
-        tokens = noise[0, 0].numel() // self.dit.patch_size
+    def draw(self, prompts: Sequence[str], shape: tuple[int, ...], fps: float, seed: int, sampler: Sampler) -> Tensor:
+        """Return latents `[B, C, t, h, w]` of `shape` for the prompts."""
+        device, tokens = self.dit.head.weight.device, math.prod(shape[1:]) // self.dit.patch_size
 
-        def velocity(x: Tensor, sigma: float) -> Tensor:
-            level = torch.tensor(sigma)
-            both = torch.cat((x, x)) if guide else x
+        def noise(stream: str) -> Tensor:
+            return torch.stack([keyed_normal(draw_of(seed, prompt), stream, shape, device) for prompt in prompts])
+
+        levels = sampler.levels(self.objective, tokens).tolist()[:-1]
+        texts = {
+            guides: self.text(self.text.tokenize([*prompts, *[""] * (len(prompts) if guides else 0)]))
+            for guides in sorted({sampler.guides(level) for level in levels})
+        }
+
+        def predict(x: Tensor, sigma: float) -> Tensor:
+            level, guides = torch.tensor(sigma), sampler.guides(sigma)
+            both = torch.cat((x, x)) if guides else x
             flat = flatten([[Segment(latent, level, fps)] for latent in both], self.dit.patch, self.dit.rope_time)
-            out = flat.unflatten(self.dit(flat.tokens, text, packing).float())
-            speed = self.objective.to_velocity(both, torch.stack([segments[0] for segments in out]), level)
-            return guided(speed[: len(x)], speed[len(x) :], guidance_scale) if guide else speed
+            out = flat.unflatten(self.dit(flat.tokens, *texts[guides]).float())
+            answer = torch.stack([segments[0] for segments in out])
+            return sampler.guided(answer[: len(x)], answer[len(x) :]) if guides else answer
 
-        return euler(velocity, noise.to(device), self.objective.grid(steps, tokens))
+        return sampler(
+            predict, noise("noise"), objective=self.objective, tokens=tokens, noise=lambda step: noise(f"noise {step}")
+        )
 
 
 def check_size(height: int, width: int, frames: int, patch: Sequence[int], stride: Sequence[int] = STRIDE) -> None:

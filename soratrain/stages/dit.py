@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from soratrain.batch import LatentBatch
-from soratrain.diffusion.flow import Flow
+from soratrain.diffusion.objective import Objective
 from soratrain.diffusion.segments import Segment, flatten
 from soratrain.errors import ConfigError, DataError
 from soratrain.models.dit import DiT
@@ -42,7 +42,7 @@ class DiTStage(TrainStage):
         *,
         dit: partial,
         text: partial,
-        objective: Flow,
+        objective: Objective,
         optimizer: OptimizerFactory,
         schedule: Schedule,
         max_steps: int,
@@ -83,7 +83,8 @@ class DiTStage(TrainStage):
         return loss
 
     def exported(self) -> dict[str, tuple[nn.Module, partial, dict[str, Any]]]:
-        """Return both nets; beside the DiT, the objective that it was trained for."""
+        """Return both nets; beside the DiT, what it was trained for, and whether guidance can use it."""
         nets = super().exported()
         module, factory, extra = nets["dit"]
-        return {**nets, "dit": (module, factory, {**extra, "objective": asdict(self.objective)})}
+        learned = {"objective": asdict(self.objective), "caption_dropout": self.caption_dropout}
+        return {**nets, "dit": (module, factory, {**extra, **learned})}

@@ -18,6 +18,7 @@ from data_prep.world import Prompt, Seen, World, agreement, measure, read_captio
 from soratrain.batch import to_pixels, to_uint8
 from soratrain.data.atomic import replacing
 from soratrain.diffusion.generator import Generator
+from soratrain.diffusion.sampler import Sampler
 from soratrain.media import write_video
 from soratrain.models import weights
 from soratrain.models.captioner import Captioner
@@ -59,6 +60,7 @@ class Evaluate:
         vae, captioner, dit: folders with the weights.
         prompts: prompts of each split, drawn from scenes that no training clip shows.
         clips: clips of each split for reconstructions and captions.
+        sampler: how samples are drawn.
     """
 
     def __init__(
@@ -73,14 +75,13 @@ class Evaluate:
         prompts: int,
         clips: int,
         seed: int,
-        steps: int,
-        guidance_scale: float,
+        sampler: Sampler,
     ) -> None:
         self.out = Path(out)
         self.vae, self.captioner, self.dit = vae, captioner, dit
         self.world = World(preset=preset, seed=world_seed)
         self.prompts, self.clips = prompts, clips
-        self.seed, self.steps, self.guidance_scale = seed, steps, guidance_scale
+        self.seed, self.sampler = seed, sampler
 
     def __call__(self) -> dict[str, Any]:
         """Return and store every figure: the share of clips that is right, by part, split and attribute."""
@@ -150,8 +151,7 @@ class Evaluate:
                 frames=frames,
                 fps=prompts[same[0]].fps,
                 seed=self.seed,
-                steps=self.steps,
-                guidance_scale=self.guidance_scale,
+                sampler=self.sampler,
             )
             for index, clip in zip(same, drawn, strict=True):
                 clips[index] = clip

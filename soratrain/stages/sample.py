@@ -9,6 +9,7 @@ import re
 import time
 import unicodedata
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from soratrain.data.atomic import replacing
 from soratrain.diffusion.generator import Generator, check_prompt, check_size
+from soratrain.diffusion.sampler import Sampler
 from soratrain.errors import ConfigError
 from soratrain.media import write_image, write_video
 from soratrain.models import weights
@@ -59,7 +61,7 @@ class Sample:
         frames: 1 for an image, else 1 + 4k.
         fps: frames per second of the clip.
         seed: with the prompt, settles the noise.
-        steps, guidance_scale: of the sampler.
+        sampler: how they are drawn.
         patch: latent positions of a token, so that a wrong size is refused before the weights are read.
         batch: most clips drawn at once.
     """
@@ -75,8 +77,7 @@ class Sample:
         frames: int,
         fps: float,
         seed: int,
-        steps: int,
-        guidance_scale: float,
+        sampler: Sampler,
         patch: Sequence[int] = (1, 2, 2),
         batch: int = 16,
     ) -> None:
@@ -86,26 +87,23 @@ class Sample:
         self.height, self.width = parse_size(size)
         check_size(self.height, self.width, frames, patch)
         for text in self.prompts:
-            check_prompt(text, guidance_scale)
-        if steps < 1:
-            raise ConfigError(f"sampler.steps={steps} must be at least 1")
+            check_prompt(text, sampler.guidance_scale)
         if fps <= 0:
-            raise ConfigError(f"sampler.fps={fps} must be above 0")
-        self.out, self.vae, self.dit, self.batch = Path(out), vae, dit, batch
+            raise ConfigError(f"fps={fps} must be above 0")
+        self.out, self.vae, self.dit, self.batch, self.sampler = Path(out), vae, dit, batch, sampler
         self.settings: dict[str, Any] = {
             "size": f"{self.width}x{self.height}",
             "frames": frames,
             "fps": fps,
             "seed": seed,
-            "steps": steps,
-            "guidance_scale": guidance_scale,
         }
 
     def __call__(self) -> dict[str, Any]:
         """Draw every prompt that is not drawn yet with these settings; return how many, and where the clips are."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generate = Generator.load(self.vae, self.dit, device=device, batch=self.batch)
-        generate.check(self.prompts, self.height, self.width, self.settings["frames"], self.settings["guidance_scale"])
+        generate.check(self.prompts, self.height, self.width, self.settings["frames"], self.sampler)
+        self.settings["sampler"] = asdict(self.sampler.fitted(generate.objective))
         print_of = {name: weights.digest(getattr(generate, name))[:16] for name in ("vae", "dit")}
         documents = {
             self.path(prompt, print_of): {"prompt": prompt, **self.settings, "weights": print_of}
@@ -118,8 +116,9 @@ class Sample:
         }
         began = time.monotonic()
         texts = [document["prompt"] for document in missing.values()]
-        settings = {key: self.settings[key] for key in ("frames", "fps", "seed", "steps", "guidance_scale")}
-        clips = generate(texts, height=self.height, width=self.width, **settings) if texts else []
+        settings = {key: self.settings[key] for key in ("frames", "fps", "seed")}
+        size = {"height": self.height, "width": self.width}
+        clips = generate(texts, **size, **settings, sampler=self.sampler) if texts else []
         for (path, document), clip in zip(missing.items(), clips, strict=True):
             write_clip(path, clip, self.settings["fps"], document)
             log.info("%s: %s", self.clip(path), document["prompt"][:80])

@@ -34,10 +34,10 @@ def test_every_stage_composes_for_every_machine(stage, machine):
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_group_option_composes(option):
     group, name = option.split("=")
-    sharded = ["optimizer=adamw"] if group == "strategy" else []
+    also = {"strategy": ["optimizer=adamw"], "sampler": ["objective=ddpm"] if name in ("ddim", "ancestral") else []}
     frozen = option == "text=hf"  # its features are made once, by stage=encode
     stage = ["stage=encode", "text.folder=somewhere"] if frozen else ["stage=dit"]
-    config, choices = compose([*stage, "machine=laptop", option, *sharded])
+    config, choices = compose([*stage, "machine=laptop", option, *also.get(group, [])])
     validate(config)
     assert choices[group] == name
 
@@ -135,6 +135,11 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
         (["stage=dit", "run=a/b"], "run='a/b': must be a folder name"),
         (["stage=dit", "trainer.max_steps=-1"], "trainer.max_steps=-1: must be at least 0"),
         (["stage=dit", "strategy=zero3", "optimizer=muon"], "optimizer=muon with strategy=zero3.*use optimizer=adamw"),
+        (
+            ["stage=dit", "objective=ddpm", "sampler=euler"],
+            "sampler=euler does not fit objective=ddpm; use sampler=auto",
+        ),
+        (["stage=dit", "sampler=ddim"], "sampler=ddim does not fit objective=flow; .*euler, heun, dpmpp"),
         (["stage=vae", "inputs.shards=[a,b]", "data.mix=[0.7]"], r"data.mix=\[0.7\]: .*inputs.shards \(here 2\)"),
         (["stage=vae", "data.mix=[0.7,0.3]"], r"data.mix=\[0.7, 0.3\]: .*inputs.shards \(here 1\)"),
         (["stage=vae", "inputs.shards=[a,b]", "data.mix=[1,x]"], "data.mix=.*one positive number"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from torch import Tensor
 
 from soratrain.batch import LatentBatch, draw_of, to_uint8
 from soratrain.diffusion import generator
+from soratrain.diffusion.ddpm import DDPM
 from soratrain.diffusion.flow import Flow
 from soratrain.diffusion.generator import Generator
+from soratrain.diffusion.objective import Objective
+from soratrain.diffusion.sampler import Sampler
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
-from soratrain.models.dit import DiT
+from soratrain.models.dit import DiT, Tokens
 from soratrain.models.text import ByteTextEncoder
 from soratrain.models.vae import VAE
 from soratrain.optim import OptimizerFactory, Schedule
@@ -26,6 +30,7 @@ from soratrain.stages.dit import DiTStage
 from soratrain.stages.sample import Sample, parse_size, slug
 
 TOKYO = 'A stylish woman walks down a Tokyo street, "neon" and signage (animated); she wears a black leather jacket.'
+THREE = Sampler(steps=3, guidance_scale=2.0)
 SIZES = {"dim": 16, "depth": 1, "num_heads": 2, "text_dim": 8}
 VAE_FACTORY = partial(
     VAE,
@@ -39,14 +44,20 @@ VAE_FACTORY = partial(
     front_strides=[2, 4],
 )
 DIT_FACTORY = partial(DiT, channels=4, **SIZES)
+FLOW = Flow(shift=2.0)
+DDPMS = [
+    DDPM(shift=2.0),
+    DDPM(prediction="x0", min_snr=5.0, snr_floor=1.0),
+    DDPM(prediction="epsilon", schedule="linear", zero_terminal_snr=False),
+]
 TEXT_FACTORY = partial(ByteTextEncoder, dim=8, depth=1, num_heads=2, table=32, max_tokens=12)
 
 
-def stage(**kwargs: object) -> DiTStage:
+def stage(objective: Objective = FLOW, **kwargs: object) -> DiTStage:
     module = DiTStage(
         dit=DIT_FACTORY,
         text=TEXT_FACTORY,
-        objective=Flow(shift=2.0),
+        objective=objective,
         optimizer=OptimizerFactory(lr=1e-2),
         schedule=Schedule(warmup_steps=0),
         max_steps=10,
@@ -114,8 +125,9 @@ def test_dropped_captions_do_not_reach_the_net() -> None:
     assert not torch.equal(module.training_step(one, 0), module.training_step(other, 0))
 
 
-def test_training_lowers_the_loss() -> None:
-    module = stage(caption_dropout=0.0)
+@pytest.mark.parametrize("objective", [FLOW, *DDPMS])
+def test_training_lowers_the_loss(objective: Objective) -> None:
+    module = stage(objective, caption_dropout=0.0)
     optimizer = OptimizerFactory(name="muon", lr=1e-2)(module.named_parameters())
     losses = []
     for _ in range(30):
@@ -137,20 +149,23 @@ def test_text_can_start_from_another_stages_encoder(tmp_path: Path) -> None:
         stage(text_init=str(tmp_path / "nowhere"))
 
 
-@pytest.fixture()
-def trained(tmp_path: Path) -> Path:
+def export(folder: Path, module: DiTStage) -> Path:
     """Write weights of an untrained chain that draws something else for every prompt."""
-    module = stage()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     for name, (net, factory, extra) in module.exported().items():
-        weights.save(tmp_path / "weights", name, net, factory, extra)
-    weights.save(tmp_path / "weights", "vae", VAE_FACTORY(), VAE_FACTORY, {})
-    return tmp_path
+        weights.save(folder / "weights", name, net, factory, extra)
+    weights.save(folder / "weights", "vae", VAE_FACTORY(), VAE_FACTORY, {})
+    return folder
+
+
+@pytest.fixture()
+def trained(tmp_path: Path) -> Path:
+    return export(tmp_path, stage())
 
 
 def draw(trained: Path, prompts: list[str], batch: int = 16, **kwargs: object) -> list[np.ndarray]:
-    settings = {"height": 16, "width": 32, "frames": 5, "seed": 3, "steps": 3, "guidance_scale": 2.0} | kwargs
+    settings = {"height": 16, "width": 32, "frames": 5, "seed": 3, "sampler": THREE} | kwargs
     return Generator.load(trained, trained, batch=batch)(prompts, **settings)  # type: ignore[arg-type]
 
 
@@ -178,8 +193,55 @@ def test_a_clip_depends_on_seed_and_prompt_and_not_on_its_batch(trained: Path) -
     assert not np.array_equal(together[0], draw(trained, prompts[:1], seed=4)[0])
 
 
-def test_the_objective_is_kept_beside_the_weights(trained: Path) -> None:
-    assert Generator.load(trained, trained).objective == Flow(shift=2.0)
+@pytest.mark.parametrize("objective", [FLOW, *DDPMS])
+def test_the_objective_is_kept_beside_the_weights_and_they_draw_by_it(tmp_path: Path, objective: Objective) -> None:
+    export(tmp_path, stage(objective))
+    assert Generator.load(tmp_path, tmp_path).objective == objective
+    for name in ("auto", "dpmpp", *(["ancestral"] if isinstance(objective, DDPM) else ["heun"])):
+        sampler = replace(THREE, name=name)
+        together = draw(tmp_path, ["a cat", "a dog"], sampler=sampler)
+        alone = draw(tmp_path, ["a dog"], sampler=sampler)
+        assert not np.array_equal(*together) and np.abs(together[1].astype(int) - alone[0]).max() <= 1
+        assert json.loads(Path(job(tmp_path, sampler=sampler)()["files"][0]).with_suffix(".json").read_text())[
+            "sampler"
+        ]["name"] == (name if name != "auto" else "ddim" if isinstance(objective, DDPM) else "euler")
+
+
+def test_weights_of_an_objective_that_the_sampler_does_not_fit_are_refused(tmp_path: Path) -> None:
+    export(tmp_path, stage(DDPMS[0]))
+    with pytest.raises(ConfigError, match="sampler=euler does not fit objective=ddpm; use sampler=auto, or one of"):
+        job(tmp_path, sampler=replace(THREE, name="euler"))()
+    file = tmp_path / "weights" / "dit.yaml"
+    file.write_text(file.read_text().replace("name: ddpm", "name: edm"))
+    with pytest.raises(DataError, match="objective 'edm'; this version knows"):
+        Generator.load(tmp_path, tmp_path)
+
+
+def test_guidance_costs_a_second_clip_only_where_it_acts(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[float, int]] = []
+    forward = DiT.forward
+
+    def spy(net: DiT, tokens: Tokens, *rest: object) -> Tensor:
+        seen.append((tokens.sigma[0].item(), len(tokens.packing)))
+        return forward(net, tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DiT, "forward", spy)
+    draw(trained, ["a cat"], sampler=Sampler(steps=4, guidance_scale=1.0))
+    assert [clips for _, clips in seen] == [1, 1, 1, 1]
+    seen.clear()
+    draw(trained, ["a cat"], sampler=Sampler(steps=8, guidance_scale=3.0, guidance_interval=[0.3, 0.9]))
+    assert len(seen) == 8 and {clips for _, clips in seen} == {1, 2}
+    assert all((clips == 2) == (0.3 < sigma <= 0.9) for sigma, clips in seen)
+
+
+@pytest.mark.parametrize(("dropout", "scale", "warned"), [(0.0, 3.0, True), (0.0, 1.0, False), (0.1, 3.0, False)])
+def test_guidance_by_a_net_that_never_saw_an_empty_prompt_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, dropout: float, scale: float, warned: bool
+) -> None:
+    export(tmp_path, stage(caption_dropout=dropout))
+    with caplog.at_level(logging.WARNING):
+        draw(tmp_path, ["a cat"], sampler=replace(THREE, guidance_scale=scale))
+    assert ["caption_dropout=0" in record.message for record in caplog.records] == [True] * warned
 
 
 @pytest.mark.parametrize(
@@ -204,7 +266,7 @@ def test_empty_prompts_are_refused_unless_guidance_is_0_and_endless_ones_always(
     for empty in ("", "  \n"):
         with pytest.raises(ConfigError, match="sampler.guidance_scale=0"):
             draw(trained, [empty])
-    assert len(draw(trained, [""], guidance_scale=0.0)) == 1
+    assert len(draw(trained, [""], sampler=replace(THREE, guidance_scale=0.0))) == 1
     with pytest.raises(ConfigError, match="more than 10000"):
         draw(trained, ["x" * 10_001])
     with caplog.at_level(logging.WARNING):
@@ -216,7 +278,7 @@ def job(trained: Path, **kwargs: object) -> Sample:
     settings: dict[str, object] = dict(
         out=str(trained / "out"), vae=str(trained), dit=str(trained), prompt=TOKYO, size="32x16", frames=5, fps=8.0
     )
-    settings |= {"seed": 0, "steps": 2, "guidance_scale": 2.0}
+    settings |= {"seed": 0, "sampler": Sampler(steps=2, guidance_scale=2.0)}
     return Sample(**(settings | kwargs))  # type: ignore[arg-type]
 
 

@@ -169,6 +169,17 @@ def test_an_upstream_of_another_net_than_asked_for_is_refused(tmp_path, calls):
     upstream.ensure(config(tmp_path, vae={"dim": 1}), ["vae=s"])
 
 
+def test_a_dit_of_another_objective_than_asked_for_is_refused_and_one_that_is_missing_made_with_it(tmp_path, calls):
+    (tmp_path / "config.yaml").write_text("stage: {name: dit}\nobjective: {shift: 1}\n")
+    upstream.check_nets(str(tmp_path), config(tmp_path, objective={"shift": 2}), set())
+    with pytest.raises(DataError, match="objective: .* was made with another one than you ask for"):
+        upstream.check_nets(str(tmp_path), config(tmp_path, objective={"shift": 2}), {"objective"})
+    (tmp_path / "config.yaml").write_text("stage: {name: encode}\nobjective: {shift: 1}\n")  # it has no part in these
+    upstream.check_nets(str(tmp_path), config(tmp_path, objective={"shift": 2}), {"objective"})
+    assert upstream.command("dit", "", config(tmp_path), ["objective=ddpm"])[4:] == ["objective=ddpm"]
+    assert upstream.command("vae", "", config(tmp_path), ["objective=ddpm"])[4:] == []
+
+
 def test_another_s_vae_is_seen_to_be_the_one_asked_for_and_never_made(tmp_path, calls):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", "z_dim": 16}))
