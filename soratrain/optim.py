@@ -34,6 +34,8 @@ class OptimizerFactory:
         betas, eps: of AdamW.
         weight_decay: decoupled, times the learning rate.
         clip: largest norm of the whole gradient; 0 leaves it alone. The trainer clips.
+        clip_adaptive: above 0, the norm is also limited to the running mean of earlier steps' norms plus so many of
+            their deviations (`AdaptiveClip`).
         momentum: of Muon.
         block: most rows that Muon makes orthogonal together, 0 for whole matrices; 64 costs a tenth at width 256.
         disc: the optimizer of a discriminator, where a stage has one.
@@ -48,6 +50,7 @@ class OptimizerFactory:
     eps: float = 1e-8
     weight_decay: float = 0.0
     clip: float = 1.0
+    clip_adaptive: float = 0.0
     momentum: float = 0.95
     block: int = 0
     disc: OptimizerFactory | None = None
@@ -59,9 +62,12 @@ class OptimizerFactory:
             raise ConfigError(f"optimizer.betas={list(self.betas)} must be two numbers in [0, 1)")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"optimizer.momentum={self.momentum} must lie in [0, 1)")
-        for key in ("lr", "eps", "weight_decay", "clip", "block"):
+        for key in ("lr", "eps", "weight_decay", "clip", "clip_adaptive", "block"):
             if not (math.isfinite(getattr(self, key)) and getattr(self, key) >= 0):
                 raise ConfigError(f"optimizer.{key}={getattr(self, key)} must be a number of at least 0")
+
+        if self.disc is not None and self.disc.clip_adaptive:
+            raise ConfigError("optimizer.disc.clip_adaptive: a discriminator's gradient is clipped to disc.clip; set 0")
 
     def __call__(self, named_params: Iterable[tuple[str, Parameter]]) -> Optimizer:
         """Return the optimizer over those of `named_params` that require gradients.

@@ -231,6 +231,12 @@ def check_across(config: Mapping[str, Any]) -> None:
             f"optimizer=muon with strategy={config['strategy']['name']}: ZeRO flattens gradients, which Muon needs as"
             " matrices; use optimizer=adamw, or strategy=ddp"
         )
+    if config["optimizer"].get("clip_adaptive") and config["strategy"].get("name") in ZERO:
+        raise ConfigError(
+            f"optimizer.clip_adaptive={config['optimizer']['clip_adaptive']} with strategy="
+            f"{config['strategy']['name']}: DeepSpeed's engine clips by itself, to optimizer.clip; set"
+            " optimizer.clip_adaptive=0, or use strategy=ddp"
+        )
     stage, vae = config["stage"], config["vae"]
     if (stage.get("module") or {}).get("adversary") and config["strategy"].get("name") in ZERO:
         raise ConfigError(

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from soratrain.batch import Batch, draw_of
+from soratrain.errors import ConfigError
 from soratrain.models import weights
 from soratrain.optim import OptimizerFactory, Schedule
+from soratrain.stages.clipping import AdaptiveClip
 from soratrain.stages.guard import StepGuard
 
-COUNTS = ("tokens", "samples", "frames", "bad_steps")  # reported quantities that are summed
+COUNTS = ("tokens", "samples", "frames", "bad_steps", "clipped")  # reported quantities that are summed
 SHARE = "captions_"  # how names begin of what is summed and shown as a share of the samples; all others are averaged
 SHOWN = ("synthetic", "original", "none"), ("gt", "short", "long", "camera", "tags", "other")  # sources, types
 
@@ -61,6 +63,7 @@ class TrainStage(L.LightningModule):
         super().__init__()
         self.factories = dict(nets)
         self.guard = None if max_bad_steps is None else StepGuard(max_bad_steps)
+        self.adaptive = AdaptiveClip(optimizer.clip_adaptive) if optimizer.clip_adaptive else None
         self.optimizer_factory, self.schedule, self.max_steps = optimizer, schedule, max_steps
         self.origins: dict[str, tuple[Path, str]] = {}
         self.reported: dict[str, tuple[Tensor, int]] = {}
@@ -91,7 +94,13 @@ class TrainStage(L.LightningModule):
             setattr(self, name, net)
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer and its schedule, stepped once an optimizer step."""
+        """Return the optimizer and its schedule, stepped once an optimizer step.
+
+        Raises:
+            ConfigError: clipping shall adapt where the strategy's engine clips.
+        """
+        if self.adaptive and self._trainer is not None and not getattr(self.trainer.strategy, "skips", True):
+            raise ConfigError("optimizer.clip_adaptive: under ZeRO the engine clips by itself; use strategy=ddp")
         optimizer = self.optimizer_factory(self.named_parameters())
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, self.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -113,7 +122,12 @@ class TrainStage(L.LightningModule):
         """Clip the norm of the whole gradient and report it as it was before; leave out an update that is spoilt."""
         params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
         norm = torch.nn.utils.get_total_norm([param.grad for param in params])
-        if gradient_clip_val:
+        if self.adaptive:
+            limit = self.adaptive(norm, gradient_clip_val or 0.0)
+            if limit is not None:  # as 1, the norm in units of it: a limit on a device need not be waited for
+                torch.nn.utils.clip_grads_with_norm_(params, 1.0, norm / limit.to(norm))
+                self.report(clip_limit=limit, clipped=(norm > limit) * (self.global_rank == 0))
+        elif gradient_clip_val:
             torch.nn.utils.clip_grads_with_norm_(params, gradient_clip_val, norm)
         self.report(grad_norm=norm)
         if self.guard is not None:
@@ -138,15 +152,19 @@ class TrainStage(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.guard is not None:
             checkpoint["bad_in_a_row"] = self.guard.in_a_row
+        if self.adaptive:
+            checkpoint["adaptive_clip"] = self.adaptive.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.guard is not None:
             self.guard.in_a_row = checkpoint.get("bad_in_a_row", 0)
+        if self.adaptive and "adaptive_clip" in checkpoint:
+            self.adaptive.load_state_dict(checkpoint["adaptive_clip"])
 
     def report(self, **values: Tensor | float) -> None:
         """Hand numbers of this micro-batch to the progress bar, `metrics.csv` and the logger.
 
-        `tokens`, `samples`, `frames`, `bad_steps` and what begins with `captions_` are counts, summed over
+        `tokens`, `samples`, `frames`, `bad_steps`, `clipped` and what begins with `captions_` are counts, summed over
         micro-batches and ranks; all else is averaged.
         """
         for key, value in values.items():

@@ -43,8 +43,13 @@ class ManualStage(TrainStage):
         """Take accumulation and clipping from the trainer, which would refuse to train with them.
 
         Raises:
-            ConfigError: the strategy has one optimizer only.
+            ConfigError: the strategy has one optimizer only, or clipping shall adapt.
         """
+        if self.adaptive:
+            raise ConfigError(
+                "optimizer.clip_adaptive: a stage with two optimizers clips each to its own clip; set"
+                " optimizer.clip_adaptive=0"
+            )
         if not getattr(trainer.strategy, "skips", True):
             raise ConfigError(
                 "ZeRO: DeepSpeed takes one optimizer, and a discriminator needs its own; use strategy=ddp"

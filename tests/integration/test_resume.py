@@ -62,6 +62,18 @@ def test_stop_and_resume_equals_the_unbroken_run_bit_for_bit(optimizer: str, log
     identical(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_a_limit_that_follows_the_norms_goes_on_bit_for_bit_and_is_the_same_on_all_ranks(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"clip_adaptive": 0.5, "max_steps": 30, "checkpoint_every": 4, "log_every": 3}
+    train(tmp_path / "whole", ema=0.9, **settings)
+    train(tmp_path / "broken", ema=0.9, stop_at=25, **settings)
+    train(tmp_path / "broken", ema=0.9, **settings)
+    identical(tmp_path / "whole", tmp_path / "broken")
+    rows = steps(tmp_path / "whole")
+    assert "clip_limit" not in rows[0] and rows[-1]["clip_limit"] > 0 and sum(row.get("clipped", 0) for row in rows) > 0
+    run_ranks(outcome, 2, out=str(tmp_path / "two"), strategy="ddp", ranks=2, ema=0.9, **settings)
+    same_training(tmp_path / "whole", tmp_path / "two")
+
+
 def test_a_signal_saves_the_step_and_the_same_call_goes_on_bit_for_bit(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"ema": 0.9, "max_steps": 6, "checkpoint_every": 0}
     train(tmp_path / "whole", **settings)

@@ -132,6 +132,7 @@ def train(
     optimizer: str = "adamw",
     lr: float = 0.01,
     clip: float = 0.0,
+    clip_adaptive: float = 0.0,
     ema: float = 0.0,
     log_every: int = 1,
     checkpoint_every: int = 2,
@@ -146,9 +147,9 @@ def train(
     """Train the tiny stage; return trainer, stage and last metrics. `stop_at` ends early, as a kill would."""
     L.seed_everything(1, verbose=False)
     factory = (
-        SGDFactory(lr=lr, weight_decay=0.0, clip=clip)
+        SGDFactory(lr=lr, weight_decay=0.0, clip=clip, clip_adaptive=clip_adaptive)
         if optimizer == "sgd"
-        else OptimizerFactory(name=optimizer, lr=lr, clip=clip, weight_decay=weight_decay)
+        else OptimizerFactory(name=optimizer, lr=lr, clip=clip, clip_adaptive=clip_adaptive, weight_decay=weight_decay)
     )
     module = Stage(
         nets={"net": partial(Net, width=width)},

@@ -139,6 +139,10 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
             ["stage=dit", "objective=ddpm", "sampler=euler"],
             "sampler=euler does not fit objective=ddpm; use sampler=auto",
         ),
+        (
+            ["stage=dit", "strategy=zero2", "optimizer=adamw", "optimizer.clip_adaptive=3"],
+            "clip_adaptive=3 with .*=zero2",
+        ),
         (["stage=dit", "sampler=ddim"], "sampler=ddim does not fit objective=flow; .*euler, heun, dpmpp"),
         (["stage=vae", "inputs.shards=[a,b]", "data.mix=[0.7]"], r"data.mix=\[0.7\]: .*inputs.shards \(here 2\)"),
         (["stage=vae", "data.mix=[0.7,0.3]"], r"data.mix=\[0.7, 0.3\]: .*inputs.shards \(here 1\)"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import TrainStage
+from soratrain.stages.clipping import FIRST, AdaptiveClip
 
 
 def stage(seed: int = 0, **nets: partial) -> TrainStage:
@@ -121,6 +124,57 @@ def test_clipping_leaves_small_gradients_alone_and_reports_the_norm_before_it() 
         module.configure_gradient_clipping(optimizer, clip)
         torch.testing.assert_close(param.grad, torch.tensor(expected), rtol=1e-5, atol=1e-5)
         assert float(module.take_reported()["grad_norm"]) == pytest.approx(5.0)
+
+
+def limits(clip: AdaptiveClip, norms: list[float], ceiling: float = 0.0) -> list[float]:
+    """Return the limit of each step, infinite where there is none yet."""
+    found = [clip(torch.tensor(norm), ceiling) for norm in norms]
+    return [math.inf if limit is None else float(limit) for limit in found]
+
+
+def test_an_adaptive_limit_is_the_mean_of_the_norms_and_so_many_deviations_and_follows_them() -> None:
+    clip, norms = AdaptiveClip(3.0), [1.0, 2.0] * (FIRST // 2)
+    assert limits(clip, norms) == [math.inf] * FIRST
+    assert limits(clip, [1.5])[0] == pytest.approx(1.5 + 3 * 0.5, rel=0.02)
+    assert limits(AdaptiveClip(3.0), norms, ceiling=0.7) == pytest.approx([0.7] * FIRST)
+    assert limits(clip, [1.5], ceiling=0.7) == pytest.approx([0.7])
+    risen = limits(clip, [6.0] * 300)
+    assert risen[0] < 4 and risen[-1] > 5.9
+    assert limits(clip, [0.1] * 3000)[-1] == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_spike_is_clipped_and_spoils_no_average_nor_does_what_is_no_number() -> None:
+    clip = AdaptiveClip(3.0)
+    limits(clip, [1.0, 1.2] * 50)
+    before = limits(clip, [1.1])[0]
+    at, after = limits(clip, [1e6, 1.1])
+    assert at == pytest.approx(before, rel=0.02) and after == pytest.approx(before, rel=0.1)
+    assert clip.sums is not None
+    state = clip.sums.clone()
+    limits(clip, [float("nan"), float("inf")])
+    assert torch.equal(state, clip.sums)
+
+
+def test_an_adaptive_limit_goes_on_from_its_plain_numbers() -> None:
+    norms = torch.rand(60, generator=torch.Generator().manual_seed(0)).tolist()
+    whole, broken, again = AdaptiveClip(1.0), AdaptiveClip(1.0), AdaptiveClip(1.0)
+    expected = limits(whole, norms)
+    limits(broken, norms[:33])
+    again.load_state_dict(json.loads(json.dumps(broken.state_dict())))
+    assert limits(again, norms[33:]) == expected[33:]
+
+
+def test_a_stage_clips_to_the_adaptive_limit_and_counts_how_often() -> None:
+    param = nn.Parameter(torch.zeros(2))
+    optimizer, module = torch.optim.SGD([param], lr=1.0), stage()
+    module.adaptive = AdaptiveClip(3.0)
+    for size in [1.0, 1.2] * 15 + [100.0]:
+        param.grad = torch.tensor([0.6, 0.8]) * size
+        module.take_reported()
+        module.configure_gradient_clipping(optimizer, None)
+    told = module.take_reported()
+    assert told["grad_norm"] == pytest.approx(100.0) and told["clipped"] == 1 and told["clip_limit"] < 1.6
+    torch.testing.assert_close(param.grad.norm().double(), told["clip_limit"], rtol=1e-4, atol=0)
 
 
 def test_fragments_read_and_write_their_numbers_only() -> None:
