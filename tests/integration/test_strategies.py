@@ -76,3 +76,8 @@ def test_muon_under_zero_is_refused_in_one_line(tmp_path: Path) -> None:
         RuntimeError, match="ConfigError: optimizer.name=muon needs whole matrices and ZeRO slices them"
     ):
         run_ranks(outcome, 2, out=str(tmp_path), strategy="zero2", ranks=2, optimizer="muon")
+
+
+def test_a_limit_that_follows_the_norms_is_refused_under_zero_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ConfigError: optimizer.clip_adaptive: under ZeRO the engine clips"):
+        run_ranks(outcome, 2, out=str(tmp_path), strategy="zero2", ranks=2, clip_adaptive=3.0)

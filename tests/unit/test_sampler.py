@@ -15,7 +15,7 @@ from soratrain.diffusion.flow import Flow
 from soratrain.diffusion.objective import Objective
 from soratrain.diffusion.sampler import FITTING, Sampler, guided
 from soratrain.diffusion.segments import Segment, flatten
-from soratrain.diffusion.solvers import Predict, ddim, dpmpp, euler, heun
+from soratrain.diffusion.solvers import Predict, ancestral, ddim, dpmpp, euler, heun
 from soratrain.errors import ConfigError
 from soratrain.models.attention import Packing
 from soratrain.models.dit import DiT
@@ -134,6 +134,14 @@ def test_ddim_on_a_flows_coefficients_is_euler_and_the_first_steps_of_dpmpp_are_
     levels = ddpm.grid(2, 80).tolist()  # each at an end, where lambda is infinite
     predict = closed_form(ddpm, TWO)
     torch.testing.assert_close(ddim(predict, EVEN, ddpm, levels), dpmpp(predict, EVEN, ddpm, levels))
+
+
+def test_ancestral_steps_of_any_length_keep_the_noise_that_belongs_to_each_level() -> None:
+    ddpm, levels = DDPM(), [1.0, 0.6, 0.3]
+    found = ancestral(closed_form(ddpm, [(1.0, MEAN, 0.0)]), EVEN, ddpm, levels, noise=noise_of(len(EVEN)))
+    a, s = ddpm.coefficients(torch.tensor(levels[-1], dtype=torch.float64))
+    assert found.mean().item() == pytest.approx(float(a) * MEAN, abs=0.03)
+    assert found.std().item() == pytest.approx(float(s), rel=0.05)
 
 
 def test_a_straight_path_is_exact_in_one_step() -> None:
