@@ -136,8 +136,8 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         outputs.claim(out, config, compare=once)
         log_to(out / "log.txt")
         if once:
-            first_weights = [("init", config["init"])] if config["init"] else []
-            outputs.bind_upstream(out, upstream.needed(config) + first_weights)
+            first_weights = upstream.begun_from(config)
+            outputs.bind_upstream(out, upstream.needed(config) + ([("init", first_weights)] if first_weights else []))
     shared = stage["kind"] != "fit" and stage.get("shared", False)
     done = outputs.stored_result(out) if once and (first or not config["fresh"]) else None  # fresh: about to be removed
     if done is not None:

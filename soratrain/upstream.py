@@ -131,13 +131,18 @@ def begin_from(config: Mapping[str, Any], overrides: Sequence[str], given: set[s
     Raises:
         DataError: it is missing and may not, or could not, be made; or it is out of date.
     """
-    place, stage = config.get("init"), config["stage"].get("name")
-    if not place or "init" in given:
+    place, stage = begun_from(config), config["stage"].get("name")
+    if place is None or "init" in given:
         return
     if not ready(stage, place):
         make(stage, place, config, overrides, own=True, called="init")
     check_current(place)
     check_nets(place, config, given)
+
+
+def begun_from(config: Mapping[str, Any]) -> str | None:
+    """Return the folder whose weights a run begins with; jobs, which train nothing, pass an experiment's over."""
+    return (config.get("init") or None) if config["stage"].get("kind") == "fit" else None
 
 
 def published(place: str, config: Mapping[str, Any]) -> bool:

@@ -8,10 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import av
 import pytest
+import yaml
 
 MEDIA = Path(__file__).resolve().parents[3] / "shared" / "media"
 SHORT = ["machine=laptop", "machine.steps.vae=6", "machine.steps.captioner=6", "machine.steps.dit=6"]
@@ -107,10 +109,18 @@ def test_sizes_and_durations_that_were_never_trained_can_be_drawn(world):
 
 
 @pytest.mark.full
-def test_native_res_and_a_sweep_run_from_the_same_upstream(world):
+def test_the_recipe_and_a_sweep_run_from_the_same_upstream(world):
     folder, _ = world
-    call(folder, "stage=dit", "+experiment=native_res", *SHORT, "machine.world.clips=48")
-    assert (folder / "outputs/default/dit/native_res/result.json").is_file()
+    recipe = ("images_256", "video_256", "native_res", "video_720")
+    call(folder, "stage=dit", "+experiment=video_720", *SHORT, *(f"machine.steps.{name}=2" for name in recipe))
+    for before, name in pairwise((None, *recipe)):
+        begun = yaml.safe_load((folder / f"outputs/default/dit/{name}/config.yaml").read_text())["init"]
+        assert begun == (before and f"outputs/default/dit/{before}")
+        assert (folder / f"outputs/default/dit/{name}/result.json").is_file()
+    images = json.loads((folder / "outputs/default/encode/images_256/dataset.json").read_text())
+    assert images["totals"]["clips"] == 48 and not yaml.safe_load(
+        (folder / "outputs/default/encode/images_256/upstream.yaml").read_text()
+    ).get("init")
     sweep = ["-m", "stage=dit", "optimizer.lr=1e-4,3e-4", *SHORT, "machine.world.clips=48"]
     call(folder, *sweep)
     jobs = sorted((folder / "outputs/default/dit/sweep").glob("*/result.json"))

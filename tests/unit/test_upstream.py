@@ -125,7 +125,7 @@ def test_what_was_made_from_something_older_is_refused_at_any_depth(tmp_path, ca
 
 def test_what_an_experiment_continues_is_made_first_or_named_with_its_command(tmp_path, calls, monkeypatch):
     place = tmp_path / "vae_a"
-    wanted = config(tmp_path, init=str(place), stage={"name": "vae", "needs": []})
+    wanted = config(tmp_path, init=str(place), stage={"name": "vae", "kind": "fit", "needs": []})
     command = ["stage=vae", "run=a", "machine.steps.vae_a=5", "lpips.vgg=x", "+experiment=vae_a"]
     given = [*command[1:4], "+experiment=vae_b", "optimizer.lr=1"]
     with pytest.raises(DataError, match=r"init=.*vae_a: missing or unfinished; make it first: .* \+experiment=vae_a"):
@@ -133,7 +133,8 @@ def test_what_an_experiment_continues_is_made_first_or_named_with_its_command(tm
     monkeypatch.setattr(upstream, "run_child", lambda words: calls.append(words) or make_vae(place) or 0)
     upstream.ensure(wanted, given)
     assert [words[3:] for words in calls] == [command]
-    upstream.ensure(config(tmp_path, init="elsewhere", stage={"name": "vae", "needs": []}), ["init=elsewhere"])
+    elsewhere = config(tmp_path, init="elsewhere", stage={"name": "vae", "kind": "fit", "needs": []})
+    upstream.ensure(elsewhere, ["init=elsewhere"])
     assert len(calls) == 1
     (place / "config.yaml").write_text("stage: {name: vae}\nrun: a\n")
     outputs.bind_upstream(place, [("init", str(tmp_path / "old"))])
@@ -193,3 +194,9 @@ def test_another_s_vae_is_seen_to_be_the_one_asked_for_and_never_made(tmp_path, 
     with pytest.raises(DataError, match="inputs.vae=.*: holds no VAE that diffusers wrote"):
         upstream.ensure(config(tmp_path, vae=wan), [])
     assert calls == []
+
+
+def test_a_job_under_an_experiment_of_training_needs_nothing_that_the_training_begins_from(tmp_path, calls):
+    job = {"name": "encode", "kind": "job", "needs": []}
+    upstream.ensure(config(tmp_path, init=str(tmp_path / "images_256"), stage=job), ["+experiment=video_256"])
+    assert not calls
