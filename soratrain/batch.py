@@ -7,7 +7,7 @@ Legend: B samples, T frames, H height, W width, C channels. Every random number 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -48,6 +48,17 @@ def to_uint8(video: Tensor) -> Tensor:
     return video.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 4, 1).contiguous()
 
 
+def _each(value: Any, act: Callable[[Tensor], Tensor]) -> Any:
+    """Return a field of a batch with `act` done to every tensor in it."""
+    if isinstance(value, Tensor):
+        return act(value)
+    if isinstance(value, tuple):
+        return tuple(_each(item, act) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _each(item, act) for key, item in value.items()}
+    return value
+
+
 @dataclass(frozen=True)
 class Batch:
     """What every micro-batch carries.
@@ -78,30 +89,15 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
         """Return the batch with its tensors on `device`; `draws` stay on the CPU, where they seed generators."""
 
-        def move(value: object) -> object:
-            if isinstance(value, Tensor):
-                return value.to(device, non_blocking=non_blocking)
-            if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-                return tuple(item.to(device, non_blocking=non_blocking) for item in value)
-            return value
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
 
-        moved: dict[str, Any] = {
-            item.name: move(getattr(self, item.name)) for item in fields(self) if item.name != "draws"
-        }
+        moved = {item.name: _each(getattr(self, item.name), move) for item in fields(self) if item.name != "draws"}
         return replace(self, **moved)
 
     def pin_memory(self) -> Self:
         """Return the batch with its tensors in page-locked memory, from which copies to a GPU need not wait."""
-
-        def pin(value: object) -> object:
-            if isinstance(value, Tensor):
-                return value.pin_memory()
-            if isinstance(value, tuple) and value and isinstance(value[0], Tensor):
-                return tuple(item.pin_memory() for item in value)
-            return value
-
-        pinned: dict[str, Any] = {field.name: pin(getattr(self, field.name)) for field in fields(self)}
-        return replace(self, **pinned)
+        return replace(self, **{item.name: _each(getattr(self, item.name), Tensor.pin_memory) for item in fields(self)})
 
     def normal(self, stream: str, shapes: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> list[Tensor]:
         """Return one normal tensor a sample, of the given shapes."""
@@ -155,7 +151,10 @@ class LatentBatch(Batch):
         latents: normalised latents, one `[C, t, h, w]` a sample.
         text: what stage=encode stored of each sample's caption, features `[L, D]` or tokens of `byte`
             (`TextTokens.joined`); empty where it is not stored for all.
+        tails: of each sample, by their number N, its last N frames encoded standalone `[C, t', h, w]`: those that were
+            asked for, as far as they are stored; empty where none were asked for.
     """
 
     latents: tuple[Tensor, ...]
     text: tuple[Tensor, ...] = ()
+    tails: tuple[Mapping[int, Tensor], ...] = ()

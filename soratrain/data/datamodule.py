@@ -24,7 +24,7 @@ class VideoData(PlannedData):
         if plan.batching != "bucket":
             raise ConfigError(
                 f"data.batching={plan.batching}: clips are stacked, so that they must be of one size; packs are of"
-                " latents (stage=dit)"
+                " cached latents (stage=dit)"
             )
         return ClipSource(manifest, plan.assignment.stride, cache, self.remote, self.strides)
 
@@ -34,12 +34,14 @@ class LatentData(PlannedData):
 
     Args:
         latents: folder or URL of the latents' shards, or several.
+        tails: numbers of frames: a clip's ends of so many, as stage=encode has stored them, are handed on too.
     """
 
     def __init__(
         self,
         *,
         latents: str | Sequence[str],
+        tails: Sequence[int] = (),
         seed: int,
         max_steps: int,
         captions: str | Sequence[str] | None = None,
@@ -89,9 +91,10 @@ class LatentData(PlannedData):
             max_bad=max_bad,
             remote=remote,
         )
+        self.tails = tuple(sorted(set(tails)))
 
     def source(self, manifest: Manifest, plan: Plan, cache: int) -> Source:
         """Return a reader of safetensors members."""
         if manifest.exts != ("safetensors",):
             raise DataError(f"{manifest.folder} holds {', '.join(manifest.exts)}, not latents; run stage=encode")
-        return LatentSource(manifest, cache, self.remote)
+        return LatentSource(manifest, cache, self.remote, self.tails)

@@ -130,10 +130,17 @@ class LatentSource:
         manifest: of the latents' shards.
         cache: bytes of latents to keep in memory.
         remote: how shards in a store are read.
+        tails: frames of the ends, encoded standalone, that are handed on where they are stored.
     """
 
-    def __init__(self, manifest: Manifest, cache: int = 0, remote: Remote | None = None) -> None:
-        self.manifest, self.cache = manifest, ByteBudget(cache)
+    def __init__(
+        self, manifest: Manifest, cache: int = 0, remote: Remote | None = None, tails: Sequence[int] = ()
+    ) -> None:
+        self.manifest, self.cache, self.tails = (
+            manifest,
+            ByteBudget(cache),
+            {frames: f"tail{frames}" for frames in tails},
+        )
         self.reader = open_shards(manifest, remote)
 
     def cached(self, index: int, bucket: Bucket) -> bool:
@@ -141,7 +148,7 @@ class LatentSource:
         return self.cache.get(index) is not None
 
     def load(self, index: int, bucket: Bucket, draw: int) -> tuple[dict[str, Tensor], float, list[dict[str, Any]]]:
-        """Return the sample's tensors: `latent` `[C, t, h, w]`, and the texts of its captions (`text_name`)."""
+        """Return the sample's tensors: `latent` `[C, t, h, w]`, tails, and texts of its captions (`text_name`)."""
         kept = self.cache.get(index)
         if kept is None:
             row = self.manifest.row(index)
@@ -150,11 +157,17 @@ class LatentSource:
                 stored = safetensors.torch.load(media)
             except (SafetensorError, ValueError) as error:
                 raise DataError(f"is not a safetensors file: {error}") from error
-            wanted = {name: held for name, held in stored.items() if name == "latent" or name.startswith("text.")}
+            names = {"latent", *self.tails.values()}
+            wanted = {name: held for name, held in stored.items() if name in names or name.startswith("text.")}
             tensors = {name: held.float() if held.is_floating_point() else held for name, held in wanted.items()}
             shape = tuple(tensors["latent"].shape[1:]) if "latent" in tensors else None
             if shape is None or not belongs(shape, bucket):
                 raise DataError(f"holds a latent of (t, h, w) = {shape}, which does not belong to {bucket}")
+            for frames, name in self.tails.items():
+                there, channels = tensors.get(name), len(tensors["latent"])
+                fits = (channels, 1 + (frames - 1) // TIME, *shape[1:])
+                if there is not None and tuple(there.shape) != fits:
+                    raise DataError(f"holds a {name} of {tuple(there.shape)} where {fits} belongs to its latent")
             kept = tensors, row.fps, captions_of(header)
             self.cache.put(index, kept, sum(value.nbytes for value in tensors.values()))
         return kept
@@ -165,7 +178,12 @@ class LatentSource:
         stored = [sample.payload.get(name) for sample, name in zip(samples, names, strict=True)]
         text = tuple(held for held in stored if held is not None)
         latents = tuple(sample.payload["latent"] for sample in samples)
-        return LatentBatch(latents=latents, text=text if len(text) == len(samples) else (), **common)
+        tails = tuple(
+            {frames: sample.payload[name] for frames, name in self.tails.items() if name in sample.payload}
+            for sample in samples
+        )
+        stored_for_all = text if len(text) == len(samples) else ()
+        return LatentBatch(latents=latents, text=stored_for_all, tails=tails if self.tails else (), **common)
 
 
 def belongs(shape: tuple[int, ...], bucket: Bucket) -> bool:

@@ -94,12 +94,15 @@ def write_clips(folder: Path, shapes: Sequence[tuple[int, int, int]], fps: Fract
     return folder
 
 
-def write_latents(folder: Path, shapes: Sequence[tuple[int, int, int]], channels: int = 4) -> Path:
-    """Write latents of clips of the given (height, width, frames); each is filled with its number."""
+def write_latents(
+    folder: Path, shapes: Sequence[tuple[int, int, int]], channels: int = 4, tails: Sequence[int] = ()
+) -> Path:
+    """Write latents of clips of the given (height, width, frames), filled with their number; tails with 0.5 more."""
     samples = []
     for number, (height, width, frames) in enumerate(shapes):
         latent = torch.full((channels, 1 + (frames - 1) // 4, height // 8, width // 8), float(number))
-        media = safetensors.torch.save({"latent": latent.bfloat16()})
+        ends = {f"tail{tail}": latent[:, : 1 + (tail - 1) // 4].contiguous() + 0.5 for tail in tails if tail <= frames}
+        media = safetensors.torch.save({name: held.bfloat16() for name, held in {"latent": latent, **ends}.items()})
         samples.append((fields(height, width, frames, "safetensors"), media))
     write(folder, samples)
     return folder
