@@ -159,7 +159,7 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     if first:
         outputs.finish(out, result)
         told = {
-            key: value for key, value in result.items() if not key.startswith("captions_")
+            key: value for key, value in result.items() if not key.startswith(("captions_", "modes_"))
         }  # in a line of their own
         figures = {key: value for key, value in told.items() if not isinstance(value, dict | list)}
         log.info("%s", "  ".join(f"{key} {shown(value)}" for key, value in figures.items()))

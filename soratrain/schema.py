@@ -60,6 +60,7 @@ class Root:
     init: str | None = None
     upstream: str = "make"
     target: str | None = None
+    latents: str = "cached"
     prompt: str | list | None = None
     size: str | None = None
     frames: int | None = None
@@ -211,6 +212,23 @@ def check_keys(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{key}={value!r}: must be {KINDS.get(key) or in_words(hints[key])}")
 
 
+def check_latents(config: Mapping[str, Any]) -> None:
+    """Refuse latents made live where no stage takes them, or where they cannot be what is asked.
+
+    Raises:
+        ConfigError: names the mend.
+    """
+    if config.get("latents") != "live":
+        return
+    if config["stage"]["name"] != "dit":
+        raise ConfigError("latents=live: only stage=dit trains on latents; leave it out")
+    if config["data"].get("batching") == "pack":
+        raise ConfigError(
+            "data.batching=pack with latents=live: clips are encoded in batches of one size; use data.batching=bucket,"
+            " or latents=cached"
+        )
+
+
 def check_across(config: Mapping[str, Any]) -> None:
     """Refuse combinations that cannot work, before anything is built.
 
@@ -290,5 +308,6 @@ def validate(config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: the first thing found, in one line.
     """
+    check_latents(config)  # its keys are of stage=dit alone
     check_keys(config)
     check_across(config)

@@ -22,7 +22,7 @@ WORLD = "data/world"  # where the embedded world lies by default
 HELD = {"shards": "a complete dataset.json", "latents": "a complete dataset.json", "captions": "captions/*/*.parquet"}
 MAKERS = {"captions": "recaption", "vae": "vae", "captioner": "captioner", "latents": "encode", "dit": "dit"}
 PASSED_ON = ("run", "seed", "machine", "upstream", "inputs", "vae", "captioner", "dit", "text", "lpips", "logger")
-ALSO = {"latents": ("buckets",), "dit": ("buckets", "objective")}  # buckets: of cached latents
+ALSO = {"latents": ("buckets",), "dit": ("buckets", "objective", "latents")}  # buckets: of cached latents
 
 
 def holds(key: str, place: str) -> bool:

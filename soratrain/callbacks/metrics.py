@@ -22,7 +22,7 @@ from torch import Tensor
 from soratrain.callbacks.step import StepCallback
 from soratrain.data.atomic import replacing
 from soratrain.errors import DivergedError
-from soratrain.stages.base import COUNTS, SHARE, SHOWN, TrainStage, summed
+from soratrain.stages.base import CAPTIONS, COUNTS, MODES_SHOWN, SHARES, SHOWN, TrainStage, summed
 
 VITAL = {"loss": "loss", "grad_norm": "gradient's norm"}  # what must be finite, and what it is called
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Metrics(StepCallback):
         if self.step >= pl_module.max_steps:
             if self.steps:
                 self.finish_row(trainer, pl_module)
-            if words := captions_shown(self.rows):
+            for words in filter(None, (captions_shown(self.rows), modes_shown(self.rows))):
                 log.info("%s", words)
 
     def finish_row(self, trainer: L.Trainer, stage: TrainStage) -> None:
@@ -118,8 +118,8 @@ class Metrics(StepCallback):
         return dict(zip(keys, (values / steps.clamp(min=1)).tolist(), strict=True))
 
     def shares(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Return the share of the row's samples whose caption is of each source and type that the run has shown."""
-        shares = {key: value / means["samples"] for key, value in means.items() if key.startswith(SHARE)}
+        """Return the share of the row's samples of each kind (of caption, of mode) that the run has shown."""
+        shares = {key: value / means["samples"] for key, value in means.items() if key.startswith(SHARES)}
         return {key: value for key, value in shares.items() if value or key in columns(self.rows)}
 
     def check(self, values: Mapping[str, float]) -> None:
@@ -151,14 +151,25 @@ class Metrics(StepCallback):
 
 def captions_shown(rows: list[dict[str, str]]) -> str:
     """Return in words of which sources and types the captions were that a run has shown, by the rows of its CSV."""
-    samples = sum(float(row.get("samples") or 0) for row in rows)
-    found = {
-        name.removeprefix(SHARE): sum(float(row.get(name) or 0) * float(row["samples"]) for row in rows) / samples
-        for name in columns(rows)
-        if name.startswith(SHARE)
-    }
+    found = shares_of(rows, CAPTIONS)
     parts = [", ".join(f"{name} {found[name]:.1%}" for name in kind if found.get(name)) for kind in SHOWN]
     return f"captions shown: {'; '.join(part for part in parts if part)}" if found else ""
+
+
+def modes_shown(rows: list[dict[str, str]]) -> str:
+    """Return in words how a run has shown its clips, by the rows of its CSV; nothing where it has but one way."""
+    found = shares_of(rows, MODES_SHOWN)
+    return f"clips shown as: {', '.join(f'{name} {share:.1%}' for name, share in found.items())}" if found else ""
+
+
+def shares_of(rows: list[dict[str, str]], prefix: str) -> dict[str, float]:
+    """Return the share of all samples that each column has whose name begins with `prefix`, by the name's rest."""
+    samples = sum(float(row.get("samples") or 0) for row in rows)
+    return {
+        name.removeprefix(prefix): sum(float(row.get(name) or 0) * float(row["samples"]) for row in rows) / samples
+        for name in columns(rows)
+        if name.startswith(prefix)
+    }
 
 
 def shown(value: float) -> str:

@@ -24,13 +24,14 @@ from soratrain.stages.clipping import AdaptiveClip
 from soratrain.stages.guard import StepGuard
 
 COUNTS = ("tokens", "samples", "frames", "bad_steps", "clipped")  # reported quantities that are summed
-SHARE = "captions_"  # how names begin of what is summed and shown as a share of the samples; all others are averaged
+CAPTIONS, MODES_SHOWN = "captions_", "modes_"
+SHARES = (CAPTIONS, MODES_SHOWN)  # how names begin of what is summed and shown as a share of samples; not averaged
 SHOWN = ("synthetic", "original", "none"), ("gt", "short", "long", "camera", "tags", "other")  # sources, types
 
 
 def summed(key: str) -> bool:
     """Return whether a reported quantity is summed over micro-batches and ranks, not averaged."""
-    return key in COUNTS or key.startswith(SHARE)
+    return key in COUNTS or key.startswith(SHARES)
 
 
 class TrainStage(L.LightningModule):
@@ -164,8 +165,8 @@ class TrainStage(L.LightningModule):
     def report(self, **values: Tensor | float) -> None:
         """Hand numbers of this micro-batch to the progress bar, `metrics.csv` and the logger.
 
-        `tokens`, `samples`, `frames`, `bad_steps`, `clipped` and what begins with `captions_` are counts, summed over
-        micro-batches and ranks; all else is averaged.
+        `tokens`, `samples`, `frames`, `bad_steps`, `clipped` and what begins with `captions_` or `modes_` are counts,
+        summed over micro-batches and ranks; all else is averaged.
         """
         for key, value in values.items():
             number = value.detach().double() if isinstance(value, Tensor) else torch.tensor(float(value)).double()
@@ -177,7 +178,7 @@ class TrainStage(L.LightningModule):
         sources, types = SHOWN
         found = Counter(source or "none" for source in batch.sources)
         found += Counter(style if style in types else "other" for style in batch.styles if style)
-        self.report(**{f"{SHARE}{name}": found[name] for name in (*sources, *types)})
+        self.report(**{f"{CAPTIONS}{name}": found[name] for name in (*sources, *types)})
 
     def take_reported(self) -> dict[str, Tensor]:
         """Return this rank's numbers since the last call: counts summed, the rest averaged; then start anew."""

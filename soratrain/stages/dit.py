@@ -1,7 +1,9 @@
-"""Train the DiT, and the text encoder with it, on cached latents."""
+"""Train the DiT, and the text encoder with it, on latents: cached ones, or made live from clips by a frozen VAE."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -9,15 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from soratrain.batch import LatentBatch
+from soratrain.batch import LatentBatch, VideoBatch
+from soratrain.diffusion.arrange import Case, Sample, arrange
+from soratrain.diffusion.conditioning import MODES, Conditioning
 from soratrain.diffusion.objective import Objective
-from soratrain.diffusion.segments import Segment, flatten
-from soratrain.errors import ConfigError, DataError
+from soratrain.diffusion.segments import flatten
+from soratrain.errors import DataError
 from soratrain.models.dit import DiT
-from soratrain.models.patchify import patchify_target
+from soratrain.models.patchify import grid_of
 from soratrain.models.text import ByteTextEncoder
 from soratrain.optim import OptimizerFactory, Schedule
-from soratrain.stages.base import TrainStage
+from soratrain.stages.base import MODES_SHOWN, TrainStage
+from soratrain.stages.live import LiveEncoder
 
 
 class DiTStage(TrainStage):
@@ -27,11 +32,13 @@ class DiTStage(TrainStage):
         dit: factory of the DiT.
         text: factory of the text encoder.
         objective: what is predicted, at which noise levels.
-        caption_dropout: share of captions replaced by the empty prompt, which guidance needs.
+        conditioning: which parts of clips and captions are given; by default captions alone.
         text_init: folder whose text encoder this one starts from (a captioner's contrastive text tower, say), or None.
+        vae: folder of the VAE that makes latents of clips; None where the data are latents.
+        pixels_per_batch: see `LiveEncoder`.
 
     Raises:
-        ConfigError: `caption_dropout` is no share.
+        ConfigError: a value out of range.
     """
 
     dit: DiT
@@ -46,45 +53,105 @@ class DiTStage(TrainStage):
         optimizer: OptimizerFactory,
         schedule: Schedule,
         max_steps: int,
-        caption_dropout: float = 0.1,
+        conditioning: Conditioning | None = None,
         text_init: str | None = None,
+        vae: str | None = None,
+        pixels_per_batch: int = 1 << 22,
     ) -> None:
         super().__init__(nets={"dit": dit, "text": text}, optimizer=optimizer, schedule=schedule, max_steps=max_steps)
-        if not 0 <= caption_dropout <= 1:
-            raise ConfigError(f"conditioning.caption_dropout={caption_dropout} must lie in [0, 1]")
-        self.objective, self.caption_dropout = objective, caption_dropout
+        self.objective, self.conditioning = objective, conditioning or Conditioning()
+        self.live = None if vae is None else LiveEncoder(vae, pixels_per_batch)
         if text_init:
             self.start_from("text", text_init)
 
-    def training_step(self, batch: LatentBatch, batch_idx: int) -> Tensor:
-        """Return the micro-batch's loss: per sample the mean over its tokens, weighted as the batch says."""
-        clean = [latent.float() for latent in batch.latents]
-        if clean[0].shape[0] != self.dit.channels:
+    def configure_model(self) -> None:
+        """Build the nets, and load the VAE where latents are made live.
+
+        Raises:
+            ConfigError: they do not go together.
+        """
+        super().configure_model()
+        self.conditioning.check_patch(self.dit.patch)
+        if self.live is not None:
+            self.live.load(self.dit.channels)
+
+    def training_step(self, batch: LatentBatch | VideoBatch, batch_idx: int) -> Tensor:
+        """Return the micro-batch's loss: per sample the mean over its supervised tokens, weighted as the batch says.
+
+        Raises:
+            DataError: the latents are not of the channels that the DiT takes.
+        """
+        latents = self.encoded(batch)
+        channels = latents.latents[0].shape[0]
+        if channels != self.dit.channels:
             raise DataError(
-                f"the latents have {clean[0].shape[0]} channels, the DiT takes {self.dit.channels}; set dit.channels,"
+                f"the latents have {channels} channels, the DiT takes {self.dit.channels}; set dit.channels,"
                 " or encode with the VAE that it is meant for"
             )
-        device = clean[0].device
+        cases = self.cases(latents)
+        losses, tokens = self.losses(latents, cases)
+        loss = batch.mean(losses)
+        self.report_captions(batch)
+        if self.conditioning.mixed:
+            self.report_modes(cases)
+        self.report(loss=loss, tokens=tokens, samples=len(batch))
+        return loss
+
+    def encoded(self, batch: LatentBatch | VideoBatch) -> LatentBatch:
+        """Return a batch of latents, made live where it is one of clips."""
+        if isinstance(batch, LatentBatch):
+            return batch
+        assert self.live is not None, "clips need a VAE: latents=live"
+        return self.live(batch, self.conditioning.tail_frames)
+
+    def cases(self, batch: LatentBatch) -> list[Case]:
+        """Return how each sample is shown; it depends on the sample's draw, and on how far the run has come."""
+        done = self.global_step / self.max_steps if self._trainer is not None else 1.0
+        tails = batch.tails or ({},) * len(batch)
+        return [
+            self.conditioning.case(draw, grid_of(latent, self.dit.patch), self.dit.patch, ends.keys(), done)
+            for draw, latent, ends in zip(batch.draws.tolist(), batch.latents, tails, strict=True)
+        ]
+
+    def losses(self, batch: LatentBatch, cases: Sequence[Case]) -> tuple[Tensor, int]:
+        """Return each sample's loss `[B]`, and how many tokens the net has read."""
+        clean = [latent.float() for latent in batch.latents]
+        device, patch = clean[0].device, self.dit.patch
         noise = batch.normal("noise", [latent.shape for latent in clean], device)
         counts = torch.tensor([latent[0].numel() for latent in clean]) // self.dit.patch_size
         sigma = self.objective.levels(batch.uniform("sigma"), counts)
-        samples, targets = [], []
-        for latent, draw, level, fps in zip(clean, noise, sigma, batch.fps.tolist(), strict=True):
-            samples.append([Segment(self.objective.noised(latent, draw, level), level, fps)])
-            targets.append(patchify_target(self.objective.target(latent, draw, level), self.dit.patch))
-        flat = flatten(samples, self.dit.patch, self.dit.rope_time)
-        dropped = (batch.uniform("caption") < self.caption_dropout).tolist()
+        tails = [batch.tails[place][case.tail].float() if case.tail else None for place, case in enumerate(cases)]
+        parts = zip(clean, noise, sigma, batch.fps.tolist(), batch.draws.tolist(), tails, strict=True)
+        shown = [
+            arrange(Sample(*part), case, self.objective, patch, self.dit.rope_time)
+            for part, case in zip(parts, cases, strict=True)
+        ]
+        flat = flatten([item.segments for item in shown], patch, self.dit.rope_time)
+        dropped = (batch.uniform("caption") < self.conditioning.caption_dropout).tolist()
         captions = ["" if drop else text for text, drop in zip(batch.captions, dropped, strict=True)]
         prediction = self.dit(flat.tokens, *self.text(self.text.tokenize(captions)))
-        errors = (prediction.float() - torch.cat(targets)).square().mean(-1)
-        loss = batch.mean(flat.mean(errors) * self.objective.weight(sigma).to(device))
-        self.report_captions(batch)
-        self.report(loss=loss, tokens=flat.tokens.packing.total, samples=len(batch))
-        return loss
+        errors = (prediction.float() - torch.cat([item.target for item in shown])).square().mean(-1)
+        weight = self.objective.weight(sigma).to(device)
+        if any(item.weights is not None for item in shown):
+            own = torch.tensor([item.weights is not None for item in shown], device=device)
+            weight = weight.masked_fill(own, 1.0)
+            errors = errors * torch.cat(
+                [errors.new_ones(len(item.target)) if item.weights is None else item.weights for item in shown]
+            )
+        return flat.mean(errors) * weight, flat.tokens.packing.total
+
+    def report_modes(self, cases: Sequence[Case]) -> None:
+        """Report as what clips were shown, and how many were too short for it; the same names on every rank."""
+        found = Counter(case.mode for case in cases)
+        found["too_short"] = sum(case.mode != case.asked for case in cases)
+        self.report(**{f"{MODES_SHOWN}{name}": found[name] for name in ("t2v", *MODES, "too_short")})
 
     def exported(self) -> dict[str, tuple[nn.Module, partial, dict[str, Any]]]:
-        """Return both nets; beside the DiT, what it was trained for, and whether guidance can use it."""
+        """Return both nets; beside the DiT, what it was trained for, what it was given, and if guidance can use it."""
         nets = super().exported()
         module, factory, extra = nets["dit"]
-        learned = {"objective": asdict(self.objective), "caption_dropout": self.caption_dropout}
+        given = {**asdict(self.conditioning), "mix": dict(self.conditioning.mix)}
+        given["tail_frames"] = list(self.conditioning.tail_frames)
+        dropout = given.pop("caption_dropout")
+        learned = {"objective": asdict(self.objective), "caption_dropout": dropout, "conditioning": given}
         return {**nets, "dit": (module, factory, {**extra, **learned})}

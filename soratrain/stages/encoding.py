@@ -58,19 +58,10 @@ class ClipEncoder:
         if not videos:
             return []
         stacked = torch.from_numpy(np.stack(videos))
-        step = max(4, self.pixels_per_batch // (stacked.shape[2] * stacked.shape[3]) // 4 * 4)
 
         def encode(video: Tensor) -> Tensor:
-            if (
-                video.shape[1] <= step + 1
-                and video[..., 0].numel() <= self.pixels_per_batch + video[:, 0, ..., 0].numel()
-            ):
-                return vae.encode(to_pixels(video.to(device))).to("cpu", DTYPES[self.dtype])
-            pieces = (to_pixels(piece.to(device)) for piece in video.split(step, dim=1))
-            found = vae.encode_stream(
-                pieces, step, max(self.pixels_per_batch, LEAST)
-            )  # of frames too large even so, tiles
-            return torch.cat([piece.to("cpu", DTYPES[self.dtype]) for piece in found], dim=2)
+            pieces = latents_of(vae, video, device, self.pixels_per_batch)
+            return torch.cat([piece.to("cpu", DTYPES[self.dtype]) for piece in pieces], dim=2)
 
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
             found = {"latent": encode(stacked)}
@@ -86,6 +77,18 @@ class ClipEncoder:
 
     def _tails(self, frames: int) -> list[int]:
         return [count for count in self.tails if count <= frames]
+
+
+def latents_of(vae: VAE, video: Tensor, device: torch.device, pixels_per_batch: int) -> Iterator[Tensor]:
+    """Yield the normalised latent `[B, C, t, h, w]` of clips of one size, uint8 `[B, T, H, W, 3]`; in pieces of time
+    where they have more pixels than are encoded at once."""
+    _, frames, height, width, _ = video.shape
+    step = max(4, pixels_per_batch // (height * width) // 4 * 4)
+    if frames <= step + 1 and video[..., 0].numel() <= pixels_per_batch + video[:, 0, ..., 0].numel():
+        yield vae.encode(to_pixels(video.to(device)))
+        return
+    pieces = (to_pixels(piece.to(device)) for piece in video.split(step, dim=1))
+    yield from vae.encode_stream(pieces, step, max(pixels_per_batch, LEAST))  # of frames too large even so, tiles
 
 
 def pixels(bucket: Bucket) -> int:

@@ -16,6 +16,7 @@ from tiny_training import SGDFactory, Spy
 from torch.utils.data import DataLoader, IterableDataset
 
 from soratrain.batch import Batch, LatentBatch, VideoBatch, draw_of
+from soratrain.diffusion.conditioning import MODES, Conditioning
 from soratrain.diffusion.flow import Flow
 from soratrain.distributed.strategy import StrategyOptions
 from soratrain.distributed.trainer import build_trainer, fit
@@ -46,9 +47,11 @@ def batch(stage: str, index: int) -> Batch:
         "scale": float(MICRO),
     }
     frames, height = 1 + 4 * (index % 2), 32 + 16 * (index % 3 == 0)
-    if stage == "dit":
+    if stage in ("dit", "segments"):
         shape = (4, 1 + index % 2, height // 8, 4)
-        return LatentBatch(latents=tuple(torch.randn(shape, generator=random) for _ in range(SAMPLES)), **common)
+        latents = tuple(torch.randn(shape, generator=random) for _ in range(SAMPLES))
+        tails = tuple({1: torch.randn((4, 1, *shape[2:]), generator=random)} for _ in range(SAMPLES))
+        return LatentBatch(latents=latents, tails=tails if stage == "segments" else (), **common)
     video = torch.randint(0, 256, (SAMPLES, frames, height, 32, 3), dtype=torch.uint8, generator=random)
     return VideoBatch(video=video, **common)
 
@@ -91,7 +94,9 @@ def build(stage: str) -> TrainStage:
             net=partial(Captioner, **width, table=64, vector_dim=8, styles=["short"]), text=text, **common
         )
     dit = partial(DiT, channels=4, dim=16, depth=2, num_heads=2, text_dim=8)
-    return DiTStage(dit=dit, text=text, objective=Flow(), **common)
+    mix = dict.fromkeys(MODES, 0.19) if stage == "segments" else {}
+    conditioning = Conditioning(mix=mix, tail_frames=[1], ramp=0.5, known_noise=0.1)
+    return DiTStage(dit=dit, text=text, objective=Flow(), conditioning=conditioning, **common)
 
 
 def run(out: str, stage: str, strategy: str, ranks: int) -> None:
@@ -113,7 +118,7 @@ def run(out: str, stage: str, strategy: str, ranks: int) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-@pytest.mark.parametrize("stage", ["vae", "captioner", "dit"])
+@pytest.mark.parametrize("stage", ["vae", "captioner", "dit", "segments"])
 def test_each_real_stage_trains_alike_under_every_strategy(stage: str, strategy: str, tmp_path: Path) -> None:
     run_ranks(run, 1, out=str(tmp_path / "one"), stage=stage, strategy="single", ranks=1)
     run_ranks(run, 2, out=str(tmp_path / "two"), stage=stage, strategy=strategy, ranks=2)

@@ -104,6 +104,26 @@ def test_the_channels_of_another_s_vae_reach_the_dit():
     assert config["dit"]["channels"] == 48
 
 
+def test_latents_made_live_want_clips_and_a_vae_in_the_place_of_latents():
+    config, _ = prepare(["stage=dit", "machine=laptop", "latents=live", "run=a"])
+    assert config["stage"]["needs"] == ["shards", "captions", "vae"]
+    assert config["stage"]["data"]["_target_"].endswith("VideoData")
+    assert config["stage"]["data"]["captions"] == "outputs/a/recaption/base"
+    assert config["stage"]["module"]["vae"] == "outputs/a/vae/base"
+    cached, _ = prepare(["stage=dit", "machine=laptop", "latents=cached"])
+    assert cached == prepare(["stage=dit", "machine=laptop"])[0] and cached["stage"]["module"]["vae"] is None
+    assert cached["stage"]["data"]["tokens_per_batch"] == config["stage"]["data"]["tokens_per_batch"]
+
+
+@pytest.mark.parametrize("conditioning", groups()["conditioning"])
+def test_the_ends_that_a_mix_gives_are_those_that_the_data_hand_on(conditioning):
+    config, _ = prepare(["stage=dit", "machine=laptop", f"conditioning={conditioning}"])
+    built = instantiate(config["conditioning"])
+    assert config["stage"]["data"]["tails"] == list(built.tail_frames)
+    assert built.mixed == (conditioning != "t2v")
+    assert set(built.tail_frames) <= set(prepare(["stage=encode"])[0]["stage"]["job"]["tail_frames"])
+
+
 def test_the_command_line_wins_over_experiment_stage_and_machine():
     config, _ = prepare(
         ["stage=dit", "+experiment=native_res", "machine=laptop", "dit=s", "data.gamma=0.25", "optimizer=adamw"]
@@ -156,6 +176,15 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
             "optimizer.disc.rl: no such key; did you mean",
         ),
         (["stage=vae", "+experiment=vae_c", "+stage.module.adversary.net.width=1"], "net.width=1: no such key"),
+        (["stage=vae", "latents=live"], "latents=live: only stage=dit"),
+        (["stage=sample", "latents=live"], "latents=live: only stage=dit"),
+        (["stage=dit", "latents=lvie"], "latents=lvie: no such option; did you mean 'live'"),
+        (
+            ["stage=dit", "latents=live", "+experiment=packs"],
+            "data.batching=pack with latents=live.*data.batching=bucket",
+        ),
+        (["stage=dit", "conditioning.mix.prefx=0.1"], "conditioning.mix.prefx: no such key; did you mean 'prefix'"),
+        (["stage=dit", "conditioning=segments", "conditioning.ramp=long"], "ramp='long': must be a number"),
         (["stage"], "is not an override; write key=value"),
         (["stage=dit", "run=(a"], "cannot be read"),
         (["run=a"], "stage is missing"),
