@@ -159,7 +159,10 @@ def captions_shown(rows: list[dict[str, str]]) -> str:
 def modes_shown(rows: list[dict[str, str]]) -> str:
     """Return in words how a run has shown its clips, by the rows of its CSV; nothing where it has but one way."""
     found = shares_of(rows, MODES_SHOWN)
-    return f"clips shown as: {', '.join(f'{name} {share:.1%}' for name, share in found.items())}" if found else ""
+    short = found.pop("too_short", 0.0)
+    parts = [f"{name} {share:.1%}" for name, share in sorted(found.items(), key=lambda item: -item[1])]
+    less = f"; {short:.1%} were too short, or had no stored end, for what was drawn" if short else ""
+    return f"clips shown as: {', '.join(parts)}{less}" if parts else ""
 
 
 def shares_of(rows: list[dict[str, str]], prefix: str) -> dict[str, float]:

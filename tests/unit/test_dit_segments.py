@@ -16,6 +16,7 @@ from test_dit_stage import DIT_FACTORY, TEXT_FACTORY, batch, stage
 from torch import Tensor
 
 from soratrain.batch import LatentBatch
+from soratrain.callbacks.metrics import modes_shown
 from soratrain.data.assignment import Bucket
 from soratrain.diffusion.arrange import Case
 from soratrain.diffusion.conditioning import MODES, Conditioning
@@ -185,6 +186,17 @@ def test_clips_without_stored_tails_train_as_text_to_video_and_that_is_reported(
     plain = stage()
     plain.training_step(batch([0]), 0)
     assert not any(name.startswith("modes_") for name in plain.take_reported())
+
+
+def test_the_shares_as_they_came_are_said_at_the_end() -> None:
+    rows = [
+        {"samples": "30", "modes_t2v": "0.9", "modes_prefix": "0.1"},
+        {"samples": "10", "modes_t2v": "0.5", "modes_prefix": "0.5", "modes_too_short": "0.2", "captions_gt": "1"},
+    ]
+    assert modes_shown(rows) == (
+        "clips shown as: t2v 80.0%, prefix 20.0%; 5.0% were too short, or had no stored end, for what was drawn"
+    )
+    assert modes_shown([{"samples": "3", "captions_gt": "1"}]) == ""
 
 
 def test_a_patch_of_several_latent_frames_takes_no_ends() -> None:
