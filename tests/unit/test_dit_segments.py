@@ -154,6 +154,21 @@ def test_what_is_given_gives_no_loss_but_alters_the_rest(mode: str, monkeypatch:
     assert not torch.allclose(one[free], other[free], atol=1e-4)
 
 
+def test_rollout_weighs_each_latent_frame_s_error_by_its_own_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = stage(conditioning=conditioned({"rollout": 1.0}))
+    module.objective = Flow(prediction="balanced", clean_weight=0.5)
+    given, seen = with_tails([3, 0]), []
+    monkeypatch.setattr(module.dit, "forward", lambda tokens, *text: seen.append(tokens) or 0 * tokens.values)
+    found = losses(module, given)
+    sigma = seen[0].sigma[seen[0].rows]  # of each token: 3 frames of 2 tokens, then 2 of 4
+    noise = given.normal("noise", [latent.shape for latent in given.latents])
+    for place, (start, end, each) in enumerate([(0, 6, 2), (6, 14, 4)]):
+        levels = sigma[start:end:each].view(1, -1, 1, 1)
+        target = module.objective.target(given.latents[place], noise[place], levels)
+        expected = (target.square() * module.objective.weight(levels)).mean()
+        torch.testing.assert_close(found[place], expected)
+
+
 def test_nan_in_one_clip_leaves_the_others_loss_untouched() -> None:
     module = awake(stage(conditioning=conditioned(EVEN)))
     clean = losses(module, with_tails([0, 1, 2, 3]))
