@@ -13,6 +13,7 @@ from soratrain.amounts import duration, short
 from soratrain.callbacks import loggers
 from soratrain.callbacks.metrics import Metrics, append_row, captions_shown, read_rows, shown, write_rows
 from soratrain.errors import DivergedError, UserError
+from soratrain.optim import OptimizerFactory
 from soratrain.stages.base import TrainStage
 
 
@@ -42,7 +43,7 @@ def test_a_row_that_was_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
 def test_a_row_has_the_share_of_samples_that_each_kind_of_caption_had_and_the_end_says_so_of_the_run() -> None:
     metrics, stage = (
         Metrics(Path("unused.csv"), every=1),
-        TrainStage(nets={}, optimizer=None, schedule=None, max_steps=1),
+        TrainStage(nets={}, optimizer=OptimizerFactory(), schedule=None, max_steps=1),
     )
     found = (("synthetic", "long"), ("synthetic", "short"), ("original", "gt"), ("synthetic", "odd"), ("", ""))
     for sources, styles in (zip(*found[:3], strict=True), zip(*found[3:], strict=True)):
@@ -95,7 +96,7 @@ def test_a_figure_that_some_steps_lack_is_the_mean_of_those_that_have_it() -> No
     metrics = Metrics(Path("unused.csv"), every=10)
     metrics.step = 1
     for loss, players in ((1.0, {}), (2.0, {"d_loss": 0.5}), (None, {"bad_steps": 1.0}), (3.0, {"d_loss": 0.7})):
-        stage = TrainStage(nets={}, optimizer=None, schedule=None, max_steps=9)
+        stage = TrainStage(nets={}, optimizer=OptimizerFactory(), schedule=None, max_steps=9)
         stage.report(samples=4, **players, **({} if loss is None else {"loss": loss}))
         metrics.on_step(SimpleNamespace(model=None, world_size=2), stage)
     means = metrics.reduced(torch.device("cpu"))

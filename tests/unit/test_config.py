@@ -180,7 +180,7 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
         (["stage=sample", "latents=live"], "latents=live: only stage=dit"),
         (["stage=dit", "latents=lvie"], "latents=lvie: no such option; did you mean 'live'"),
         (
-            ["stage=dit", "latents=live", "+experiment=packs"],
+            ["stage=dit", "latents=live", "+experiment=native_res"],
             "data.batching=pack with latents=live.*data.batching=bucket",
         ),
         (["stage=dit", "conditioning.mix.prefx=0.1"], "conditioning.mix.prefx: no such key; did you mean 'prefix'"),
