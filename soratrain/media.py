@@ -1,4 +1,4 @@
-"""Write finished clips: MP4 that plays anywhere, PNG for single images."""
+"""Write finished clips: MP4 that plays anywhere, PNG for single images. A file is whole or not there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import av
 import numpy as np
 from PIL import Image
 
+from soratrain.data.atomic import replacing
+
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: float, crf: int = 12) -> None:
     """Write frames as H.264 (4:2:0, BT.709), odd sizes padded by the nearest row and column.
@@ -19,10 +21,11 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float, crf: int =
         fps: frames per second; kept exactly up to a denominator of 1001.
         crf: x264's constant rate factor; 12 is visually lossless.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
+    options = {"movflags": "+faststart"}
+    with replacing(path) as temporary, av.open(str(temporary), "w", format="mp4", options=options) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.pix_fmt, stream.options = "yuv420p", {"crf": str(crf)}
+        stream.pix_fmt, stream.options = "yuv420p", {"crf": str(crf), "mbtree": "0"}
+        stream.codec_context.thread_count = 1  # the same frames give the same bytes, see data_prep/encode.py
         for number, frame in enumerate(frames):
             height, width, _ = frame.shape
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -34,5 +37,5 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float, crf: int =
 
 def write_image(path: Path, frame: np.ndarray) -> None:
     """Write uint8 `[H, W, 3]` as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(frame).save(path)
+    with replacing(path) as temporary:
+        Image.fromarray(frame).save(temporary, format="PNG")
