@@ -28,6 +28,11 @@ TEXT_KEYS = (
     "lpips.vgg",
     "lpips.lin",
     "fvd.i3d",
+    "prompts_file",
+    "task.image",
+    "task.video",
+    "task.video2",
+    "task.mask",
 )  # values that may hold any text
 LIST_KEYS = ("inputs.shards", "inputs.latents", "inputs.captions")  # of these, those that may be [a, b]
 

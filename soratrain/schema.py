@@ -42,6 +42,7 @@ class Root:
     text: dict
     objective: dict
     sampler: dict
+    task: dict
     data: dict
     buckets: dict
     conditioning: dict
@@ -64,7 +65,9 @@ class Root:
     prompt: str | list | None = None
     size: str | None = None
     frames: int | None = None
-    fps: float = 8.0
+    fps: float | None = None
+    prompts_file: str | None = None
+    samples: int = 1
 
 
 KINDS = {"size": "WIDTHxHEIGHT, such as 64x48"}

@@ -1,37 +1,42 @@
-"""Text to clips with trained nets: what `stage=sample` and `stage=evaluate` share."""
+"""Trained nets at work: pixels to latents and back, and what a layout leaves open drawn from noise.
+
+What `stage=sample` and `stage=evaluate` share.
+"""
 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from soratrain.batch import draw_of, keyed_normal, to_uint8
+from soratrain.batch import draw_of, keyed_normal, to_pixels, to_uint8
 from soratrain.diffusion.flow import Flow
 from soratrain.diffusion.objective import Objective, rebuilt
 from soratrain.diffusion.sampler import Sampler
-from soratrain.diffusion.segments import Segment, flatten
-from soratrain.errors import ConfigError, DataError
+from soratrain.diffusion.segments import flatten
+from soratrain.diffusion.sizes import check_prompt, check_size
+from soratrain.diffusion.ways import Layout
+from soratrain.errors import DataError
 from soratrain.models import weights
+from soratrain.models.attention import Packing
 from soratrain.models.autoencoders import load_vae
 from soratrain.models.dit import DiT
 from soratrain.models.patchify import STRIDE
 from soratrain.models.text import ByteTextEncoder
+from soratrain.models.tiles import LEAST
 from soratrain.models.vae import VAE
 
 log = logging.getLogger(__name__)
 
 DECODED = 1 << 22  # pixels decoded at once: what a VAE keeps of a clip in between is many times as large
-PROMPT_BYTES = 10_000  # a prompt longer than this is a mistake, a file's content say
 
 
 class Generator:
-    """Text to clips with trained nets.
+    """Text, and what is given of a clip, to clips.
 
     Args:
         vae, dit, text: the nets, in eval mode, on one device.
@@ -78,13 +83,33 @@ class Generator:
         dropout = extra.get("caption_dropout")
         return cls(vae_net, dit_net, text_net, objective=objective, caption_dropout=dropout, batch=batch)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the nets are."""
+        return self.dit.head.weight.device
+
+    def shape(self, height: int, width: int, frames: int) -> tuple[int, int, int, int]:
+        """Return (C, t, h, w) of a clip's latent."""
+        time, high, wide = self.vae.stride
+        return self.dit.channels, 1 + (frames - 1) // time, height // high, width // wide
+
     def check(self, prompts: Sequence[str], height: int, width: int, frames: int, sampler: Sampler) -> None:
-        """Refuse what cannot be drawn; warn of guidance by a net that has not learned to draw without a prompt.
+        """Refuse what cannot be drawn.
 
         Raises:
             ConfigError: one line that names the key, the value and the mend.
         """
         check_size(height, width, frames, self.dit.patch, self.vae.stride)
+        self.check_prompts(prompts, sampler)
+
+    def check_prompts(self, prompts: Sequence[str], sampler: Sampler) -> None:
+        """Refuse prompts and samplers that cannot draw; say how many prompts are longer than is read.
+
+        Guidance by a net that has not learned to draw without a prompt is warned of.
+
+        Raises:
+            ConfigError: one line that names the key, the value and the mend.
+        """
         for prompt in prompts:
             check_prompt(prompt, sampler.guidance_scale)
         sampler.fitted(self.objective)
@@ -94,8 +119,15 @@ class Generator:
                 " an empty prompt, which guidance leads away from; use sampler.guidance_scale=1",
                 sampler.guidance_scale,
             )
+        tokens = self.text.tokenize(prompts)
+        if tokens.truncated:
+            log.warning(
+                "%d of %d prompts are longer than %d tokens; what follows is not read",
+                tokens.truncated,
+                len(prompts),
+                self.text.max_tokens,
+            )
 
-    @torch.inference_mode()
     def __call__(
         self,
         prompts: Sequence[str],
@@ -112,90 +144,101 @@ class Generator:
         A clip's noise depends on (seed, prompt) alone, so its content does not depend on the others in its batch.
 
         Raises:
-            ConfigError: a prompt, size or length that cannot be drawn, or a sampler that does not fit the weights.
+            ConfigError: a prompt, size or length that cannot be drawn.
         """
         sampler = sampler or Sampler()
         self.check(prompts, height, width, frames, sampler)
-        tokens = self.text.tokenize(prompts)
-        if tokens.truncated:
-            log.warning(
-                "%d of %d prompts are longer than %d tokens; what follows is not read",
-                tokens.truncated,
-                len(prompts),
-                self.text.max_tokens,
-            )
-        time, high, wide = self.vae.stride
-        shape = (self.dit.channels, 1 + (frames - 1) // time, height // high, width // wide)
+        layout = Layout(self.shape(height, width, frames), fps)
         clips: list[np.ndarray] = []
         for start in range(0, len(prompts), self.batch):
             some = prompts[start : start + self.batch]
-            latents = self.draw(some, shape, fps, seed, sampler)
-            clips += [self.decode(latent) for latent in latents]
+            draws = [draw_of(seed, prompt) for prompt in some]
+            clips += [self.decode(latent) for latent in self.draw([layout] * len(some), some, draws, sampler)]
         return clips
 
+    @torch.inference_mode()
+    def draw(
+        self,
+        layouts: Sequence[Layout],
+        prompts: Sequence[str],
+        draws: Sequence[int],
+        sampler: Sampler,
+        *,
+        strength: float = 1.0,
+        name: str = "noise",
+    ) -> Tensor:
+        """Return the drawn stretches `[B, C, t, h, w]` of layouts of equal shapes.
+
+        Args:
+            draws: a seed for each, on which its noise alone depends.
+            strength: how far towards noise a run starts that has a base: 1 is pure noise.
+            name: tells apart what is drawn from one seed.
+        """
+        layouts = [layout.to(self.device) for layout in layouts]
+        texts = Texts(self.text, prompts)
+        tokens = layouts[0].positions // self.dit.patch_size
+        start = float(sampler.levels(self.objective, tokens, strength)[0])
+        pure = [keyed_normal(draw, name, layouts[0].shape, self.device) for draw in draws]
+        x = torch.stack([self._begin(*pair, start) for pair in zip(layouts, pure, strict=True)])
+        free = None
+        if layouts[0].known is not None:
+            free = torch.stack([~known for layout in layouts if (known := layout.known) is not None])[:, None]
+
+        def predict(x: Tensor, sigma: float) -> Tensor:
+            if not sampler.guides(sigma):
+                return self._predict(layouts, x, sigma, texts.prompts)
+            out = self._predict([*layouts, *layouts], torch.cat((x, x)), sigma, texts.both)
+            return sampler.guided(out[: len(x)], out[len(x) :])
+
+        def fresh(step: int) -> Tensor:
+            return torch.stack([keyed_normal(draw, f"{name} {step}", x.shape[1:], self.device) for draw in draws])
+
+        return sampler(predict, x, objective=self.objective, tokens=tokens, free=free, start=strength, noise=fresh)
+
+    def _begin(self, layout: Layout, noise: Tensor, sigma: float) -> Tensor:
+        """Return what a run starts from, at the noise level `sigma`."""
+        if layout.base is None:
+            return noise
+        noised = self.objective.noised(layout.base, noise, torch.tensor(sigma, device=noise.device))
+        return noised if layout.known is None else torch.where(layout.known, layout.base, noised)
+
+    def _predict(self, layouts: Sequence[Layout], x: Tensor, sigma: float, text: tuple[Tensor, Packing]) -> Tensor:
+        """Return the net's own prediction for the drawn stretches."""
+        patch, rope_time = self.dit.patch, self.dit.rope_time
+        samples = [layout.segments(drawn, sigma, patch, rope_time) for layout, drawn in zip(layouts, x, strict=True)]
+        flat = flatten(samples, patch, rope_time)
+        out = flat.unflatten(self.dit(flat.tokens, *text).float())
+        return torch.stack([parts[len(layout.before)] for layout, parts in zip(layouts, out, strict=True)])
+
+    @torch.inference_mode()
+    def encode(self, frames: Iterable[np.ndarray]) -> Iterator[Tensor]:
+        """Yield the latent `[C, any, h, w]` of a clip of 1 + 4k frames, uint8 `[H, W, 3]` each, as one stream."""
+        pixels = (to_pixels(torch.from_numpy(frame)[None, None].to(self.device)) for frame in frames)
+        for latent in self.vae.encode_stream(pixels, pixels_per_step=max(DECODED, LEAST)):
+            yield latent[0]
+
+    def encoded(self, frames: Iterable[np.ndarray]) -> Tensor:
+        """Return the whole latent `[C, t, h, w]` of a clip of 1 + 4k frames, uint8 `[H, W, 3]` each."""
+        return torch.cat(list(self.encode(frames)), dim=1)
+
+    @torch.inference_mode()
+    def decode_stream(self, latents: Iterable[Tensor]) -> Iterator[np.ndarray]:
+        """Yield the frames, uint8 `[H, W, 3]`, of latents `[C, any, h, w]` that follow each other, as one stream."""
+        for piece in self.vae.decode_stream((latent[None] for latent in latents), pixels_per_step=DECODED):
+            yield from to_uint8(piece)[0].cpu().numpy()
+
+    @torch.inference_mode()
     def decode(self, latent: Tensor) -> np.ndarray:
         """Return the clip, uint8 `[T, H, W, 3]`, of a latent `[C, t, h, w]`, made piece by piece."""
         pieces = self.vae.decode_stream([latent[None]], latent.shape[1], DECODED)
         return np.concatenate([to_uint8(piece)[0].cpu().numpy() for piece in pieces])
 
-    def draw(self, prompts: Sequence[str], shape: tuple[int, ...], fps: float, seed: int, sampler: Sampler) -> Tensor:
-        """Return latents `[B, C, t, h, w]` of `shape` for the prompts."""
-        device, tokens = self.dit.head.weight.device, math.prod(shape[1:]) // self.dit.patch_size
 
-        def noise(stream: str) -> Tensor:
-            return torch.stack([keyed_normal(draw_of(seed, prompt), stream, shape, device) for prompt in prompts])
+class Texts:
+    """Features of prompts, and of the empty prompt for each, which guidance needs."""
 
-        levels = sampler.levels(self.objective, tokens).tolist()[:-1]
-        texts = {
-            guides: self.text(self.text.tokenize([*prompts, *[""] * (len(prompts) if guides else 0)]))
-            for guides in sorted({sampler.guides(level) for level in levels})
-        }
-
-        def predict(x: Tensor, sigma: float) -> Tensor:
-            level, guides = torch.tensor(sigma), sampler.guides(sigma)
-            both = torch.cat((x, x)) if guides else x
-            flat = flatten([[Segment(latent, level, fps)] for latent in both], self.dit.patch, self.dit.rope_time)
-            out = flat.unflatten(self.dit(flat.tokens, *texts[guides]).float())
-            answer = torch.stack([segments[0] for segments in out])
-            return sampler.guided(answer[: len(x)], answer[len(x) :]) if guides else answer
-
-        return sampler(
-            predict, noise("noise"), objective=self.objective, tokens=tokens, noise=lambda step: noise(f"noise {step}")
-        )
-
-
-def check_size(height: int, width: int, frames: int, patch: Sequence[int], stride: Sequence[int] = STRIDE) -> None:
-    """Refuse sizes that are no whole number of latent patches.
-
-    Raises:
-        ConfigError: names the nearest sizes that can be drawn.
-    """
-    for name, value, unit in (("width", width, stride[2] * patch[2]), ("height", height, stride[1] * patch[1])):
-        if value < unit or value % unit:
-            below = max(value // unit, 1) * unit
-            raise ConfigError(
-                f"size={width}x{height}: {name} {value} is no multiple of {unit}; the nearest are {below} and"
-                f" {below + unit}"
-            )
-    unit, least = stride[0] * patch[0], 1 + stride[0] * (patch[0] - 1)  # latent frames fill whole patches
-    if frames < least or (frames - least) % unit:
-        below = least + max((frames - least) // unit, 0) * unit
-        raise ConfigError(
-            f"frames={frames} is not {least} + a multiple of {unit}; the nearest are {below} and {below + unit}"
-        )
-
-
-def check_prompt(prompt: str, guidance_scale: float) -> None:
-    """Refuse prompts that say nothing, or far too much.
-
-    Raises:
-        ConfigError: one line with the mend.
-    """
-    if not prompt.strip() and guidance_scale != 0:
-        raise ConfigError(
-            "prompt is empty: there is nothing to draw; say what to show, or set sampler.guidance_scale=0 to draw"
-            " without a prompt"
-        )
-    size = len(prompt.encode("utf-8", "replace"))
-    if size > PROMPT_BYTES:
-        raise ConfigError(f"prompt has {size} bytes, more than {PROMPT_BYTES}; shorten it")
+    def __init__(self, encoder: ByteTextEncoder, prompts: Sequence[str]) -> None:
+        self.both: tuple[Tensor, Packing] = encoder(encoder.tokenize([*prompts, *[""] * len(prompts)]))
+        features, packing = self.both
+        own = Packing(packing.lengths[: len(prompts)])
+        self.prompts = (features[: own.total], own)

@@ -1,33 +1,42 @@
-"""The job that draws clips from prompts and writes them as MP4, PNG and JSON."""
+"""stage=sample: clips from prompts, and from pictures and videos, as MP4, PNG and JSON.
+
+What is drawn is settled before a net is read: files opened, sizes checked. A sample depends on its seed, its prompt and
+its inputs alone, never on its batch or on who draws it; so processes share the batches, and a second run draws only
+what is missing.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 import time
-import unicodedata
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from soratrain.data.atomic import replacing
-from soratrain.diffusion.generator import Generator, check_prompt, check_size
+import soratrain
+from soratrain.batch import draw_of
+from soratrain.diffusion.generator import Generator
 from soratrain.diffusion.sampler import Sampler
+from soratrain.diffusion.sizes import check_prompt
+from soratrain.diffusion.ways import Layout
+from soratrain.distributed.ranks import Ranks, deal
 from soratrain.errors import ConfigError
-from soratrain.media import write_image, write_video
 from soratrain.models import weights
+from soratrain.stages.pace import Pace, progress
+from soratrain.stages.sample_files import clip_of, is_there, name_of, slug, write_sample
+from soratrain.stages.sample_memory import available, most_at_once
+from soratrain.stages.sample_prompts import Wish, wishes
+from soratrain.stages.sample_tasks import Order, Scene, Task
 
-__all__ = ["Generator", "Sample"]
+__all__ = ["Generator", "Sample", "parse_size", "slug"]
 
 log = logging.getLogger(__name__)
-
-STRIP = 8  # frames of the still picture that goes with a video
 
 
 def parse_size(size: str) -> tuple[int, int]:
@@ -42,12 +51,19 @@ def parse_size(size: str) -> tuple[int, int]:
     return int(match[2]), int(match[1])
 
 
-def slug(prompt: str) -> str:
-    """Return a file name for a prompt in any script: its first words, and a hash that tells prompts apart."""
-    plain = unicodedata.normalize("NFC", prompt.encode("utf-8", "ignore").decode()).lower()
-    words = re.sub(r"[\W_]+", "-", plain).strip("-").encode()[:48].decode("utf-8", "ignore").strip("-")
-    digest = hashlib.blake2b(prompt.encode("utf-8", "replace"), digest_size=4).hexdigest()
-    return f"{words or 'prompt'}-{digest}"
+@dataclass(frozen=True)
+class Item:
+    """A sample to draw, and what is written beside it; all but the weights is known before they are read."""
+
+    prompt: str
+    seed: int
+    scene: Scene
+    notes: dict[str, Any]
+
+    @property
+    def draw(self) -> int:
+        """The seed of its noise."""
+        return draw_of(self.seed, self.prompt)
 
 
 class Sample:
@@ -56,14 +72,22 @@ class Sample:
     Args:
         out: the stage's folder; clips go to `samples/`.
         vae, dit: folders with the weights.
+        task: what to draw from what.
         prompt: what to draw: one text, or several.
-        size: `WIDTHxHEIGHT` in pixels.
-        frames: 1 for an image, else 1 + 4k.
-        fps: frames per second of the clip.
+        prompts_file: a file with prompts instead (`sample_prompts.py`).
+        samples: of each prompt, with the seeds `seed`, `seed + 1`, …
+        size: `WIDTHxHEIGHT` in pixels; None takes it off the task's input.
+        frames: 1 for an image, else 1 + 4k; None takes those of the input.
+        fps: frames per second; None takes that of the input.
         seed: with the prompt, settles the noise.
-        sampler: how they are drawn.
+        sampler: how a run goes.
+        area: `WIDTHxHEIGHT` with the area of frames whose size is taken off an input.
         patch: latent positions of a token, so that a wrong size is refused before the weights are read.
-        batch: most clips drawn at once.
+        batch: most clips drawn at once; fewer where memory is short.
+
+    Raises:
+        ConfigError: a value, or an input, that cannot be drawn from.
+        DataError: an input that cannot be read.
     """
 
     def __init__(
@@ -72,86 +96,158 @@ class Sample:
         out: str,
         vae: str,
         dit: str,
+        task: Task,
         prompt: str | Sequence[str] | None,
-        size: str,
-        frames: int,
-        fps: float,
+        size: str | None,
+        frames: int | None,
+        fps: float | None,
         seed: int,
         sampler: Sampler,
+        prompts_file: str | None = None,
+        samples: int = 1,
+        area: str = "832x480",
         patch: Sequence[int] = (1, 2, 2),
         batch: int = 16,
     ) -> None:
-        if prompt is None or prompt == []:
-            raise ConfigError('prompt is not set: say what to draw, for instance prompt="a red circle moves left"')
-        self.prompts = [prompt] if isinstance(prompt, str) else [str(item) for item in prompt]
-        self.height, self.width = parse_size(size)
-        check_size(self.height, self.width, frames, patch)
-        for text in self.prompts:
-            check_prompt(text, sampler.guidance_scale)
-        if fps <= 0:
-            raise ConfigError(f"fps={fps} must be above 0")
-        self.out, self.vae, self.dit, self.batch, self.sampler = Path(out), vae, dit, batch, sampler
-        self.settings: dict[str, Any] = {
-            "size": f"{self.width}x{self.height}",
-            "frames": frames,
-            "fps": fps,
+        if batch < 1:
+            raise ConfigError(f"stage.job.batch={batch} must be at least 1")
+        self.out, self.vae, self.dit, self.batch = Path(out), vae, dit, batch
+        self.task, self.sampler, self.patch, self.area = task, sampler, patch, parse_size(area)
+        self.own = {"seed": seed, "samples": samples, "size": size, "frames": frames, "fps": fps}
+        self.scenes: dict[tuple[Task, Order], Scene] = {}
+        self.items = [item for wish in wishes(prompt, prompts_file, task) for item in self._items(wish)]
+
+    def _items(self, wish: Wish) -> list[Item]:
+        """Return the samples of one prompt."""
+        own, task = {**self.own, **wish.own}, wish.of(self.task)
+        check_prompt(wish.prompt, self.sampler.guidance_scale)
+        if own["samples"] < 1:
+            raise ConfigError(f"samples={own['samples']} must be at least 1")
+        if own["fps"] is not None and own["fps"] <= 0:
+            raise ConfigError(f"fps={own['fps']} must be above 0")
+        size = None if own["size"] is None else parse_size(own["size"])
+        order = Order(size, own["frames"], own["fps"], self.area[0] * self.area[1], tuple(self.patch))
+        scene = self.scenes.get((task, order)) or task.scene(order)
+        self.scenes[task, order] = scene
+        seeds = range(own["seed"], own["seed"] + own["samples"])
+        return [self._item(wish.prompt, seed, task, order, scene) for seed in seeds]
+
+    def _item(self, prompt: str, seed: int, task: Task, order: Order, scene: Scene) -> Item:
+        notes = {
+            "prompt": prompt,
+            "task": task.name,
+            "size": f"{scene.width}x{scene.height}",
+            "frames": scene.frames,
+            "fps": scene.fps,
             "seed": seed,
+            "options": {**task.options(), **({"window": order.frames} if scene.rolls else {})},
+            "inputs": {file.key: {"path": file.path, "blake2b": file.digest} for file in scene.inputs},
         }
+        return Item(prompt, seed, scene, notes)
 
     def __call__(self) -> dict[str, Any]:
-        """Draw every prompt that is not drawn yet with these settings; return how many, and where the clips are."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        generate = Generator.load(self.vae, self.dit, device=device, batch=self.batch)
-        generate.check(self.prompts, self.height, self.width, self.settings["frames"], self.sampler)
-        self.settings["sampler"] = asdict(self.sampler.fitted(generate.objective))
-        print_of = {name: weights.digest(getattr(generate, name))[:16] for name in ("vae", "dit")}
-        documents = {
-            self.path(prompt, print_of): {"prompt": prompt, **self.settings, "weights": print_of}
-            for prompt in self.prompts
-        }
-        missing = {
-            path: document
-            for path, document in documents.items()
-            if read_json(path) != document or not self.clip(path).is_file()
-        }
-        began = time.monotonic()
-        texts = [document["prompt"] for document in missing.values()]
-        settings = {key: self.settings[key] for key in ("frames", "fps", "seed")}
-        size = {"height": self.height, "width": self.width}
-        clips = generate(texts, **size, **settings, sampler=self.sampler) if texts else []
-        for (path, document), clip in zip(missing.items(), clips, strict=True):
-            write_clip(path, clip, self.settings["fps"], document)
-            log.info("%s: %s", self.clip(path), document["prompt"][:80])
-        return {
-            "samples": len(documents),
-            "drawn": len(missing),
-            "seconds": round(time.monotonic() - began, 1),
-            "files": [str(self.clip(path)) for path in documents],
-        }
+        """Draw every sample that is not drawn yet; return how many, and where the clips are."""
+        with Ranks.joined() as ranks:
+            began = time.monotonic()
+            generate = self._load(ranks)
+            made_by = {
+                "sampler": asdict(self.sampler.fitted(generate.objective)),
+                "weights": {name: weights.digest(getattr(generate, name))[:16] for name in ("vae", "dit", "text")},
+                "versions": {"soratrain": soratrain.__version__, "torch": torch.__version__},
+            }
+            items = {
+                self._place(item.notes | made_by): replace(item, notes=item.notes | made_by) for item in self.items
+            }
+            missing = ranks.together(lambda: [path for path, item in items.items() if not is_there(path, item.notes)])
+            todo = {path: items[path] for path in missing[0]}
+            batches = ranks.together(lambda: self._batches(generate, todo))[0]
+            ranks.together(lambda: self._draw(generate, todo, batches, ranks))
+            return {
+                "samples": len(items),
+                "drawn": len(todo),
+                "seconds": round(time.monotonic() - began, 1),
+                "files": [str(clip_of(path, item.notes)) for path, item in items.items()],
+            }
 
-    def path(self, prompt: str, print_of: Mapping[str, str]) -> Path:
-        """Return where the notes on a prompt's clip lie: a place for each model and setting."""
-        identity = json.dumps([self.settings, dict(print_of)], sort_keys=True)
-        settings = hashlib.blake2b(identity.encode(), digest_size=3).hexdigest()
-        return self.out / "samples" / f"{slug(prompt)}-{settings}.json"
+    def _place(self, notes: Mapping[str, Any]) -> Path:
+        return self.out / "samples" / f"{name_of(notes)}.json"
 
-    def clip(self, path: Path) -> Path:
-        """Return the file of the clip whose notes lie at `path`."""
-        return path.with_suffix(".png" if self.settings["frames"] == 1 else ".mp4")
+    def _load(self, ranks: Ranks) -> Generator:
+        """Return the nets, and see that they can draw what is asked for."""
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", ranks.local % torch.cuda.device_count()) if cuda else torch.device("cpu")
+        generate = Generator.load(self.vae, self.dit, device=device)
+        for scene in self.scenes.values():
+            scene.check(generate)
+        if ranks.first:
+            generate.check_prompts([item.prompt for item in self.items], self.sampler)
+            for line in dict.fromkeys(line for scene in self.scenes.values() for line in scene.said if line):
+                log.info("%s", line)
+        return generate
 
+    def _batches(self, generate: Generator, todo: Mapping[Path, Item]) -> list[list[Path]]:
+        """Return what is drawn together: samples of one shape, as many as memory holds.
 
-def write_clip(path: Path, clip: np.ndarray, fps: float, document: dict[str, Any]) -> None:
-    """Write the clip beside `path` (a video also as a strip), then the JSON that says how to repeat it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if len(clip) > 1:
-        write_video(path.with_suffix(".mp4"), clip, fps)
-    chosen = np.unique(np.linspace(0, len(clip) - 1, min(STRIP, len(clip))).round().astype(int))
-    write_image(path.with_suffix(".png"), np.concatenate(list(clip[chosen]), axis=1))
-    text = json.dumps(document, ensure_ascii=False, indent=1)
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        Raises:
+            ConfigError: one alone is too large.
+        """
+        groups: dict[tuple[Any, ...], list[Path]] = {}
+        for path, item in todo.items():
+            groups.setdefault(item.scene.key(), []).append(path)
+        free, found = available(generate.device), []
+        for paths in groups.values():
+            scene = todo[paths[0]].scene
+            most = most_at_once(
+                generate.dit,
+                scene.positions(generate),
+                guided=self.sampler.guidance_scale != 1,
+                free=free,
+                size=(scene.height, scene.width),
+                unit=[step * part for step, part in zip(generate.vae.stride[1:], generate.dit.patch[1:], strict=True)],
+            )
+            step = 1 if scene.rolls else min(self.batch, most)
+            found += [paths[start : start + step] for start in range(0, len(paths), step)]
+        return found
 
+    def _draw(
+        self, generate: Generator, todo: Mapping[Path, Item], batches: Sequence[Sequence[Path]], ranks: Ranks
+    ) -> None:
+        """Draw this rank's batches."""
+        costs = [sum(todo[path].scene.cost(generate) for path in batch) for batch in batches]
+        share = deal(costs, ranks.size)[ranks.rank]
+        clips = sum(len(batches[number]) for number in share)
+        pace = Pace(clips, sum(costs[number] for number in share), ranks.size)
+        with progress(shown=ranks.first) as bar:
+            runs = sum(todo[path].scene.runs for number in share for path in batches[number])
+            line = bar.add_task(f"sample (rank 0 of {ranks.size})" if ranks.size > 1 else "sample", total=runs)
+            for number in share:
+                ranks.check()
+                batch = {path: todo[path] for path in batches[number]}
+                for path, frames in self._drawn(generate, batch, lambda: bar.advance(line)):
+                    write_sample(path, frames, todo[path].notes)
+                    log.info("%s: %s", clip_of(path, todo[path].notes), todo[path].prompt[:80])
+                if (said := pace.step(costs[number])) and ranks.first:
+                    log.info("%s", said)
 
-def read_json(path: Path) -> Any:
-    """Return the document at `path`, or None where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    def _drawn(
+        self, generate: Generator, batch: Mapping[Path, Item], step: Callable[[], None]
+    ) -> Iterator[tuple[Path, Iterable[np.ndarray]]]:
+        """Yield the frames of each sample of a batch, some of which are drawn only as they are taken."""
+        items = list(batch.values())
+        if items[0].scene.rolls:
+            for path, item in batch.items():
+
+                def draw(layout: Layout, name: str, item: Item = item) -> Tensor:
+                    drawn = generate.draw([layout], [item.prompt], [item.draw], self.sampler, name=name)
+                    step()
+                    return drawn[0]
+
+                yield path, item.scene.play(generate, draw)
+            return
+        made = {item.scene: item.scene.layout(generate) for item in items}
+        layouts, strength = [made[item.scene] for item in items], items[0].scene.strength
+        prompts, draws = [item.prompt for item in items], [item.draw for item in items]
+        drawn = generate.draw(layouts, prompts, draws, self.sampler, strength=strength)
+        for (path, item), layout, latent in zip(batch.items(), layouts, drawn, strict=True):
+            yield path, item.scene.show(generate, layout, latent)
+            step()

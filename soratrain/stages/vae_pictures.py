@@ -14,7 +14,7 @@ from soratrain.media import write_video
 from soratrain.sheet import pick
 from soratrain.stages.clips import Clip
 from soratrain.stages.rebuild import Rebuild
-from soratrain.stages.sample import slug
+from soratrain.stages.sample_files import slug
 from soratrain.stages.vae_summary import Measured, phase_of
 
 STRIP = 6  # frames of a picture

@@ -29,6 +29,7 @@ from soratrain.models.vae import VAE
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.dit import DiTStage
 from soratrain.stages.sample import Sample, parse_size, slug
+from soratrain.stages.sample_tasks import T2V
 
 TOKYO = 'A stylish woman walks down a Tokyo street, "neon" and signage (animated); she wears a black leather jacket.'
 THREE = Sampler(steps=3, guidance_scale=2.0)
@@ -279,7 +280,7 @@ def job(trained: Path, **kwargs: object) -> Sample:
     settings: dict[str, object] = dict(
         out=str(trained / "out"), vae=str(trained), dit=str(trained), prompt=TOKYO, size="32x16", frames=5, fps=8.0
     )
-    settings |= {"seed": 0, "sampler": Sampler(steps=2, guidance_scale=2.0)}
+    settings |= {"seed": 0, "sampler": Sampler(steps=2, guidance_scale=2.0), "task": T2V()}
     return Sample(**(settings | kwargs))  # type: ignore[arg-type]
 
 
@@ -290,7 +291,7 @@ def test_the_job_writes_a_clip_a_picture_and_how_to_repeat_it(trained: Path) -> 
         path = Path(file)
         assert path.suffix == ".mp4" and path.stat().st_size > 0 and path.with_suffix(".png").stat().st_size > 0
         notes = json.loads(path.with_suffix(".json").read_text())
-        assert notes["prompt"] == prompt and notes["seed"] == 0 and set(notes["weights"]) == {"vae", "dit"}
+        assert notes["prompt"] == prompt and notes["seed"] == 0 and set(notes["weights"]) == {"vae", "dit", "text"}
     assert job(trained, prompt=[TOKYO, "三只猫"])()["drawn"] == 0
     assert job(trained, prompt=TOKYO, seed=1)()["drawn"] == 1
     assert Path(job(trained, frames=1)()["files"][0]).suffix == ".png"

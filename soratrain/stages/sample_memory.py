@@ -1,0 +1,71 @@
+"""How much memory a forward of the net takes, before the first: how many clips fit, or the largest that does."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from soratrain.amounts import memory
+from soratrain.errors import ConfigError
+from soratrain.models.dit import Block, DiT
+
+SPARE = 0.9  # of what is free
+CGROUPS = (  # limit and use of a container
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+
+
+def token_bytes(dit: DiT) -> int:
+    """Return the bytes that a forward holds at once for each token, in fp32: an estimate of a block's widest place.
+
+    In widths: 14 around attention (the stream, its norm and that modulated, q, k and v together and apart, q and k
+    normalised and turned), or 3 and twice the MLP's own.
+    """
+    block = dit.blocks[0]
+    assert isinstance(block, Block)
+    return 4 * max(14 * dit.dim, 3 * dit.dim + 2 * block.up.out_features)
+
+
+def available(device: torch.device) -> int:
+    """Return the bytes that are free on a device, within what a container allows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        free += [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line]
+    for limit, use in CGROUPS:
+        if Path(limit).is_file() and Path(use).is_file() and (allowed := Path(limit).read_text().strip()) != "max":
+            free.append(int(allowed) - int(Path(use).read_text()))
+    return max(min(free), 0)
+
+
+def most_at_once(dit: DiT, positions: int, *, guided: bool, free: int, size: Sequence[int], unit: Sequence[int]) -> int:
+    """Return how many clips of so many latent positions, given and drawn, can go through the net at once.
+
+    Args:
+        guided: whether each goes twice, with and without its prompt.
+        free: bytes.
+        size: height and width.
+        unit: their multiples.
+
+    Raises:
+        ConfigError: not one; names the largest size of that shape that fits.
+    """
+    tokens = positions // dit.patch_size
+    each = token_bytes(dit) * (2 if guided else 1)
+    fit = int(SPARE * free) // each
+    if fit >= tokens:
+        return fit // tokens
+    smaller = math.sqrt(fit / tokens)
+    height, width = (int(side * smaller) // step * step for side, step in zip(size, unit, strict=True))
+    mend = f"the largest size that fits is about {width}x{height}" if height and width else "no size fits"
+    raise ConfigError(
+        f"size={size[1]}x{size[0]}: {tokens:,} tokens at once take about {memory(tokens * each)}, and"
+        f" {memory(free)} are free; {mend}; or draw fewer frames"
+    )
