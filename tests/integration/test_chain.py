@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +13,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 MEDIA = Path(__file__).resolve().parents[3] / "shared" / "media"
 SHORT = ["machine=laptop", "machine.steps.vae=6", "machine.steps.captioner=6", "machine.steps.dit=6"]
@@ -106,6 +109,32 @@ def test_sizes_and_durations_that_were_never_trained_can_be_drawn(world):
     with av.open(str(file)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert len(frames) == 21 and frames[0].shape == (32, 80, 3)
+
+
+@pytest.mark.full
+def test_a_sample_goes_into_every_other_way_to_sample(world):
+    folder, _ = world
+    samples = folder / "outputs/default/sample/base/samples"
+    video = shutil.copy(sorted(samples.glob("a-red-circle*.mp4"))[0], folder / "a clip, café.mp4")
+    with av.open(str(video)) as container:
+        first = next(container.decode(video=0)).to_image()
+    first.save(folder / "first.png")
+    mask = np.zeros((48, 48), np.uint8)
+    mask[:, :16] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    for words, frames in (
+        (["animate", "task.image=first.png"], 9),
+        (["extend", f"task.video={video}", "task.by=10"], 9 + 12),
+        (["connect", f"task.video={video}", f"task.video2={video}", "task.by=7"], 9 + 7 + 9),
+        (["inpaint", f"task.video={video}", "task.mask=mask.png", "strategy=ddp", "trainer.devices=2"], 9),
+    ):
+        before = set(samples.glob("*.mp4"))
+        call(folder, "stage=sample", *SHORT, "sampler.steps=1", "prompt=it goes on", f"task={words[0]}", *words[1:])
+        (made,) = set(samples.glob("*.mp4")) - before
+        with av.open(str(made)) as container:
+            assert len(list(container.decode(video=0))) == frames
+    refused = call(folder, "stage=sample", *SHORT, "task=animate", "task.image=gone.png", code=2)
+    assert "error: task.image=gone.png: does not exist" in refused.stderr
 
 
 @pytest.mark.full

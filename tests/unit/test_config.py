@@ -150,6 +150,13 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
         (["stage=dit", "experiment=native_res"], r"write \+experiment=native_res"),
         (["stage=dit", "+experiment=nativ"], "experiment=nativ: no such option; did you mean 'native_res'"),
         (["stage=dit", "machine=laptopp"], "machine=laptopp: no such option; did you mean 'laptop'"),
+        (["stage=sample", "task=animat"], "task=animat: no such option; did you mean 'animate'"),
+        (["stage=sample", "task=animate", "task.video=a.mp4"], "task.video: no such key; known: image"),
+        (["stage=sample", "task=edit", "task.strengh=0.5"], "task.strengh: no such key; did you mean 'strength'"),
+        (
+            ["stage=sample", "task=extend", "task.direction=up"],
+            "task.direction='up': must be 'forwards' or 'backwards'",
+        ),
         (["stage=sample", "size=64"], "size=64: must be WIDTHxHEIGHT, such as 64x48"),
         (["stage=dit", "upstream=perhaps"], "upstream='perhaps': must be make or fail"),
         (["stage=dit", "run=a/b"], "run='a/b': must be a folder name"),

@@ -61,3 +61,13 @@ def test_only_the_named_keys_are_quoted_and_null_stays_null():
         '+inputs.vae="c,d"',
         "inputs.captions=null",
     ]
+
+
+def test_paths_of_every_input_of_a_task_may_hold_anything():
+    from soratrain.compose import LIST_KEYS, TEXT_KEYS, compose
+
+    path = "my clips/café, 三 (2).mp4"
+    for task, keys in (("animate", ["image"]), ("connect", ["video", "video2"]), ("inpaint", ["video", "mask"])):
+        words = [f"task.{key}={path}" for key in keys] + [f"prompts_file={path}"]
+        config, _ = compose(quote(["stage=sample", f"task={task}", *words, "machine=laptop"], TEXT_KEYS, LIST_KEYS))
+        assert {config["task"][key] for key in keys} == {config["prompts_file"]} == {path}
