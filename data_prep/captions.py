@@ -24,7 +24,7 @@ FOUND_BY = "file_name"
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table by what they hold: see conf/data_prep.yaml, `captions_columns`; None is by their names."""
+    """The columns of a table by what they hold; None is by their names. See conf/data_prep/, `captions_columns`."""
 
     file: str | None = None
     text: str | None = None

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.records import dumps
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
+CONF = Path(__file__).resolve().parent.parent / "conf" / "data_prep"  # of its own: `task` is a group of soratrain's
 WEIGHTS = ("score.clip", "score.aesthetic", "score.text")
 PATHS = ("input", "output", "license", "captions", "captions_columns.*", "validate.report", *WEIGHTS)  # any values
 TASKS = ("build", "index", "score", "select", "repack", "validate", "report")

@@ -19,7 +19,7 @@ STRONG = 2.0  # times min_content
 
 @dataclass(frozen=True)
 class Cutting:
-    """How videos are cut: see conf/data_prep.yaml, `shots`."""
+    """How videos are cut: see conf/data_prep/data_prep.yaml, `shots`."""
 
     detect: bool = True
     threshold: float = 3.0

@@ -27,7 +27,7 @@ ASKED = 11  # times the queue is asked before it counts as gone
 
 @dataclass(frozen=True)
 class Array:
-    """The job array: see conf/data_prep.yaml, `slurm`."""
+    """The job array: see conf/data_prep/data_prep.yaml, `slurm`."""
 
     jobs: int = 8
     cpus: int = 4

@@ -26,7 +26,8 @@ from soratrain.models import weights
 from soratrain.stages import sample
 from soratrain.stages.sample import Sample
 from soratrain.stages.sample_fit import FEATHER, cover, filled, inside, size_near
-from soratrain.stages.sample_joined import RAMP, Connect, Extend, Loop
+from soratrain.stages.sample_joined import Connect, Extend, Loop
+from soratrain.stages.sample_joints import RAMP
 from soratrain.stages.sample_redrawn import Edit, Inpaint, Refine
 from soratrain.stages.sample_tasks import T2I, T2V, Animate, Order, Scene, Task
 
@@ -316,7 +317,7 @@ def test_more_tokens_than_memory_are_refused_with_the_largest_size_that_fits(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "available", lambda device: 100_000)
-    with pytest.raises(ConfigError, match="size=960x640: 7,200 tokens at once take about 12.3 MiB.*about 80x48"):
+    with pytest.raises(ConfigError, match="size=960x640: 7,200 tokens at once take about 14.1 MiB.*about 64x48"):
         chain.job(T2V(), size="960x640", fps=8.0)()
     seen: list[int] = []
     draw = Generator.draw
