@@ -6,7 +6,7 @@ What `stage=sample` and `stage=evaluate` share.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ class Generator:
         vae, dit, text: the nets, in eval mode, on one device.
         objective: the one that the DiT was trained for.
         caption_dropout: share of captions that it was trained without; None where that is not known.
+        mix: shares of the ways in which it was given parts of clips in training; None where that is not known.
         batch: most clips drawn at once.
     """
 
@@ -53,11 +54,12 @@ class Generator:
         *,
         objective: Objective | None = None,
         caption_dropout: float | None = None,
+        mix: Mapping[str, float] | None = None,
         batch: int = 16,
     ) -> None:
         self.vae, self.dit, self.text, self.batch = vae, dit, text, batch
         self.objective: Objective = Flow() if objective is None else objective
-        self.caption_dropout = caption_dropout
+        self.caption_dropout, self.mix = caption_dropout, mix
 
     @classmethod
     def load(
@@ -81,7 +83,8 @@ class Generator:
             raise DataError(f"the VAE in {vae} has a stride of {vae_net.stride[0]} in time; the DiT counts {STRIDE[0]}")
         objective = rebuilt(extra.get("objective", {"name": "flow"}))
         dropout = extra.get("caption_dropout")
-        return cls(vae_net, dit_net, text_net, objective=objective, caption_dropout=dropout, batch=batch)
+        mix = extra.get("conditioning", {}).get("mix")
+        return cls(vae_net, dit_net, text_net, objective=objective, caption_dropout=dropout, mix=mix, batch=batch)
 
     @property
     def device(self) -> torch.device:

@@ -49,6 +49,8 @@ class Joined(Scene):
 class Forwards(Joined):
     """A video, then what is drawn, as one stream of latents."""
 
+    mode = "prefix"
+
     def play(self, generate: Generator, draw: Draw) -> Iterator[np.ndarray]:
         def more(tail: Tensor, standalone: bool) -> Iterator[Tensor]:
             sizes = {"window": self.window, "context": self.context}
@@ -64,6 +66,8 @@ class Backwards(Joined):
     pixels would take.
     """
 
+    mode = "suffix"
+
     def play(self, generate: Generator, draw: Draw) -> Iterator[np.ndarray]:
         head = beginning(generate, self.taken[0], self.context)
         sizes = {"window": self.window, "context": self.context}
@@ -76,6 +80,8 @@ class Backwards(Joined):
 
 class Bridged(Joined):
     """A video, a bridge, and another video, or the same one again, which then is not repeated."""
+
+    mode = "connect"
 
     def play(self, generate: Generator, draw: Draw) -> Iterator[np.ndarray]:
         first, second = self.taken

@@ -92,6 +92,8 @@ def of_mask(video: Video, mask: Video | None) -> str:
 class Inpainted(Scene):
     """Outside of the mask the frames are the video's own, to the bit, from `FEATHER` pixels beside it."""
 
+    mode: ClassVar[str] = "inpaint"
+
     taken: Taken
     mask: Video | None
     framed: bool

@@ -6,6 +6,7 @@ what was drawn; those of one shape are drawn together. Others roll (sample_joine
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -23,6 +24,8 @@ from soratrain.errors import ConfigError
 from soratrain.models.patchify import STRIDE
 from soratrain.stages.sample_fit import cover, every, said_of, size_near
 from soratrain.stages.sample_inputs import Picture, Taken, Video, open_picture
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Scene:
     """
 
     rolls: ClassVar[bool] = False
+    mode: ClassVar[str] = ""  # how the net is given parts of clips in training, where it is to have learned that
 
     height: int
     width: int
@@ -95,7 +99,7 @@ class Scene:
         return type(self).__name__, self.height, self.width, self.frames, self.steps, self.strength
 
     def check(self, generate: Generator) -> None:
-        """Refuse what these nets cannot draw.
+        """Refuse what these nets cannot draw, and warn of what they have not learned.
 
         Raises:
             ConfigError: a size off their stride, or a patch of several latents where some are given.
@@ -103,6 +107,12 @@ class Scene:
         patch = generate.dit.patch
         if patch[0] > 1 and type(self) is not Scene:
             raise ConfigError(f"dit.patch={list(patch)}: holds {patch[0]} latents, of which some would be given; use 1")
+        if self.mode and generate.mix is not None and not generate.mix.get(self.mode):
+            log.warning(
+                "the DiT was trained with conditioning.mix.%s=0 and has never been given what this starts from; it may"
+                " pass over it: train one with conditioning=segments",
+                self.mode,
+            )
         check_size(self.height, self.width, 1 + TIME * (self.steps - 1), patch, generate.vae.stride)
 
     def positions(self, generate: Generator) -> int:
@@ -225,6 +235,8 @@ class Animated(Scene):
 
     So nothing jumps between it and the second, and it is the same latent to the bit.
     """
+
+    mode = "prefix"
 
     def layout(self, generate: Generator) -> Layout:
         (picture,) = self.inputs

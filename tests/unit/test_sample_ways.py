@@ -328,6 +328,18 @@ def test_more_tokens_than_memory_are_refused_with_the_largest_size_that_fits(
     assert seen == [2, 2, 1]
 
 
+@pytest.mark.parametrize(("mix", "warned"), [({"suffix": 0.2}, True), ({"prefix": 0.2}, False), (None, False)])
+def test_a_way_that_a_net_has_not_learned_is_warned_of(
+    chain: Chain, caplog: pytest.LogCaptureFixture, mix: dict[str, float] | None, warned: bool
+) -> None:
+    generate = Generator.load(chain.folder, chain.folder)
+    generate.mix = mix
+    with caplog.at_level(logging.WARNING):
+        Extend(video=chain.file("a.mp4")).scene(order()).check(generate)
+        Edit(video=chain.file("a.mp4")).scene(order(None)).check(generate)
+    assert ["conditioning.mix.prefix=0" in record.message for record in caplog.records] == [True] * warned
+
+
 def test_samples_of_a_prompt_have_seeds_of_their_own_and_only_what_is_missing_is_drawn(chain: Chain) -> None:
     settings = {"size": "48x32", "fps": 8.0, "out": chain.file("seeds")}
     result = chain.job(T2V(), samples=3, seed=7, **settings)()
