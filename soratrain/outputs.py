@@ -35,6 +35,8 @@ FREE = (
     "trainer.log_every",
     "trainer.checkpoint_every",
     "trainer.keep",
+    "trainer.compile",
+    "stage.module.dit.recompute",
     "stage.data.workers",
     "stage.data.prefetch",
     "stage.data.cache",

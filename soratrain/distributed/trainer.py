@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 
 from soratrain.callbacks.checkpoint import Checkpoint, GracefulStop
+from soratrain.callbacks.compiled import CompileBlocks
 from soratrain.callbacks.ema import EMA
 from soratrain.callbacks.export import Export
 from soratrain.callbacks.metrics import Metrics
@@ -27,6 +28,7 @@ from soratrain.stages.manual import ManualStage
 log = logging.getLogger(__name__)
 
 PRECISIONS = ("32-true", "bf16-mixed")  # fp16 needs loss scaling, and whatever has it and no bf16 is old
+COMPILE = ("none", "blocks")
 # Warnings of Lightning and DeepSpeed that a user of this package can do nothing about.
 NOISE = (
     ".*does not have many workers.*",
@@ -93,6 +95,7 @@ def build_trainer(
     devices: int | str = "auto",
     num_nodes: int = 1,
     precision: str = "32-true",
+    compile: str = "none",
     accumulate: int = 1,
     clip: float = 0.0,
     ema: float = 0.0,
@@ -113,6 +116,7 @@ def build_trainer(
         devices: processes on each node; `auto` is every GPU, or one process on CPUs.
         num_nodes: nodes.
         precision: `32-true` or `bf16-mixed`.
+        compile: `none`, or `blocks`: those of the DiT run compiled.
         accumulate: micro-batches of a rank in an optimizer step.
         clip: largest gradient norm, 0 for none.
         ema: decay of the weight average, 0 for none.
@@ -130,6 +134,13 @@ def build_trainer(
     options, out = strategy or StrategyOptions(), Path(out)
     if precision not in PRECISIONS:
         raise ConfigError(f"trainer.precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
+    if compile not in COMPILE:
+        raise ConfigError(f"trainer.compile={compile!r} is unknown; use one of {', '.join(COMPILE)}")
+    if compile != "none" and options.name == "zero3":
+        raise ConfigError(
+            f"trainer.compile={compile} with strategy=zero3: it gathers weights in hooks, which cannot be compiled; use"
+            " strategy=zero2, or trainer.compile=none"
+        )
     if max_steps < 1 or accumulate < 1 or log_every < 1 or num_nodes < 1:
         raise ConfigError(
             f"trainer.max_steps={max_steps}, accumulate={accumulate}, log_every={log_every} and num_nodes={num_nodes}"
@@ -157,6 +168,7 @@ def build_trainer(
             *([average] if average else []),
             metrics,
             Progress(metrics, title=title),
+            *([CompileBlocks()] if compile == "blocks" else []),
             *callbacks,
             Export(out / "weights", average),
             checkpoint,

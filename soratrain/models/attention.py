@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload
 
 # On CPU in bf16, SDPA's backward is slower than matmul and softmax on short sequences (80 x 32, 32 x 6 heads: 25 ms
 # against 4 ms; 320 tokens: 35 against 26) and faster on long ones (1,024 tokens: 91 against 184). In fp32 SDPA wins.
@@ -144,6 +145,16 @@ def choose(q_NHK: Tensor, q: Packing, k: Packing) -> str:
     if q_NHK.is_cuda and q_NHK.dtype in (torch.bfloat16, torch.float16):
         return "varlen"
     return "dense" if q.longest * k.longest <= PAD_MAX_SCORES else "loop"
+
+
+@lru_cache(maxsize=1)
+def attention_ops() -> tuple[OpOverload, ...]:
+    """Return the operations that may do the work of `attend`, on any device."""
+    import torch.nn.attention.varlen  # noqa: F401  registers its own
+
+    names = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+    found = [getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default for name in names]
+    return (*found, torch.ops.torch_attn._varlen_attn.default)
 
 
 def _varlen(q_NHK: Tensor, k_MHK: Tensor, v_MHK: Tensor, q: Packing, k: Packing) -> Tensor:

@@ -11,18 +11,23 @@ R rows: pairs of a clip and a noise level in it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from soratrain.models.attention import Packing, attend
+from soratrain.errors import ConfigError
+from soratrain.models.attention import Packing, attend, attention_ops
 from soratrain.models.patchify import Patch
 from soratrain.models.rope import rotate, rotations, split_axes
 
 FREQUENCIES = 256  # channels of the noise level's sinusoid, as DiT (Peebles and Xie, 2022)
 FLAGS = 4  # bit 0: the token is known, bit 1: its segment was encoded standalone
+RECOMPUTE = ("none", "selective", "full")
 ACTIVATIONS = {"gelu_tanh": nn.GELU(approximate="tanh"), "gelu": nn.GELU(), "silu": nn.SiLU()}
 
 
@@ -126,9 +131,18 @@ class Block(nn.Module):
     """Self-attention, cross-attention and MLP; the first and last modulated by the noise level."""
 
     def __init__(
-        self, *, dim: int, num_heads: int, mlp_ratio: float, qk_norm_full: bool, cross_norm: bool, activation: str
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qk_norm_full: bool,
+        cross_norm: bool,
+        activation: str,
+        selective: bool = False,
     ) -> None:
         super().__init__()
+        self.selective = selective
         self.modulation = nn.Parameter(torch.zeros(6, dim))
         self.norm_self = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attention = SelfAttention(dim=dim, num_heads=num_heads, qk_norm_full=qk_norm_full)
@@ -150,11 +164,36 @@ class Block(nn.Module):
         rotation: Tensor,
     ) -> Tensor:
         shift_self, scale_self, gate_self, shift_mlp, scale_mlp, gate_mlp = (condition_R6D + self.modulation).unbind(1)
-        update_ND = self.attention(spread.modulate(self.norm_self(x_ND), shift_self, scale_self), packing, rotation)
+        run = again if self.selective and torch.is_grad_enabled() else plainly
+        update_ND = run(self._see, x_ND, shift_self, scale_self, spread, packing, rotation, keep=True)
         x_ND = spread.gate(x_ND, update_ND, gate_self)
-        x_ND = x_ND + self.cross(self.norm_cross(x_ND), text_MD, packing, text_packing)
-        hidden = self.up(spread.modulate(self.norm_mlp(x_ND), shift_mlp, scale_mlp))
-        return spread.gate(x_ND, self.down(self.activation(hidden)), gate_mlp)
+        x_ND = x_ND + run(self._read, x_ND, text_MD, packing, text_packing, keep=True)
+        return spread.gate(x_ND, run(self._think, x_ND, shift_mlp, scale_mlp, spread), gate_mlp)
+
+    def _see(self, x_ND: Tensor, shift: Tensor, scale: Tensor, spread: Spread, packing: Packing, turn: Tensor) -> Tensor:
+        return self.attention(spread.modulate(self.norm_self(x_ND), shift, scale), packing, turn)
+
+    def _read(self, x_ND: Tensor, text_MD: Tensor, packing: Packing, text_packing: Packing) -> Tensor:
+        return self.cross(self.norm_cross(x_ND), text_MD, packing, text_packing)
+
+    def _think(self, x_ND: Tensor, shift: Tensor, scale: Tensor, spread: Spread) -> Tensor:
+        return self.down(self.activation(self.up(spread.modulate(self.norm_mlp(x_ND), shift, scale))))
+
+
+def plainly(function: Callable[..., Tensor], *arguments: object, keep: bool = False) -> Tensor:
+    """Return `function(*arguments)`."""
+    return function(*arguments)
+
+
+def again(function: Callable[..., Tensor], *arguments: object, keep: bool = False) -> Tensor:
+    """Return `function(*arguments)`, which the backward pass computes again; with `keep`, but for what is dear.
+
+    That is what attention and each matrix product gives: what is left to do again is a pass over memory.
+    """
+    if not keep:
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default, *attention_ops()])
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)  # type: ignore[no-any-return]
 
 
 class DiT(nn.Module):
@@ -173,6 +212,8 @@ class DiT(nn.Module):
         cross_norm: an affine norm before cross-attention, as Wan.
         pooled_text: add the mean text feature to the modulation.
         activation: of the MLP: `gelu_tanh`, `gelu` or `silu`.
+        recompute: what the backward pass computes again, instead of keeping it: `none`; `selective`: the MLP up to its
+            last product, and everywhere what is no product nor attention; `full`: each block. Gradients are the same.
     """
 
     def __init__(
@@ -190,8 +231,11 @@ class DiT(nn.Module):
         cross_norm: bool = True,
         pooled_text: bool = False,
         activation: str = "gelu_tanh",
+        recompute: str = "none",
     ) -> None:
         super().__init__()
+        if recompute not in RECOMPUTE:
+            raise ConfigError(f"dit.recompute={recompute!r} is unknown; use one of {', '.join(RECOMPUTE)}")
         if dim % num_heads:
             raise ValueError(f"{num_heads} heads do not divide a width of {dim}")
         if activation not in ACTIVATIONS:
@@ -199,6 +243,7 @@ class DiT(nn.Module):
         if rope_time not in ("seconds", "index"):
             raise ValueError(f"rope_time {rope_time!r} is unknown; use seconds or index")
         self.channels, self.dim, self.depth, self.num_heads = channels, dim, depth, num_heads
+        self.recompute = recompute
         self.patch: Patch = (patch[0], patch[1], patch[2])
         self.patch_size = math.prod(self.patch)
         self.rope_time, self.axes = rope_time, split_axes(dim // num_heads)
@@ -217,6 +262,7 @@ class DiT(nn.Module):
                 qk_norm_full=qk_norm_full,
                 cross_norm=cross_norm,
                 activation=activation,
+                selective=recompute == "selective",
             )
             for _ in range(depth)
         )
@@ -260,8 +306,9 @@ class DiT(nn.Module):
         text_MD = self.embed_text(text_ME)
         x_ND = self.embed(tokens.values.to(self.embed.weight.dtype))
         x_ND = x_ND + self.embed_flags(tokens.flags).to(x_ND.dtype)
+        run = again if self.recompute == "full" and torch.is_grad_enabled() else plainly
         for block in self.blocks:
-            x_ND = block(x_ND, condition_R6D, text_MD, spread, packing, text_packing, rotation)
+            x_ND = run(block, x_ND, condition_R6D, text_MD, spread, packing, text_packing, rotation)
         shift_RD, scale_RD = (sigma_RD.float()[:, None] + self.modulation).unbind(1)
         return self.head(spread.modulate(self.norm_head(x_ND), shift_RD, scale_RD))
 

@@ -27,7 +27,7 @@ from soratrain.distributed.memory import GIB, Kept, dit_activations, kept, measu
 from soratrain.distributed.strategy import StrategyOptions
 from soratrain.errors import ConfigError
 from soratrain.models.vae import VAE
-from soratrain.stages.plan_cost import each_token, positions, stride_of
+from soratrain.stages.plan_cost import forward_flops, positions, stride_of
 from soratrain.stages.plan_table import show
 
 TARGETS = ("vae", "captioner", "dit")
@@ -224,10 +224,8 @@ class PlanStage:
         tokens = -(-t // patch[0]) * (h // patch[1]) * (w // patch[2])
         found: dict[str, Any] = {"bucket": str(bucket), "tokens": tokens, "latent_mib": 2 * self.latent(bucket) / 2**20}
         if "dit" in parts:
-            dim, depth = (self.nets["dit"].keywords[name] for name in ("dim", "depth"))
-            blocks = 2 * tokens * sum(layer.weight.numel() for layer in each_token(parts["dit"]))
-            attention = 4 * depth * tokens**2 * dim
-            found |= {"forward_tflop": (blocks + attention) / 1e12, "attention": attention / (blocks + attention)}
+            total, attention = forward_flops(parts["dit"], [tokens])
+            found |= {"forward_tflop": total / 1e12, "attention": attention / total}
         return found
 
 

@@ -19,7 +19,7 @@ from soratrain.errors import ConfigError
 from soratrain.models.vae import VAE
 from soratrain.run import check_machine, prepare, run
 from soratrain.stages.plan import Reconstruction, parse_clip
-from soratrain.stages.plan_cost import each_token
+from soratrain.stages.plan_cost import forward_flops
 
 SHAPES = [(48, 64, 9)] * 12 + [(64, 48, 1)] * 6 + [(8, 8, 1)] * 2
 WORDS = ["stage=plan", "machine=laptop", "upstream=fail"]
@@ -145,7 +145,19 @@ def test_the_forward_pass_of_a_clip_is_counted_as_it_is_run() -> None:
         forward(net, clips([(4, 5, 16, 16)]), *texts(1))
     linear = sum(count for name, count in counter.get_flop_counts()["Global"].items() if "mm" in str(name))
     # what is left to text and to the noise level is little
-    assert 2 * tokens * sum(layer.weight.numel() for layer in each_token(net)) == pytest.approx(linear, rel=0.05)
+    total, attention = forward_flops(net, [tokens])
+    assert total - attention == pytest.approx(linear, rel=0.05) and attention == 4 * 3 * 64 * tokens**2
+
+
+def test_attention_in_a_pack_is_counted_for_each_clip_alone() -> None:
+    net, lengths, words = build(dim=64, depth=3, mlp_ratio=4.0), [320, 64, 16], [3, 1, 5]
+    with FlopCounterMode(display=False) as counter:
+        forward(net, clips([(4, 5, 16, 16), (4, 1, 16, 16), (4, 1, 8, 8)]), *texts(3))
+    counted = counter.get_flop_counts()["Global"]
+    total, attention = forward_flops(net, lengths, words)
+    assert attention == 4 * 3 * 64 * sum(n * n + n * m for n, m in zip(lengths, words, strict=True))
+    linear = sum(count for name, count in counted.items() if "mm" in str(name))
+    assert total - attention == pytest.approx(linear, rel=0.05)
 
 
 @pytest.mark.parametrize("vae", ["hc", "wan22"])

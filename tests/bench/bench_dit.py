@@ -1,0 +1,232 @@
+"""The DiT beside diffusers' WanTransformer3DModel of the same shape: tokens a second and memory in training.
+
+Both go forwards and backwards over the same latents and texts, from latents on. `equal`: clips of one shape, one batch.
+`mixed`: every pair of four durations and four sizes, from one image of 256x256 to 33 frames of 640x384. Ours takes
+them in packs of no more tokens than the largest clip has; the peer takes them one by one, or padded to the largest
+(of whose equal clips `PADDED` are timed, and counted for all). Tokens are those of the clips, not of the padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import torch
+from bench_vae import added, begin, seconds
+from torch import Tensor, nn
+
+from soratrain.diffusion.segments import Segment, flatten
+from soratrain.models.attention import Packing
+from soratrain.models.dit import DiT
+
+DIM, DEPTH, HEADS, RATIO, CHANNELS, TEXT = 384, 2, 3, 4, 16, 512
+TITLE = (
+    f"DiTs on a CPU, fp32, two threads, forwards and backwards: {DEPTH} blocks of width {DIM}, {HEADS} heads of"
+    f" {DIM // HEADS}, MLP x{RATIO}; memory is what is added by the largest step"
+)
+ROUNDS = 3
+EQUAL = [(5, 32, 48)] * 4  # latents: 17 frames of 384x256
+MIXED = [(t, h, w) for t in (1, 3, 5, 9) for h, w in ((32, 32), (32, 48), (48, 32), (48, 80))]
+WORDS = 64  # tokens of a text in `equal`; those of `mixed` have from a quarter as many to this
+PADDED = 2
+OURS, ONE, PAD = "ours", "diffusers, one by one", "diffusers, padded"
+Shape = tuple[int, int, int]
+
+
+def ours() -> DiT:
+    """Return our net."""
+    torch.manual_seed(0)
+    return DiT(channels=CHANNELS, dim=DIM, depth=DEPTH, num_heads=HEADS, text_dim=TEXT, mlp_ratio=RATIO)
+
+
+def theirs(fused: bool = True) -> Any:
+    """Return the peer's net, its projections in one matrix or not. Raises ImportError where it is not installed."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    net = WanTransformer3DModel(
+        num_attention_heads=HEADS,
+        attention_head_dim=DIM // HEADS,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        text_dim=TEXT,
+        ffn_dim=RATIO * DIM,
+        num_layers=DEPTH,
+    )
+    for block in net.blocks if fused else ():
+        block.attn1.fuse_projections()
+        block.attn2.fuse_projections()
+    return net
+
+
+def tokens(shape: Shape) -> int:
+    """Return the tokens of a latent."""
+    return shape[0] * shape[1] * shape[2] // 4
+
+
+def words(shapes: list[Shape]) -> list[int]:
+    """Return the tokens of each clip's text."""
+    return [WORDS] * len(shapes) if len(set(shapes)) == 1 else [WORDS // 4 * (1 + i % 4) for i in range(len(shapes))]
+
+
+def clips(shapes: list[Shape]) -> list[tuple[Tensor, Tensor]]:
+    """Return each clip's latent and text."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = zip(shapes, words(shapes), strict=True)
+    return [
+        (torch.randn((CHANNELS, *shape), generator=generator), torch.randn((count, TEXT), generator=generator))
+        for shape, count in pairs
+    ]
+
+
+def packs(given: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yield clips in packs of at most as many tokens as the largest has; equal ones all at once."""
+    sizes = [latent[0].numel() // 4 for latent, _ in given]
+    most = sum(sizes) if len(set(sizes)) == 1 else max(sizes)
+    left = sorted(range(len(given)), key=sizes.__getitem__, reverse=True)
+    while left:
+        room, pack = most, []
+        for index in list(left):
+            if sizes[index] <= room:
+                room -= sizes[index]
+                pack.append(index)
+                left.remove(index)
+        yield [given[index] for index in pack]
+
+
+def train_ours(net: DiT, given: list[tuple[Tensor, Tensor]]) -> None:
+    """Go forwards and backwards over all clips."""
+    net.zero_grad()
+    for pack in packs(given):
+        flat = flatten([[Segment(latent, torch.tensor(0.5), 24.0)] for latent, _ in pack], net.patch)
+        text = Packing.of([len(one) for _, one in pack])
+        net(flat.tokens, torch.cat([one for _, one in pack]), text).square().mean().backward()
+
+
+def train_theirs(net: nn.Module, given: list[tuple[Tensor, Tensor]]) -> None:
+    """Go forwards and backwards over clips of one shape, in one batch."""
+    latents, texts = (torch.stack(parts) for parts in zip(*given, strict=True))
+    sigma = torch.full((len(given),), 500.0)
+    net(latents, sigma, texts, return_dict=False)[0].square().mean().backward()
+
+
+def train_one_by_one(net: nn.Module, given: list[tuple[Tensor, Tensor]]) -> None:
+    """Go forwards and backwards over each clip alone."""
+    net.zero_grad()
+    for clip in given:
+        train_theirs(net, [clip])
+
+
+def train_equal(net: nn.Module, given: list[tuple[Tensor, Tensor]]) -> None:
+    """Go forwards and backwards over clips of one shape."""
+    net.zero_grad()
+    train_theirs(net, given)
+
+
+def largest(count: int) -> list[tuple[Tensor, Tensor]]:
+    """Return equal clips of the largest shape, with the longest text."""
+    return clips([max(MIXED, key=tokens)] * count)
+
+
+def best() -> tuple[Any, str]:
+    """Return the peer's net with its projections fused or not, whichever is faster on a small batch, and which."""
+    small, found = clips([(2, 16, 24)] * 8), {}
+    for fused in (True, False):
+        net = theirs(fused)
+        took = min(seconds(lambda net=net: train_equal(net, small)) for _ in range(4))  # type: ignore[misc]
+        found[took] = net, "projections fused" if fused else "projections apart"
+    return found[min(found)]
+
+
+Timed = dict[str, tuple[Callable[[], object], float]]  # what is timed, and how many such make the whole set
+
+
+def timed() -> tuple[dict[str, Timed], str]:
+    """Return what is timed, by set and net, and a note on the peer."""
+    net, equal, mixed = ours(), clips(EQUAL), clips(MIXED)
+    runs: dict[str, Timed] = {
+        "equal": {OURS: (lambda: train_ours(net, equal), 1)},
+        "mixed": {OURS: (lambda: train_ours(net, mixed), 1)},
+    }
+    try:
+        peer, note = best()
+    except ImportError:
+        return runs, "diffusers is not installed"
+    padded = largest(PADDED)
+    runs["equal"]["diffusers"] = lambda: train_equal(peer, equal), 1
+    runs["mixed"][ONE] = lambda: train_one_by_one(peer, mixed), 1
+    runs["mixed"][PAD] = lambda: train_equal(peer, padded), len(MIXED) / PADDED
+    return runs, note
+
+
+def figures(values: list[float], digits: int) -> str:
+    """Return the median (least to most)."""
+    return f"{median(values):,.{digits}f} ({min(values):,.{digits}f}–{max(values):,.{digits}f})"
+
+
+def speed() -> list[dict[str, str]]:
+    """Return tokens a second, measured in turn."""
+    runs, note = timed()
+    rows = []
+    for kind, shapes in (("equal", EQUAL), ("mixed", MIXED)):
+        count = sum(map(tokens, shapes))
+        said = f"{len(shapes)} clips, {count:,} tokens in all"
+        took: dict[str, list[float]] = {name: [] for name in runs[kind]}
+        train_ours(ours(), clips(shapes[:2]))  # warm
+        for _ in range(ROUNDS):
+            for name, (run, times) in runs[kind].items():
+                took[name].append(seconds(run) * times)
+        for name, spent in took.items():
+            row = {"clips": kind, "net": name, "tokens/s": figures([count / one for one in spent], 0)}
+            row["note"] = said if name == OURS else note
+            if name == PAD:
+                row["note"] = f"{len(shapes) * max(map(tokens, shapes)):,} tokens with the padding"
+            if name != OURS:
+                row["ours / this"] = figures([b / a for a, b in zip(took[OURS], spent, strict=True)], 2)
+            rows.append(row)
+        if len(took) == 1:
+            rows.append({"clips": kind, "net": "diffusers", "note": note})
+    return rows
+
+
+def measured(name: str, shapes: list[Shape]) -> None:
+    """Do once what adds to memory: gradients are there before."""
+    net: Any = ours() if name == OURS else theirs()
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    given = clips(shapes)
+    begin()
+    if name == OURS:
+        net.zero_grad = lambda: None
+        train_ours(net, given)
+    else:
+        train_theirs(net, given)
+
+
+def memory() -> dict[tuple[str, str], str]:
+    """Return the MiB that a step adds, by set and net."""
+    top = max(MIXED, key=tokens)
+    work = {("equal", OURS): EQUAL, ("equal", "diffusers"): EQUAL, ("mixed", OURS): MIXED, ("mixed", ONE): [top]}
+    work["mixed", PAD] = [top] * PADDED
+    found = {}
+    for (kind, name), shapes in work.items():
+        found[kind, name] = f"{added(measured, name, shapes):,.0f} MiB"
+    found["mixed", PAD] += f" for {PADDED} clips"
+    return found
+
+
+def measure() -> list[dict[str, str]]:
+    """Return the table."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rows, held = speed(), {}
+        if any(row["net"] == ONE for row in rows):
+            held = memory()
+    finally:
+        torch.set_num_threads(threads)
+    columns = ("clips", "net", "tokens/s", "ours / this", "memory", "note")
+    for row in rows:
+        row["memory"] = held.get((row["clips"], row["net"]), "")
+    return [{name: row.get(name, "") for name in columns} for row in rows]
