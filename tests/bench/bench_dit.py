@@ -1,6 +1,6 @@
 """The DiT beside diffusers' WanTransformer3DModel of the same shape: tokens a second and memory in training.
 
-Both go forwards and backwards over the same latents and texts, from latents on. `equal`: clips of one shape, one batch.
+Both go forwards and backwards over the same latents and texts, from latents on. `equal`: clips of one shape in one batch.
 `mixed`: every pair of four durations and four sizes, from one image of 256x256 to 33 frames of 640x384. Ours takes
 them in packs of no more tokens than the largest clip has; the peer takes them one by one, or padded to the largest
 (of whose equal clips `PADDED` are timed, and counted for all). Tokens are those of the clips, not of the padding.
@@ -9,6 +9,7 @@ them in packs of no more tokens than the largest clip has; the peer takes them o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -26,11 +27,12 @@ TITLE = (
     f" {DIM // HEADS}, MLP x{RATIO}; memory is what is added by the largest step"
 )
 ROUNDS = 3
-EQUAL = [(5, 32, 48)] * 4  # latents: 17 frames of 384x256
+EQUAL = {"equal, short": [(1, 32, 32)] * 32, "equal, long": [(5, 32, 48)] * 4}  # 256x256 and 17 frames of 384x256
 MIXED = [(t, h, w) for t in (1, 3, 5, 9) for h, w in ((32, 32), (32, 48), (48, 32), (48, 80))]
+SETS = {**EQUAL, "mixed": MIXED}
 WORDS = 64  # tokens of a text in `equal`; those of `mixed` have from a quarter as many to this
 PADDED = 2
-OURS, ONE, PAD = "ours", "diffusers, one by one", "diffusers, padded"
+OURS, BATCH, ONE, PAD = "ours", "diffusers", "diffusers, one by one", "diffusers, padded"
 Shape = tuple[int, int, int]
 
 
@@ -134,7 +136,7 @@ def best() -> tuple[Any, str]:
     small, found = clips([(2, 16, 24)] * 8), {}
     for fused in (True, False):
         net = theirs(fused)
-        took = min(seconds(lambda net=net: train_equal(net, small)) for _ in range(4))  # type: ignore[misc]
+        took = min(seconds(partial(train_equal, net, small)) for _ in range(4))
         found[took] = net, "projections fused" if fused else "projections apart"
     return found[min(found)]
 
@@ -144,19 +146,17 @@ Timed = dict[str, tuple[Callable[[], object], float]]  # what is timed, and how 
 
 def timed() -> tuple[dict[str, Timed], str]:
     """Return what is timed, by set and net, and a note on the peer."""
-    net, equal, mixed = ours(), clips(EQUAL), clips(MIXED)
-    runs: dict[str, Timed] = {
-        "equal": {OURS: (lambda: train_ours(net, equal), 1)},
-        "mixed": {OURS: (lambda: train_ours(net, mixed), 1)},
-    }
+    net, sets = ours(), {kind: clips(shapes) for kind, shapes in SETS.items()}
+    runs: dict[str, Timed] = {kind: {OURS: (partial(train_ours, net, given), 1)} for kind, given in sets.items()}
     try:
         peer, note = best()
     except ImportError:
         return runs, "diffusers is not installed"
     padded = largest(PADDED)
-    runs["equal"]["diffusers"] = lambda: train_equal(peer, equal), 1
-    runs["mixed"][ONE] = lambda: train_one_by_one(peer, mixed), 1
-    runs["mixed"][PAD] = lambda: train_equal(peer, padded), len(MIXED) / PADDED
+    for kind in EQUAL:
+        runs[kind][BATCH] = partial(train_equal, peer, sets[kind]), 1
+    runs["mixed"][ONE] = partial(train_one_by_one, peer, sets["mixed"]), 1
+    runs["mixed"][PAD] = partial(train_equal, peer, padded), len(MIXED) / PADDED
     return runs, note
 
 
@@ -169,7 +169,7 @@ def speed() -> list[dict[str, str]]:
     """Return tokens a second, measured in turn."""
     runs, note = timed()
     rows = []
-    for kind, shapes in (("equal", EQUAL), ("mixed", MIXED)):
+    for kind, shapes in SETS.items():
         count = sum(map(tokens, shapes))
         said = f"{len(shapes)} clips, {count:,} tokens in all"
         took: dict[str, list[float]] = {name: [] for name in runs[kind]}
@@ -186,7 +186,7 @@ def speed() -> list[dict[str, str]]:
                 row["ours / this"] = figures([b / a for a, b in zip(took[OURS], spent, strict=True)], 2)
             rows.append(row)
         if len(took) == 1:
-            rows.append({"clips": kind, "net": "diffusers", "note": note})
+            rows.append({"clips": kind, "net": BATCH, "note": note})
     return rows
 
 
@@ -207,8 +207,8 @@ def measured(name: str, shapes: list[Shape]) -> None:
 def memory() -> dict[tuple[str, str], str]:
     """Return the MiB that a step adds, by set and net."""
     top = max(MIXED, key=tokens)
-    work = {("equal", OURS): EQUAL, ("equal", "diffusers"): EQUAL, ("mixed", OURS): MIXED, ("mixed", ONE): [top]}
-    work["mixed", PAD] = [top] * PADDED
+    work = {(kind, name): shapes for kind, shapes in EQUAL.items() for name in (OURS, BATCH)}
+    work |= {("mixed", OURS): MIXED, ("mixed", ONE): [top], ("mixed", PAD): [top] * PADDED}
     found = {}
     for (kind, name), shapes in work.items():
         found[kind, name] = f"{added(measured, name, shapes):,.0f} MiB"

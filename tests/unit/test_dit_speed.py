@@ -96,3 +96,21 @@ def test_selective_computes_neither_attention_nor_its_products_again() -> None:
 def test_unknown_ways_to_recompute_are_refused() -> None:
     with pytest.raises(ConfigError, match="dit.recompute='some' is unknown; use one of none, selective, full"):
         build(recompute="some")
+
+
+@pytest.mark.full
+def test_compiled_blocks_compute_the_same_keep_their_names_and_serve_every_pack() -> None:
+    torch._dynamo.reset()
+    plain, compiled = build(), build()
+    assert compile_blocks(compiled) == 2 and list(compiled.state_dict()) == list(plain.state_dict())
+    kinds = ("unequal", "equal", "rows")
+    for kind in kinds:
+        expected, found = step(plain, pack(kind)), step(compiled, pack(kind))
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-3, msg=name)
+    torch._dynamo.config.error_on_recompile = True
+    try:
+        tokens = flatten([[segment] for segment in clips([(4, 2, 6, 4), (4, 3, 4, 6), (4, 1, 4, 4)])], (1, 2, 2)).tokens
+        step(compiled, tokens)
+    finally:
+        torch._dynamo.config.error_on_recompile = False
