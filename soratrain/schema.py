@@ -278,6 +278,14 @@ def check_across(config: Mapping[str, Any]) -> None:
         from soratrain.diffusion.sampler import check_fits
 
         check_fits(config["sampler"].get("name", "auto"), locate(config["objective"]["_target_"]).name)
+    if config["trainer"].get("compile") == "blocks":
+        if stage["name"] != "dit":
+            raise ConfigError(f"trainer.compile=blocks: those of the DiT are meant, and stage={stage['name']} has none")
+        if config["dit"].get("recompute") == "selective":
+            raise ConfigError(
+                "trainer.compile=blocks with dit.recompute=selective: the compiler itself chooses what to keep; use"
+                " dit.recompute=none or full"
+            )
     check_mix(config)
     for key, least in (("max_steps", 0), ("num_nodes", 1)):
         value = config["trainer"].get(key)

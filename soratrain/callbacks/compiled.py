@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import lightning as L
+import torch
 from torch import nn
 
-from soratrain.models.dit import DiT
+from soratrain.models.attention import attend
+from soratrain.models.dit import Block, DiT
 
 
 def compile_blocks(net: nn.Module) -> int:
@@ -16,6 +18,8 @@ def compile_blocks(net: nn.Module) -> int:
     """
     blocks = [block for module in net.modules() if isinstance(module, DiT) for block in module.blocks]
     for block in blocks:
+        assert isinstance(block, Block)
+        block.attention.attend = block.cross.attend = torch.compiler.disable(attend)
         block.compile(dynamic=True)
     return len(blocks)
 

@@ -9,6 +9,7 @@ measured on a small clip and scaled by its pixels, since every operation of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +54,46 @@ def kept(
     return Kept(share(3), share(2), moments * share(1), share(1) if average else 0, activations)
 
 
-def dit_activations(*, tokens: int, dim: int, depth: int, mlp_ratio: float, itemsize: int) -> int:
-    """Return the bytes that a DiT keeps for its backward pass, without activation checkpointing.
+def dit_activations(
+    *,
+    tokens: int,
+    dim: int,
+    depth: int,
+    mlp_ratio: float,
+    itemsize: int,
+    recompute: str = "none",
+    training: bool = True,
+) -> int:
+    """Return the bytes that a DiT holds at its peak beside weights and their gradients, for all tokens of a pack.
 
-    Of each block and token, in widths: 10 around self-attention (input, norm, modulated, q, k, v, q and k normalised,
-    the result twice), 4 for the rotation in fp32, 6 around cross-attention, 4 around the MLP and twice its own width.
+    Counted in widths of a token. Each block keeps 17 and twice its MLP's (input, norm, q, k, v, q and k turned, result
+    and product of attention, the same across, the MLP's input, hidden, activated and result); with `selective` 12
+    (products and attention, but for the MLP's hidden); with `full` its input. Beside them: what one block computes
+    again, of which nothing goes before all of its backward pass is over (measured: 5 and twice the MLP's beside its
+    own), the gradients that pass through it, and 4 before and after the blocks. In 16 bits five more of each block stay
+    fp32 (norms). Text, noise levels and what a back end keeps for itself are left out, and so is, with blocks compiled,
+    what the compiler need not keep.
+
+    Args:
+        tokens: of all clips.
+        dim, depth, mlp_ratio, recompute: as the DiT has them.
+        itemsize: bytes of a number: 4, or 2 under bf16.
+        training: whether there is a backward pass; else only what one block holds at once counts.
     """
-    widths = 20 + 2 * mlp_ratio
-    return int(tokens * depth * dim * (widths * itemsize + 4 * FP32))
+    block, hidden = 17 + 2 * mlp_ratio, mlp_ratio
+    wide = 5 * FP32 if itemsize < FP32 else 0
+    if not training:
+        return int(tokens * dim * (max(5 + 2 * hidden, 11) * itemsize + wide))
+    each = {"none": block, "selective": 12, "full": 1}[recompute]
+    again = {"none": 0, "selective": 6 + 4 * hidden, "full": block + 5 + 2 * hidden}[recompute]
+    blocks = depth if recompute == "none" else 1
+    return int(tokens * dim * ((depth * each + again + 2 + hidden + 4) * itemsize + blocks * wide))
+
+
+def most_tokens(budget: int, **net: Any) -> int:
+    """Return how many tokens fit into `budget` bytes of activations; `net` is what else `dit_activations` takes."""
+    many = 1 << 20
+    return budget * many // dit_activations(tokens=many, **net)
 
 
 def measured_activations(net: nn.Module, example: Tensor) -> float:

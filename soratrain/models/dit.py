@@ -84,17 +84,26 @@ class Spread:
     def norm(self, x_ND: Tensor, shift_RD: Tensor, scale_RD: Tensor) -> Tensor:
         """Return LayerNorm of `x`, times 1 + scale, plus shift, each token with its row's values; in fp32."""
         shape, scale_RD = x_ND.shape[-1:], 1 + scale_RD
-        if self.runs and not torch.compiler.is_compiling():  # one pass over memory, of which nothing is kept
-            parts = zip(x_ND.split([length for _, length in self.runs]), self.runs, strict=True)
-            affine = [(part, scale_RD[row], shift_RD[row]) for part, (row, _) in parts]
-            return torch.cat([F.layer_norm(part, shape, scale, shift, EPS) for part, scale, shift in affine])
+        if not torch.compiler.is_compiling() and self.runs:  # one pass over memory, of which nothing is kept
+            parts = zip(*self._split(x_ND), *self._pick(scale_RD, shift_RD), strict=True)
+            return torch.cat([F.layer_norm(part, shape, scale, shift, EPS) for part, scale, shift in parts])
         x, shift, scale = self._align(F.layer_norm(x_ND.float(), shape, eps=EPS), shift_RD, scale_RD)
         return torch.addcmul(shift, x, scale).reshape(x_ND.shape)
 
     def gate(self, x_ND: Tensor, update_ND: Tensor, gate_RD: Tensor) -> Tensor:
         """Return `x + gate * update`, each token with its row's gate, in x's dtype."""
-        update, gate = self._align(update_ND, gate_RD.to(x_ND.dtype))
+        gate_RD = gate_RD.to(x_ND.dtype)
+        if not torch.compiler.is_compiling() and self.runs and self.rows is not None:
+            parts = zip(*self._split(x_ND, update_ND), *self._pick(gate_RD), strict=True)
+            return torch.cat([torch.addcmul(part, update, gate) for part, update, gate in parts])
+        update, gate = self._align(update_ND, gate_RD)
         return torch.addcmul(x_ND.reshape(update.shape), update, gate).reshape(x_ND.shape)
+
+    def _split(self, *values_ND: Tensor) -> list[tuple[Tensor, ...]]:
+        return [value.split([length for _, length in self.runs]) for value in values_ND]
+
+    def _pick(self, *values_RD: Tensor) -> list[list[Tensor]]:
+        return [[value[row] for row, _ in self.runs] for value in values_RD]
 
     def _align(self, x_ND: Tensor, *values_RD: Tensor) -> tuple[Tensor, ...]:
         """Return x and the values in shapes that broadcast: a view for equal rows, else a gather."""
@@ -121,7 +130,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, *, dim: int, num_heads: int, qk_norm_full: bool) -> None:
         super().__init__()
-        self.heads = (num_heads, dim // num_heads)
+        self.heads, self.attend = (num_heads, dim // num_heads), attend
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.norm_q = QKNorm(dim=dim, num_heads=num_heads, full=qk_norm_full)
         self.norm_k = QKNorm(dim=dim, num_heads=num_heads, full=qk_norm_full)
@@ -129,7 +138,7 @@ class SelfAttention(nn.Module):
     def forward(self, x_ND: Tensor, packing: Packing, rotation: Tensor) -> Tensor:
         qk_NSHK, v_NSHK = self.qkv(x_ND).unflatten(-1, (3, *self.heads)).split((2, 1), dim=1)
         q_NHK, k_NHK = prepared(qk_NSHK, torch.stack((self.norm_q(), self.norm_k())), rotation)
-        return self.out(attend(q_NHK, k_NHK, v_NSHK[:, 0], packing, packing).flatten(1))
+        return self.out(self.attend(q_NHK, k_NHK, v_NSHK[:, 0], packing, packing).flatten(1))
 
 
 class CrossAttention(nn.Module):
@@ -137,7 +146,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, *, dim: int, num_heads: int, qk_norm_full: bool) -> None:
         super().__init__()
-        self.heads = (num_heads, dim // num_heads)
+        self.heads, self.attend = (num_heads, dim // num_heads), attend
         self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.norm_q = QKNorm(dim=dim, num_heads=num_heads, full=qk_norm_full)
         self.norm_k = QKNorm(dim=dim, num_heads=num_heads, full=qk_norm_full)
@@ -146,7 +155,7 @@ class CrossAttention(nn.Module):
         k_MSHK, v_MSHK = self.kv(text_MD).unflatten(-1, (2, *self.heads)).split(1, dim=1)
         (q_NHK,) = prepared(self.q(x_ND).unflatten(-1, (1, *self.heads)), self.norm_q()[None], None)
         (k_MHK,) = prepared(k_MSHK, self.norm_k()[None], None)
-        return self.out(attend(q_NHK, k_MHK, v_MSHK[:, 0], packing, text_packing).flatten(1))
+        return self.out(self.attend(q_NHK, k_MHK, v_MSHK[:, 0], packing, text_packing).flatten(1))
 
 
 class Block(nn.Module):
@@ -184,13 +193,16 @@ class Block(nn.Module):
         rotation: Tensor,
     ) -> Tensor:
         shift_self, scale_self, gate_self, shift_mlp, scale_mlp, gate_mlp = (condition_R6D + self.modulation).unbind(1)
-        run = again if self.selective and torch.is_grad_enabled() else plainly
-        update_ND = run(self._see, x_ND, shift_self, scale_self, spread, packing, rotation, keep=True)
-        x_ND = spread.gate(x_ND, update_ND, gate_self)
-        x_ND = x_ND + run(self._read, x_ND, text_MD, packing, text_packing, keep=True)
-        return spread.gate(x_ND, run(self._think, x_ND, shift_mlp, scale_mlp, spread), gate_mlp)
+        see, read, think = self._see, self._read, self._think
+        if self.selective and torch.is_grad_enabled():
+            see, read, think = partial(again, see, keep=True), partial(again, read, keep=True), partial(again, think)
+        x_ND = spread.gate(x_ND, see(x_ND, shift_self, scale_self, spread, packing, rotation), gate_self)
+        x_ND = x_ND + read(x_ND, text_MD, packing, text_packing)
+        return spread.gate(x_ND, think(x_ND, shift_mlp, scale_mlp, spread), gate_mlp)
 
-    def _see(self, x_ND: Tensor, shift: Tensor, scale: Tensor, spread: Spread, packing: Packing, turn: Tensor) -> Tensor:
+    def _see(
+        self, x_ND: Tensor, shift: Tensor, scale: Tensor, spread: Spread, packing: Packing, turn: Tensor
+    ) -> Tensor:
         return self.attention(spread.norm(x_ND, shift, scale), packing, turn)
 
     def _read(self, x_ND: Tensor, text_MD: Tensor, packing: Packing, text_packing: Packing) -> Tensor:
@@ -198,11 +210,6 @@ class Block(nn.Module):
 
     def _think(self, x_ND: Tensor, shift: Tensor, scale: Tensor, spread: Spread) -> Tensor:
         return self.down(self.activation(self.up(spread.norm(x_ND, shift, scale))))
-
-
-def plainly(function: Callable[..., Tensor], *arguments: object, keep: bool = False) -> Tensor:
-    """Return `function(*arguments)`."""
-    return function(*arguments)
 
 
 def again(function: Callable[..., Tensor], *arguments: object, keep: bool = False) -> Tensor:
@@ -325,9 +332,9 @@ class DiT(nn.Module):
         text_MD = self.embed_text(text_ME)
         x_ND = self.embed(tokens.values.to(self.embed.weight.dtype))
         x_ND = x_ND + self.embed_flags(tokens.flags).to(x_ND.dtype)
-        run = again if self.recompute == "full" and torch.is_grad_enabled() else plainly
         for block in self.blocks:
-            x_ND = run(block, x_ND, condition_R6D, text_MD, spread, packing, text_packing, rotation)
+            run = partial(again, block) if self.recompute == "full" and torch.is_grad_enabled() else block
+            x_ND = run(x_ND, condition_R6D, text_MD, spread, packing, text_packing, rotation)
         shift_RD, scale_RD = (sigma_RD.float()[:, None] + self.modulation).unbind(1)
         return self.head(spread.norm(x_ND, shift_RD, scale_RD))
 

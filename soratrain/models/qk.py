@@ -19,15 +19,15 @@ EPS = 1e-6
 def prepared(x_NSHK: Tensor, weight: Tensor, rotation: Tensor | None) -> tuple[Tensor, ...]:
     """Return each kind `[N, H, K]`, divided by its root mean square (Zhang & Sennrich, 2019), scaled and turned.
 
-    On a CPU, where each pass over memory counts, forwards and backwards are written out; elsewhere it is composed, so
-    that a compiler can fuse it.
+    Forwards and backwards are written out, in few passes over memory of which nothing is kept; a compiler gets it
+    composed, and fuses it.
 
     Args:
         x_NSHK: queries, keys or both.
         weight: scale `[S, 1, K]` for a norm over each head, or `[S, H, K]` for one over the full width, fp32.
         rotation: unit complex numbers `[N, 1, K/2]`, or None.
     """
-    if x_NSHK.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling():
         return _Prepared.apply(x_NSHK, weight, rotation)  # type: ignore[no-any-return, no-untyped-call]
     wide = x_NSHK.float()
     y_NSHK = wide * _inverse(wide, _dims(weight)) * weight

@@ -194,7 +194,8 @@ class PlanStage:
             rows, columns = stride_of(self.nets["vae"])[1:]
             tokens = tokens * GRID**2 // (rows * columns * math.prod(net.patch))  # type: ignore[arg-type]
             sizes = {name: shape[name] for name in ("dim", "depth", "mlp_ratio")}
-            return dit_activations(tokens=tokens, itemsize=itemsize, **sizes)
+            again = shape.get("recompute", "none")
+            return dit_activations(tokens=tokens, itemsize=itemsize, recompute=again, **sizes)
         if self.target == "vae":
             example = torch.zeros(EXAMPLE)
             pixels = max(

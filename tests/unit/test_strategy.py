@@ -32,7 +32,10 @@ def stage(seed: int = 0, **nets: partial) -> TrainStage:
     [
         ({"precision": "fp8"}, "trainer.precision='fp8' is unknown; use one of 32-true, bf16-mixed"),
         ({"compile": "all"}, "trainer.compile='all' is unknown; use one of none, blocks"),
-        ({"compile": "blocks", "strategy": StrategyOptions(name="zero3")}, "trainer.compile=blocks with strategy=zero3"),
+        (
+            {"compile": "blocks", "strategy": StrategyOptions(name="zero3")},
+            "trainer.compile=blocks with strategy=zero3",
+        ),
         ({"max_steps": 0}, "trainer.max_steps=0"),
         ({"devices": 2}, "trainer.devices=2 with strategy=single: use strategy=ddp"),
         ({"devices": 10_000, "strategy": StrategyOptions(name="ddp")}, "trainer.devices=10000: use auto or a number"),
