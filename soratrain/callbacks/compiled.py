@@ -1,4 +1,4 @@
-"""Compiles the DiT's blocks from outside: the net knows nothing of it, and no name in checkpoints or weights changes."""
+"""Compiles the DiT's blocks from outside: the net knows nothing of it, and names in checkpoints and weights stay."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The DiT beside diffusers' WanTransformer3DModel of the same shape: tokens a second and memory in training.
 
-Both go forwards and backwards over the same latents and texts, from latents on. `equal`: clips of one shape in one batch.
+Both go forwards and backwards over the same latents and texts. `equal`: clips of one shape in one batch.
 `mixed`: every pair of four durations and four sizes, from one image of 256x256 to 33 frames of 640x384. Ours takes
 them in packs of no more tokens than the largest clip has; the peer takes them one by one, or padded to the largest
 (of whose equal clips `PADDED` are timed, and counted for all). Tokens are those of the clips, not of the padding.

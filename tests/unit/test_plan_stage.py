@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from test_dit import run as forward
 from torch.utils.flop_counter import FlopCounterMode
 
 from soratrain.amounts import memory
-from soratrain.distributed.memory import dit_activations, kept, measured_activations
+from soratrain.distributed.memory import dit_activations, kept, measured_activations, most_tokens
 from soratrain.errors import ConfigError
 from soratrain.models.vae import VAE
 from soratrain.run import check_machine, prepare, run
@@ -187,6 +188,56 @@ def test_the_dits_activations_are_near_what_a_forward_pass_keeps(dim: int, depth
     measured = measured_activations(net, torch.zeros(1))
     guess = dit_activations(tokens=tokens, dim=dim, depth=depth, mlp_ratio=4.0, itemsize=4)
     assert guess == pytest.approx(measured, rel=0.25)
+
+
+RATIO = 3.0  # of the MLP
+
+
+def peak(path: str, recompute: str, depth: int, training: bool) -> None:
+    """Write how many bytes a process of its own adds while a DiT works on one pack."""
+    torch.set_num_threads(1)
+    net = build(dim=192, depth=depth, num_heads=3, mlp_ratio=RATIO, recompute=recompute)
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    segments, (text, packing) = clips([(4, 5, 48, 48)] * 2), texts(2)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = high_water()
+    with torch.set_grad_enabled(training):
+        out = forward(net, segments, text, packing)
+        if training:
+            out.square().mean().backward()
+    Path(path).write_text(str(high_water() - before))
+
+
+def high_water() -> int:
+    """Return the most bytes that this process has held since the kernel was told to forget."""
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak")
+@pytest.mark.parametrize("depth", [2, 6])
+@pytest.mark.parametrize(
+    ("recompute", "training"), [("none", True), ("selective", True), ("full", True), ("none", False)]
+)
+def test_the_memory_a_dit_adds_at_its_peak_is_near_what_is_foretold(
+    recompute: str, training: bool, depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")  # what is freed is gone, and not kept in the heap's holes
+    file = tmp_path / "bytes"
+    process = multiprocessing.get_context("spawn").Process(target=peak, args=(str(file), recompute, depth, training))
+    process.start()
+    process.join()
+    sizes = {"dim": 192, "depth": depth, "mlp_ratio": RATIO, "itemsize": 4, "recompute": recompute}
+    guess = dit_activations(tokens=2 * 5 * 24 * 24, training=training, **sizes)
+    assert guess == pytest.approx(int(file.read_text()), rel=0.15)
+
+
+def test_the_most_tokens_that_fit_are_those_that_fill_the_budget() -> None:
+    sizes = {"dim": 192, "depth": 6, "mlp_ratio": 3.0, "itemsize": 2, "recompute": "full"}
+    most = most_tokens(1 << 30, **sizes)
+    assert dit_activations(tokens=most, **sizes) <= 1 << 30 < dit_activations(tokens=most + 2, **sizes)
+    assert most_tokens(1 << 30, **{**sizes, "recompute": "none"}) < most < most_tokens(1 << 30, training=False, **sizes)
 
 
 def test_the_vaes_activations_grow_with_its_pixels() -> None:
