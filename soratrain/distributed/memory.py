@@ -69,8 +69,7 @@ def dit_activations(
     Counted in widths of a token. Each block keeps 17 and twice its MLP's (input, norm, q, k, v, q and k turned, result
     and product of attention, the same across, the MLP's input, hidden, activated and result); with `selective` 12
     (products and attention, but for the MLP's hidden); with `full` its input. Beside them: what one block computes
-    again, of which nothing goes before all of its backward pass is over (measured: 5 and twice the MLP's beside its
-    own), the gradients that pass through it, and 4 before and after the blocks. In 16 bits five more of each block stay
+    again, the gradients that pass through it, and 4 before and after the blocks. In 16 bits five more of each block are
     fp32 (norms). Text, noise levels and what a back end keeps for itself are left out, and so is, with blocks compiled,
     what the compiler need not keep.
 
@@ -85,7 +84,7 @@ def dit_activations(
     if not training:
         return int(tokens * dim * (max(5 + 2 * hidden, 11) * itemsize + wide))
     each = {"none": block, "selective": 12, "full": 1}[recompute]
-    again = {"none": 0, "selective": 6 + 4 * hidden, "full": block + 5 + 2 * hidden}[recompute]
+    again = {"none": 0, "selective": 1 + 2 * hidden, "full": block}[recompute]
     blocks = depth if recompute == "none" else 1
     return int(tokens * dim * ((depth * each + again + 2 + hidden + 4) * itemsize + blocks * wide))
 
