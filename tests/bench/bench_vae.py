@@ -1,11 +1,9 @@
-"""The autoencoder `base` beside diffusers' AutoencoderKLWan at its published size: speed, parameters, memory."""
+"""The autoencoder `base` beside diffusers' AutoencoderKLWan at its published size: speed and parameters."""
 
 from __future__ import annotations
 
-import multiprocessing
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,7 +14,7 @@ from torch import Tensor, nn
 
 from soratrain.models.vae import VAE
 
-TITLE = "Video autoencoders on a CPU, fp32, two threads: one clip of 17x256x256; memory is what is added while it works"
+TITLE = "Video autoencoders on a CPU, fp32, two threads: one clip of 17x256x256"
 ROUNDS, FRAMES, SIDE = 3, 17, 256
 PUBLISHED = dict(base_dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2)  # Wan 2.1
 CONF = Path(__file__).resolve().parents[2] / "conf" / "vae"
@@ -108,111 +106,13 @@ def speed() -> list[dict[str, str]]:
     return rows
 
 
-def stream(frames: int, task: str) -> None:
-    """Encode or decode a long clip of 128x128 that is made frame by frame, as a stream of which nothing is kept."""
-    vae = ours()
-
-    def chunks() -> Iterator[Tensor]:
-        for _ in range(frames if task == "encode" else 1 + (frames - 1) // 4):
-            yield torch.rand((1, 3, 1, 128, 128)) if task == "encode" else torch.randn(1, 16, 1, 16, 16)
-
-    run = vae.encode_stream if task == "encode" else vae.decode_stream
-    begin()
-    for _ in run(chunks()):
-        pass
-
-
-def train(frames: int, options: dict[str, Any]) -> None:
-    """Go forwards and backwards over one clip of 64x64, size `s`."""
-    vae, x = ours("s", **options), pixels(frames, 64)
-    for parameter in vae.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    begin()
-    vae.decode_chunk(vae.posterior(x)[0])[0].square().mean().backward()
-
-
-def begin() -> None:
-    """Let the peak that the kernel remembers of this process start from now."""
-    global before
-    Path("/proc/self/clear_refs").write_text("5")
-    before = high_water()
-
-
-before = 0.0
-
-
-def high_water() -> float:
-    """Return the most memory that this process has held, MiB."""
-    text = Path("/proc/self/status").read_text()
-    return int(text.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def child(sender: Connection, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """Do `work` and send how much memory it added."""
-    torch.set_num_threads(2)
-    work(*arguments)
-    sender.send(high_water() - before)
-
-
-def added(work: Callable[..., None], *arguments: Any) -> float:
-    """Return the MiB that `work` adds to a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=child, args=(sender, work, arguments))
-    process.start()
-    sender.close()
-    found = receiver.recv()
-    process.join()
-    return found
-
-
-def memory() -> list[dict[str, str]]:
-    """Return what long clips take, streamed and in training."""
-    rows = []
-    for task in ("encode", "decode"):
-        short, long = (added(stream, frames, task) for frames in (17, 129))
-        note = f"129 frames {long:.0f} MiB, 17 frames {short:.0f} MiB"
-        rows.append({"what": f"ours: {task}_stream of 128x128", "memory": f"{long / short:.2f} times", "note": note})
-    for name, options in (
-        ("plainly", {}),
-        ("recompute=blocks", {"recompute": "blocks"}),
-        ("recompute=levels", {"recompute": "levels"}),
-        ("chunk_frames=16", {"chunk_frames": 16}),
-        ("chunk_frames=16 recompute=blocks", {"chunk_frames": 16, "recompute": "blocks"}),
-    ):
-        found = {frames: added(train, frames, options) for frames in (17, 65, 129)}
-        note = ", ".join(f"{frames} frames {figure:.0f} MiB" for frames, figure in found.items())
-        rows.append(
-            {"what": f"ours: train s on 64x64, {name}", "memory": f"{found[129] / found[17]:.2f} times", "note": note}
-        )
-    return rows
-
-
-def tiles() -> list[dict[str, str]]:
-    """Return what cutting a picture of 1920x1088 into tiles costs."""
-    with torch.device("meta"):
-        vae = ours()
-    rows = []
-    for side in (128, 256, 512):
-        found = []
-        for task, space in (("encode", 1), ("decode", vae.stride[1])):
-            place = torch.empty((1, 1, 1, 1088 // space, 1920 // space), device="meta")
-            net = vae.tiles(f"{task}r", place, 4, 4 * side * side)
-            assert net is not None
-            found.append(f"{task} {net.overhead():.2f}")
-        rows.append(
-            {"what": f"ours: 1920x1088 in tiles of {side}x{side}", "note": "times the arithmetic: " + ", ".join(found)}
-        )
-    return rows
-
-
 def measure() -> list[dict[str, str]]:
     """Return the table."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        rows = speed() + memory() + tiles()
+        rows = speed()
     finally:
         torch.set_num_threads(threads)
-    columns = ("what", "parameters", "encode, frames/s", "decode, frames/s", "memory", "note")
+    columns = ("what", "parameters", "encode, frames/s", "decode, frames/s", "note")
     return [{name: row.get(name, "") for name in columns} for row in rows]
