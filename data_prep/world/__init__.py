@@ -2,7 +2,7 @@
 
 from data_prep.world.captions import describe
 from data_prep.world.draw import render
-from data_prep.world.oracle import measure, trajectories
+from data_prep.world.oracle import cut_off, measure, trajectories
 from data_prep.world.reading import read_caption
 from data_prep.world.scene import Scene
 from data_prep.world.seen import Seen, Thing, agreement
@@ -15,6 +15,7 @@ __all__ = [
     "Thing",
     "World",
     "agreement",
+    "cut_off",
     "describe",
     "measure",
     "read_caption",

@@ -59,6 +59,19 @@ def trajectories(frames: np.ndarray, preset: str = "demo") -> dict[str, np.ndarr
     return {layer.color: layer.path for layer in layers if layer.color is not None}
 
 
+def cut_off(frames: np.ndarray, preset: str = "demo") -> bool:
+    """Return whether the frame's edge cuts an object in some frame of a clip, uint8 `[T, H, W, 3]`."""
+    layers = look(frames, vocabulary(preset))[2]
+    return any(bool((layer.matte * rim(layer) > 0.5).any()) for layer in layers)
+
+
+def rim(layer: Layer) -> np.ndarray:
+    """Return the outermost pixels of a layer's frames, bool `[H, W]`."""
+    edge = np.ones(layer.matte.shape[1:], bool)
+    edge[1:-1, 1:-1] = False
+    return edge
+
+
 def vocabulary(preset: str) -> Vocabulary:
     """Return a preset's words.
 
@@ -126,9 +139,7 @@ def is_breaking(layer: Layer) -> bool:
 def lasting(layer: Layer, beside: np.ndarray) -> bool:
     """Whether a layer is there in every frame, or is hidden by another or beyond the edge where it is not."""
     present = layer.present
-    rim = np.ones(layer.matte.shape[1:], bool)
-    rim[1:-1, 1:-1] = False
-    excused = beside | (layer.matte * rim > 0.5).any((1, 2))
+    excused = beside | (layer.matte * rim(layer) > 0.5).any((1, 2))
     seen = np.flatnonzero(present)
     for index in np.flatnonzero(~present):
         before, after = seen[seen < index], seen[seen > index]

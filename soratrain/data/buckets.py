@@ -49,6 +49,7 @@ class Native:
         max_frames: longer clips are cut to this many frames.
         max_fps: clips of a higher rate are taken at an integer fraction of it, the largest not above this.
         grid: pixels of which both sides are multiples: what the VAE's stride and the DiT's patch make together.
+        square: cut every frame to a square, as image models are often trained; for comparison.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Native:
         max_frames: int | None = None,
         max_fps: float | None = None,
         grid: int = GRID,
+        square: bool = False,
     ) -> None:
         height, width = parse_size(max_size) if max_size is not None else (0, 0)
         if grid < GRID or grid % GRID:
@@ -67,7 +69,7 @@ class Native:
         if max_frames is not None and max_frames < 1:
             raise ConfigError(f"buckets.max_frames={max_frames}: must be 1, or more")
         self.area = height * width or None
-        self.max_frames, self.max_fps, self.grid = max_frames, max_fps, grid
+        self.max_frames, self.max_fps, self.grid, self.square = max_frames, max_fps, grid, square
 
     def assign(self, manifest: Manifest, block: BlockSize, least: int = 1) -> Assignment:
         """Return the buckets of `manifest`, each holding a good part of `block(bucket)` samples where that can be."""
@@ -75,7 +77,8 @@ class Native:
         sizes, size_of, _ = distinct(np.stack([manifest.h.astype(np.int64), manifest.w.astype(np.int64), frames], 1))
         small = (sizes[:, :2].min(1) < self.grid) | (sizes[:, 2] < 1)
         cells = np.empty_like(sizes)
-        cells[:, 0], cells[:, 1] = on_grid(sizes[:, 0], sizes[:, 1], self.area, self.grid)
+        sides = np.broadcast_to(sizes[:, :2].min(1, keepdims=True), (len(sizes), 2)) if self.square else sizes[:, :2]
+        cells[:, 0], cells[:, 1] = on_grid(sides[:, 0], sides[:, 1], self.area, self.grid)
         cells[:, 2] = 1 + (np.minimum(sizes[:, 2], self.max_frames or sizes[:, 2]) - 1) // TIME * TIME
         used = np.flatnonzero(~small[size_of])
         names, cell_of, _ = distinct(cells[~small])

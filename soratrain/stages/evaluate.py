@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.world import Prompt, Seen, World, agreement, measure, read_caption, render
+from data_prep.world import Prompt, Seen, World, agreement, cut_off, measure, read_caption, render
 from soratrain.batch import to_pixels, to_uint8
 from soratrain.data.atomic import replacing
 from soratrain.diffusion.generator import Generator
@@ -93,7 +93,8 @@ class Evaluate:
             scenes = [self.world.scene(index, split) for index in range(self.clips)]
             truth = [scene.truth for scene in scenes]
             frames = [render(scene) for scene in scenes]
-            report.setdefault("ceiling", {})[split] = mean_agreement(self.see(frames), truth)
+            ceiling = mean_agreement(self.see(frames), truth)
+            report.setdefault("ceiling", {})[split] = {**ceiling, "cut_off": self.cut_off(frames)}
             report.setdefault("reconstruction", {})[split] = self.reconstruct(generate.vae, frames, truth)
             report.setdefault("captioner", {})[split] = self.caption(captioner, frames, truth)
         sections = []
@@ -101,7 +102,8 @@ class Evaluate:
             prompts = self.world.prompts(self.prompts, split)
             clips = self.sample(generate, prompts)
             seen = self.see(clips)
-            report.setdefault("samples", {})[split] = mean_agreement(seen, [prompt.truth for prompt in prompts])
+            agreed = mean_agreement(seen, [prompt.truth for prompt in prompts])
+            report.setdefault("samples", {})[split] = {**agreed, "cut_off": self.cut_off(clips)}
             rows = [self.row(split, *triple) for triple in list(zip(prompts, clips, seen, strict=True))[:8]]
             sections.append((HEADINGS[split], rows))
         sheet = self.out / "contact_sheet.png"
@@ -116,6 +118,10 @@ class Evaluate:
     def see(self, clips: Sequence[np.ndarray]) -> list[Seen]:
         """Return the oracle's reading of each clip."""
         return [measure(clip, preset=self.world.preset) for clip in clips]
+
+    def cut_off(self, clips: Sequence[np.ndarray]) -> float:
+        """Return the share of clips in which the frame's edge cuts an object, which no true clip has."""
+        return float(np.mean([cut_off(clip, preset=self.world.preset) for clip in clips]))
 
     @torch.inference_mode()
     def reconstruct(self, vae: VAE, frames: Sequence[np.ndarray], truth: Sequence[Seen]) -> dict[str, float]:

@@ -47,6 +47,12 @@ def test_max_size_bounds_the_area_and_keeps_the_aspect_ratio():
     assert flat == Bucket(16, 256, 9)
 
 
+def test_square_cuts_every_frame_to_its_shorter_side():
+    found = Native(square=True).assign(manifest([(64, 112, 17), (112, 64, 17), (48, 50, 1)]), one)
+    assert names(found) == {"64x64x17": 2, "48x48x1": 1}
+    assert names(Native(square=True, max_size="48x32").assign(manifest([(64, 112, 9)]), one)) == {"32x32x9": 1}
+
+
 def test_max_fps_takes_an_integer_fraction_of_the_rate():
     found = Native(max_fps=24).assign(manifest([(64, 64, 34)] * 2, fps=60), one)
     assert found.stride.tolist() == [3, 3] and names(found) == {"64x64x9": 2}

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from data_prep.world import Scene, World, agreement, measure, render, trajectories
+from data_prep.world import Scene, World, agreement, cut_off, measure, render, trajectories
 from data_prep.world.motion import place_of
 from data_prep.world.scene import Sprite
 from data_prep.world.seen import BACKGROUNDS, COLORS, VOCABULARIES, Seen, Thing
@@ -227,3 +227,13 @@ def test_agreement_pairs_objects_by_what_they_are_and_not_by_their_order() -> No
     assert set(agreement(Seen("black", (blue, red)), truth).values()) == {1.0}
     assert agreement(Seen("black", (blue,)), truth)["color"] == 0.5
     assert agreement(Seen("black", (replace(red, motion="up"), blue)), truth)["motion"] == 0.5
+
+
+def test_an_object_that_the_frames_edge_cuts_is_seen_and_no_true_clip_has_one():
+    scenes = [World().scene(index) for index in range(40)]
+    clips = [render(scene) for scene in scenes]
+    assert not any(cut_off(clip) for clip in clips)
+    wide = next(clip for clip, scene in zip(clips, scenes, strict=True) if scene.width > scene.height)
+    places = trajectories(wide)
+    edge = int(np.nanmin([path[:, 0].min() for path in places.values()]))  # through the object's middle
+    assert cut_off(wide[:, :, edge:])
