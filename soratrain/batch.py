@@ -18,7 +18,7 @@ from torch import Tensor
 def draw_of(*parts: object) -> int:
     """Return a 63-bit hash of `parts`: the seed of everything random about one sample at one step."""
     text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") >> 1
 
 
 def _generator(draw: int, stream: str, device: torch.device) -> torch.Generator:
@@ -150,11 +150,11 @@ class LatentBatch(Batch):
     Attributes:
         latents: normalised latents, one `[C, t, h, w]` a sample.
         text: what stage=encode stored of each sample's caption, features `[L, D]` or tokens of `byte`
-            (`TextTokens.joined`); empty where it is not stored for all.
+            (`TextTokens.joined`), None for one of which nothing is stored; empty where that is so of all.
         tails: of each sample, by their number N, its last N frames encoded standalone `[C, t', h, w]`: those that were
             asked for, as far as they are stored; empty where none were asked for.
     """
 
     latents: tuple[Tensor, ...]
-    text: tuple[Tensor, ...] = ()
+    text: tuple[Tensor | None, ...] = ()
     tails: tuple[Mapping[int, Tensor], ...] = ()

@@ -37,6 +37,7 @@ FREE = (
     "trainer.keep",
     "trainer.compile",
     "stage.module.dit.recompute",
+    "stage.module.text.features",
     "stage.data.workers",
     "stage.data.prefetch",
     "stage.data.cache",

@@ -26,7 +26,7 @@ from soratrain.kinds import fits, in_words
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_"}
 PUBLISHED = "soratrain.models.published."  # VAEs that others have trained
-FROZEN_TEXT = "soratrain.models.hf_text."
+FROZEN_TEXT = "soratrain.models.frozen_text."
 ZERO = ("zero1", "zero2", "zero3")
 
 
@@ -270,10 +270,8 @@ def check_across(config: Mapping[str, Any]) -> None:
             f"vae={vae['_target_'].removeprefix(PUBLISHED).lower()} is a VAE that others have trained, and stage=vae"
             " trains one of ours; go on with stage=encode, or use vae=tiny, s or base"
         )
-    if stage["name"] in ("dit", "captioner") and str(config["text"].get("_target_")).startswith(FROZEN_TEXT):
-        raise ConfigError(
-            f"text=hf: stage={stage['name']} trains its text encoder along and reads no stored features; use text=byte"
-        )
+    if str(config["text"].get("_target_")).startswith(FROZEN_TEXT):
+        check_frozen_text(config)
     if "objective" in (stage.get("module") or {}):  # what is drawn with, weights say
         from soratrain.diffusion.sampler import check_fits
 
@@ -291,6 +289,24 @@ def check_across(config: Mapping[str, Any]) -> None:
         value = config["trainer"].get(key)
         if isinstance(value, int) and value < least:
             raise ConfigError(f"trainer.{key}={value}: must be at least {least}")
+
+
+def check_frozen_text(config: Mapping[str, Any]) -> None:
+    """Refuse a frozen text encoder where one is trained.
+
+    Raises:
+        ConfigError: names the key and the mend.
+    """
+    stage, folder = config["stage"], config["text"].get("folder")
+    if stage["name"] == "captioner":
+        raise ConfigError(
+            f"text.folder={folder}: stage=captioner trains its text encoder, and this one is frozen; use text=byte"
+        )
+    if init := (stage.get("module") or {}).get("text_init"):
+        raise ConfigError(
+            f"stage.module.text_init={init}: begins a text encoder that is trained, and text.folder={folder} is frozen;"
+            " use text=byte, or leave text_init null"
+        )
 
 
 def check_mix(config: Mapping[str, Any]) -> None:

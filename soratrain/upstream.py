@@ -14,7 +14,7 @@ from soratrain import outputs
 from soratrain.children import run_child
 from soratrain.compose import split_override
 from soratrain.errors import DataError
-from soratrain.schema import PUBLISHED, groups
+from soratrain.schema import FROZEN_TEXT, PUBLISHED, groups
 
 log = logging.getLogger(__name__)
 
@@ -168,13 +168,21 @@ def check_nets(place: str, config: Mapping[str, Any], given: set[str]) -> None:
     """
     old = outputs.stored_config(Path(place)) or {}
     of_dit = ("objective",) if old.get("stage", {}).get("name") == "dit" else ()
+    of_latents = old.get("stage", {}).get("name") == "encode"
     for net in ("vae", "captioner", "text", *of_dit):
         asked = any(key == net or key.startswith(net + ".") for key in given)
-        if asked and net in old and old[net] != config[net]:
+        if net == "text" and of_latents and str(config.get(net, {}).get("_target_")).startswith(FROZEN_TEXT):
+            continue  # the folder itself says what it holds, and features are made live where it holds none
+        if asked and net in old and made_by(old[net]) != made_by(config[net]):
             raise DataError(
                 f"{net}: {place} was made with another one than you ask for; give run=NAME for a run beside it, or"
                 f" leave {net}= out"
             )
+
+
+def made_by(net: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a net's config says of what it makes; whence a frozen text encoder's features come is none of it."""
+    return {key: value for key, value in net.items() if key != "features"}
 
 
 def lacks(key: str, place: str, config: Mapping[str, Any], overrides: Sequence[str]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from soratrain.data.buckets import Stored
 from soratrain.data.dataset import ClipSource, LatentSource, Source
 from soratrain.data.manifest import Manifest
 from soratrain.data.plan import Plan
 from soratrain.data.planned import PlannedData
+from soratrain.data.reading import described
 from soratrain.data.remote import Remote
 from soratrain.errors import ConfigError, DataError
 
@@ -92,6 +94,10 @@ class LatentData(PlannedData):
             remote=remote,
         )
         self.tails = tuple(sorted(set(tails)))
+
+    def stored_texts(self) -> dict[str, dict[str, Any] | None]:
+        """Return of each folder of latents whose text features or tokens it says to hold; None where it holds none."""
+        return {folder: described(folder).get("text") for folder in self.folders}
 
     def source(self, manifest: Manifest, plan: Plan, cache: int) -> Source:
         """Return a reader of safetensors members."""

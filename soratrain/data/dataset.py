@@ -159,7 +159,7 @@ class LatentSource:
                 raise DataError(f"is not a safetensors file: {error}") from error
             names = {"latent", *self.tails.values()}
             wanted = {name: held for name, held in stored.items() if name in names or name.startswith("text.")}
-            tensors = {name: held.float() if held.is_floating_point() else held for name, held in wanted.items()}
+            tensors = {name: held.float() if name in names else held for name, held in wanted.items()}
             shape = tuple(tensors["latent"].shape[1:]) if "latent" in tensors else None
             if shape is None or not belongs(shape, bucket):
                 raise DataError(f"holds a latent of (t, h, w) = {shape}, which does not belong to {bucket}")
@@ -173,17 +173,16 @@ class LatentSource:
         return kept
 
     def stack(self, samples: list[Sample], common: dict[str, Any]) -> LatentBatch:
-        """Return the samples' latents, and the stored texts of the captions chosen, where all are stored."""
+        """Return the samples' latents, and what is stored of the captions chosen."""
         names = [text_name(sample.caption.text) for sample in samples]
         stored = [sample.payload.get(name) for sample, name in zip(samples, names, strict=True)]
-        text = tuple(held for held in stored if held is not None)
+        text = tuple(stored) if any(held is not None for held in stored) else ()
         latents = tuple(sample.payload["latent"] for sample in samples)
         tails = tuple(
             {frames: sample.payload[name] for frames, name in self.tails.items() if name in sample.payload}
             for sample in samples
         )
-        stored_for_all = text if len(text) == len(samples) else ()
-        return LatentBatch(latents=latents, text=stored_for_all, tails=tails if self.tails else (), **common)
+        return LatentBatch(latents=latents, text=text, tails=tails if self.tails else (), **common)
 
 
 def belongs(shape: tuple[int, ...], bucket: Bucket) -> bool:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from soratrain.data.keys import repeated
 from soratrain.data.manifest import COLUMNS, MANIFEST_SCHEMA, NUMBERS, Manifest, map_manifest
 from soratrain.data.node import new_array, shared
-from soratrain.data.tables import Part, batches, identity, parts, rows_in
+from soratrain.data.tables import Part, batches, content, identity, parts, rows_in
 from soratrain.errors import DataError
 
 FORM = 1  # of the files that are mapped
@@ -46,6 +47,20 @@ def read_manifest(*folders: str | Path) -> Manifest:
     name = identity([part for _, listed in found for part in listed], [folder for folder, _ in found], FORM)
     home = shared(f"manifest-{name}", lambda new: _fill(new, found))
     return map_manifest(" + ".join(folder for folder, _ in found), str(home))
+
+
+def described(folder: str | Path) -> dict[str, Any]:
+    """Return the `dataset.json` of a folder of shards; an empty one where there is none.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    found = parts(str(folder), ["dataset.json"])
+    try:
+        value = json.loads(content(found[0])) if found else {}
+    except ValueError as error:
+        raise DataError(f"{folder}/dataset.json is not JSON ({error}); copy it again") from error
+    return value if isinstance(value, dict) else {}
 
 
 def _parts(folder: str | Path) -> list[Part]:

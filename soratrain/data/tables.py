@@ -55,6 +55,13 @@ def rows_in(part: Part) -> int:
 
 
 @patient
+def content(part: Part) -> bytes:
+    """Return the bytes of a file."""
+    filesystem, _ = fsspec.core.url_to_fs(part.folder)
+    return filesystem.cat_file(part.path)
+
+
+@patient
 def _content(folder: str, path: str) -> str | pa.BufferReader:
     filesystem, _ = fsspec.core.url_to_fs(folder)
     return path if _is_local(filesystem) else pa.BufferReader(filesystem.cat_file(path))

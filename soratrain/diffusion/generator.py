@@ -25,8 +25,8 @@ from soratrain.models import weights
 from soratrain.models.attention import Packing
 from soratrain.models.autoencoders import load_vae
 from soratrain.models.dit import DiT
+from soratrain.models.frozen_text import TextEncoder
 from soratrain.models.patchify import STRIDE
-from soratrain.models.text import ByteTextEncoder
 from soratrain.models.tiles import LEAST
 from soratrain.models.vae import VAE
 
@@ -50,7 +50,7 @@ class Generator:
         self,
         vae: VAE,
         dit: DiT,
-        text: ByteTextEncoder,
+        text: TextEncoder,
         *,
         objective: Objective | None = None,
         caption_dropout: float | None = None,
@@ -68,12 +68,13 @@ class Generator:
         """Return a generator from the folders of a trained VAE and a trained DiT.
 
         Raises:
-            DataError: weights are missing, do not fit each other, or are of an unknown objective.
+            DataError: weights are missing, do not fit each other, or are of an unknown objective; or the frozen text
+                encoder that they go with is not there, or is another.
         """
         dit_net, extra = weights.load(dit, "dit", device)
         text_net, _ = weights.load(dit, "text", device)
         vae_net = load_vae(vae, device)
-        assert isinstance(dit_net, DiT) and isinstance(text_net, ByteTextEncoder)
+        assert isinstance(dit_net, DiT) and isinstance(text_net, TextEncoder)
         if dit_net.channels != vae_net.latent_channels:
             raise DataError(
                 f"the DiT in {dit} draws {dit_net.channels} latent channels, the VAE in {vae} has"
@@ -240,7 +241,7 @@ class Generator:
 class Texts:
     """Features of prompts, and of the empty prompt for each, which guidance needs."""
 
-    def __init__(self, encoder: ByteTextEncoder, prompts: Sequence[str]) -> None:
+    def __init__(self, encoder: TextEncoder, prompts: Sequence[str]) -> None:
         self.both: tuple[Tensor, Packing] = encoder(encoder.tokenize([*prompts, *[""] * len(prompts)]))
         features, packing = self.both
         own = Packing(packing.lengths[: len(prompts)])

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,9 +149,14 @@ class ByteTokens:
         """Return what the tokens depend on."""
         return f"byte {self.table} {self.max_tokens}"
 
-    def store(self, texts: Sequence[str]) -> list[Tensor]:
-        """Return the tokens of each text, as `TextTokens.parts` has them."""
-        return tokenize(texts, table=self.table, max_tokens=self.max_tokens).parts()
+    def record(self) -> dict[str, Any]:
+        """Return what is kept beside the stored tokens."""
+        return {"kind": "byte", "table": self.table, "max_tokens": self.max_tokens}
+
+    def store(self, texts: Sequence[str]) -> tuple[list[Tensor], int]:
+        """Return the tokens of each text, as `TextTokens.parts` has them, and how many texts were cut."""
+        found = tokenize(texts, table=self.table, max_tokens=self.max_tokens)
+        return found.parts(), found.truncated
 
 
 class TextBlock(nn.Module):
@@ -214,8 +220,11 @@ class ByteTextEncoder(nn.Module):
         self.embed.weight.no_muon = True  # type: ignore[attr-defined]
         self.opening.no_muon = True  # type: ignore[attr-defined]
 
-    def tokenize(self, texts: Sequence[str]) -> TextTokens:
-        """Return `texts` as table rows; pure, so that a loader's worker may call it."""
+    def tokenize(self, texts: Sequence[str], stored: Sequence[Tensor | None] | None = None) -> TextTokens:
+        """Return `texts` as table rows; pure, so that a loader's worker may call it.
+
+        What is stored of them is not needed: it says the same, and making it anew costs less than moving it about.
+        """
         return tokenize(texts, table=self.table, max_tokens=self.max_tokens)
 
     def forward(self, tokens: TextTokens) -> tuple[Tensor, Packing]:

@@ -1,7 +1,8 @@
-"""Train the DiT, and the text encoder with it, on latents: cached ones, or made live from clips by a frozen VAE."""
+"""Train the DiT, and its text encoder or a frozen one's null, on latents: cached ones, or made live by a frozen VAE."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,17 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from soratrain.batch import LatentBatch, VideoBatch
+from soratrain.data.datamodule import LatentData
 from soratrain.diffusion.arrange import Case, Sample, arrange
 from soratrain.diffusion.conditioning import MODES, Conditioning
 from soratrain.diffusion.objective import Objective
 from soratrain.diffusion.segments import flatten
 from soratrain.errors import DataError
+from soratrain.models.attention import Packing
 from soratrain.models.dit import DiT
+from soratrain.models.frozen_text import FrozenText, TextEncoder
 from soratrain.models.patchify import grid_of
-from soratrain.models.text import ByteTextEncoder
 from soratrain.optim import OptimizerFactory, Schedule
-from soratrain.stages.base import MODES_SHOWN, TrainStage
+from soratrain.stages.base import CAPTIONS, MODES_SHOWN, TrainStage
 from soratrain.stages.live import LiveEncoder
+
+log = logging.getLogger(__name__)
 
 
 class DiTStage(TrainStage):
@@ -30,7 +35,7 @@ class DiTStage(TrainStage):
 
     Args:
         dit: factory of the DiT.
-        text: factory of the text encoder.
+        text: factory of the text encoder, trained along or frozen (`FrozenText`).
         objective: what is predicted, at which noise levels.
         conditioning: which parts of clips and captions are given; by default captions alone.
         text_init: folder whose text encoder this one starts from (a captioner's contrastive text tower, say), or None.
@@ -42,7 +47,7 @@ class DiTStage(TrainStage):
     """
 
     dit: DiT
-    text: ByteTextEncoder
+    text: TextEncoder
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class DiTStage(TrainStage):
         super().__init__(nets={"dit": dit, "text": text}, optimizer=optimizer, schedule=schedule, max_steps=max_steps)
         self.objective, self.conditioning = objective, conditioning or Conditioning()
         self.live = None if vae is None else LiveEncoder(vae, pixels_per_batch)
+        self.cut = 0
         if text_init:
             self.start_from("text", text_init)
 
@@ -74,6 +80,18 @@ class DiTStage(TrainStage):
         self.conditioning.check_patch(self.dit.patch)
         if self.live is not None:
             self.live.load(self.dit.channels)
+
+    def on_train_start(self) -> None:
+        """See that a frozen text encoder is the one of the stored features and of the weights gone on from.
+
+        Raises:
+            ConfigError, DataError: it is another, or cannot be read.
+        """
+        if isinstance(self.text, FrozenText):
+            data: Any = getattr(self.trainer, "datamodule", None)
+            said = self.text.begin(data.stored_texts() if isinstance(data, LatentData) else {})
+            if self.trainer.is_global_zero:
+                log.info("%s", said)
 
     def training_step(self, batch: LatentBatch | VideoBatch, batch_idx: int) -> Tensor:
         """Return the micro-batch's loss: per sample the mean over its supervised tokens, weighted as the batch says.
@@ -127,9 +145,7 @@ class DiTStage(TrainStage):
             for part, case in zip(parts, cases, strict=True)
         ]
         flat = flatten([item.segments for item in shown], patch, self.dit.rope_time)
-        dropped = (batch.uniform("caption") < self.conditioning.caption_dropout).tolist()
-        captions = ["" if drop else text for text, drop in zip(batch.captions, dropped, strict=True)]
-        prediction = self.dit(flat.tokens, *self.text(self.text.tokenize(captions)))
+        prediction = self.dit(flat.tokens, *self.read(batch))
         errors = (prediction.float() - torch.cat([item.target for item in shown])).square().mean(-1)
         weight = self.objective.weight(sigma).to(device)
         if any(item.weights is not None for item in shown):
@@ -140,6 +156,19 @@ class DiTStage(TrainStage):
             )
         return flat.mean(errors) * weight, flat.tokens.packing.total
 
+    def read(self, batch: LatentBatch) -> tuple[Tensor, Packing]:
+        """Return the features of all captions, those of the empty prompt where one is dropped, and their packing."""
+        dropped = (batch.uniform("caption") < self.conditioning.caption_dropout).tolist()
+        captions = ["" if drop else text for text, drop in zip(batch.captions, dropped, strict=True)]
+        tokens = self.text.tokenize(captions, batch.text)
+        self.report(**{f"{CAPTIONS}cut": tokens.truncated})
+        if tokens.truncated and not self.cut:
+            log.warning(
+                "captions longer than text.max_tokens=%d are cut; captions_cut counts them", self.text.max_tokens
+            )
+        self.cut += tokens.truncated
+        return self.text(tokens)
+
     def report_modes(self, cases: Sequence[Case]) -> None:
         """Report as what clips were shown, and how many were too short for it; the same names on every rank."""
         found = Counter(case.mode for case in cases)
@@ -147,11 +176,18 @@ class DiTStage(TrainStage):
         self.report(**{f"{MODES_SHOWN}{name}": found[name] for name in ("t2v", *MODES, "too_short")})
 
     def exported(self) -> dict[str, tuple[nn.Module, partial, dict[str, Any]]]:
-        """Return both nets; beside the DiT, what it was trained for, what it was given, and if guidance can use it."""
+        """Return both nets; beside the DiT, what it was trained for, what it was given, and if guidance can use it.
+
+        Beside a frozen text encoder's null stands which encoder it goes with, whose own weights are not copied.
+        """
         nets = super().exported()
         module, factory, extra = nets["dit"]
         given = {**asdict(self.conditioning), "mix": dict(self.conditioning.mix)}
         given["tail_frames"] = list(self.conditioning.tail_frames)
         dropout = given.pop("caption_dropout")
         learned = {"objective": asdict(self.objective), "caption_dropout": dropout, "conditioning": given}
-        return {**nets, "dit": (module, factory, {**extra, **learned})}
+        nets["dit"] = module, factory, {**extra, **learned}
+        if isinstance(self.text, FrozenText):
+            module, factory, extra = nets["text"]
+            nets["text"] = module, factory, {**extra, "encoder": self.text.record()}
+        return nets

@@ -34,7 +34,7 @@ from soratrain.models.vae import VAE
 from soratrain.stages.encoding import ClipEncoder, pixels, pixels_by_shard, trimmed
 from soratrain.stages.latents import SCHEMA, Groups, store
 from soratrain.stages.pace import Pace, in_bytes, progress
-from soratrain.stages.texts import Texts, stored_text
+from soratrain.stages.texts import Texts
 from soratrain.stages.vae_latents import encoder_hash
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ class Encode:
         shards: folder or URL of the clips.
         vae: the VAE's weights: a stage's folder, one that diffusers wrote, or an id on the hub.
         buckets: how sizes are chosen.
-        text: factory of the text encoder whose tokens or features of the captions are stored too; None stores none.
+        text: factory of the text encoder whose tokens or features of the captions are stored too; None, or one with
+            `features=live`, stores none.
         captions: folder of captions made later, whose texts are stored beside those of the shards' own; or None.
         tail_frames, dtype, pixels_per_batch: see `ClipEncoder`.
         precision: `bf16-mixed` encodes under autocast, `32-true` does not.
@@ -125,8 +126,7 @@ class Encode:
         assignment = self.buckets.assign(manifest, lambda bucket: 1)
         for bucket in assignment.buckets:
             vae.check_size(bucket.frames, bucket.height, bucket.width)
-        texts = None if self.text is None else Texts(stored_text(self.text, device), self.captions)
-        return Work(manifest, assignment, vae, device, texts)
+        return Work(manifest, assignment, vae, device, Texts.of(self.text, self.captions, device))
 
     def fingerprint(self, work: Work) -> dict[str, str]:
         """Return what the latents depend on: the VAE's encoder, the clips, what is taken of them how, and the texts."""
@@ -161,9 +161,9 @@ class Encode:
                 f"{self.out} holds latents made with another {' and '.join(changed)}; use fresh=true to encode"
                 " again, or run=NAME beside it"
             )
-        self._write(
-            {"schema": SCHEMA, "kind": "latents", "fingerprint": fingerprint, "complete": False} | self._dataset()
-        )
+        text = None if work.texts is None else work.texts.encoder.record()
+        begun = {"schema": SCHEMA, "kind": "latents", "fingerprint": fingerprint, "text": text, "complete": False}
+        self._write(begun | self._dataset())
         sizes = list(zip(work.assignment.buckets, map(len, work.assignment.members), strict=True))
         size = sum(count * self.encoding.bytes_of(work.vae, bucket) for bucket, count in sizes)
         log.info(
@@ -193,6 +193,8 @@ class Encode:
                     self._bear(failed, len(work.manifest))
                     if (said := pace.step(encoded * pixels(bucket))) and ranks.first:
                         log.info("%s", said)
+        if work.texts is not None and work.texts.cut:
+            log.warning("%s captions are longer than text.max_tokens and were cut", f"{work.texts.cut:,}")
         return done
 
     def _bear(self, failed: int, clips: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from soratrain.data.caption_table import CaptionTable, open_captions
 from soratrain.data.captions import text_name
+from soratrain.models.frozen_text import FrozenText
 from soratrain.models.hf_text import HFText
 from soratrain.models.text import ByteTextEncoder, ByteTokens
 
@@ -23,18 +25,48 @@ class StoredText(Protocol):
         """Return what the tensors depend on."""
         ...
 
-    def store(self, texts: Sequence[str]) -> list[Tensor]:
-        """Return the tensor of each text, on the CPU."""
+    def record(self) -> dict[str, Any]:
+        """Return what is kept beside the tensors: whose they are."""
+        ...
+
+    def store(self, texts: Sequence[str]) -> tuple[list[Tensor], int]:
+        """Return the tensor of each text, on the CPU, and how many texts were cut."""
         ...
 
 
+@dataclass(frozen=True)
+class OnDevice:
+    """A frozen encoder that computes on a device."""
+
+    encoder: HFText
+    device: torch.device
+
+    def identity(self) -> str:
+        """Return what the features depend on."""
+        return self.encoder.identity()
+
+    def record(self) -> dict[str, Any]:
+        """Return whose features they are."""
+        return self.encoder.record()
+
+    def store(self, texts: Sequence[str]) -> tuple[list[Tensor], int]:
+        """Return the features of each text, and how many texts were cut."""
+        return self.encoder.store(texts, self.device)
+
+
 def stored_text(factory: partial, device: torch.device) -> StoredText:
-    """Return what stores texts for the encoder that `factory` builds."""
+    """Return what stores texts for the encoder that `factory` builds.
+
+    Raises:
+        ConfigError, DataError: a frozen encoder cannot be read.
+    """
+    given = {key: value for key, value in factory.keywords.items() if key != "features"}
     if factory.func is ByteTextEncoder:
-        return ByteTokens(**{key: factory.keywords[key] for key in ("table", "max_tokens") if key in factory.keywords})
-    encoder = factory()
-    assert isinstance(encoder, HFText)
-    return encoder.to(device)
+        return ByteTokens(**{key: given[key] for key in ("table", "max_tokens") if key in given})
+    assert factory.func is FrozenText
+    encoder = HFText(**given)
+    encoder.load(device)
+    return OnDevice(encoder, device)
 
 
 class Texts:
@@ -50,7 +82,15 @@ class Texts:
 
     def __init__(self, encoder: StoredText, captions: str | None = None) -> None:
         self.encoder = encoder
+        self.cut = 0  # texts longer than the encoder reads
         self.made: CaptionTable | None = None if captions is None else open_captions(captions)
+
+    @classmethod
+    def of(cls, factory: partial | None, captions: str | None, device: torch.device) -> Texts | None:
+        """Return what stores captions for the encoder that `factory` builds; None where none shall be stored."""
+        if factory is None or factory.keywords.get("features") == "live":
+            return None
+        return cls(stored_text(factory, device), captions)
 
     def identity(self) -> str:
         """Return a hash of what the tensors depend on, beside the shards' own captions."""
@@ -67,5 +107,7 @@ class Texts:
             for key, own in zip(keys, captions, strict=True)
         ]
         distinct = sorted({text for found in texts for text in found})
-        tensors = dict(zip(distinct, self.encoder.store(distinct), strict=True)) if distinct else {}
+        stored, cut = self.encoder.store(distinct) if distinct else ([], 0)
+        self.cut += cut
+        tensors = dict(zip(distinct, stored, strict=True))
         return [{text_name(text): tensors[text] for text in found} for found in texts]

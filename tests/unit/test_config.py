@@ -12,7 +12,7 @@ import torch
 from soratrain.compose import compose
 from soratrain.errors import ConfigError
 from soratrain.run import instantiate, prepare
-from soratrain.schema import CONF, FROZEN_TEXT, PUBLISHED, groups, validate
+from soratrain.schema import CONF, PUBLISHED, groups, validate
 
 STAGES = groups()["stage"]
 OPTIONS = [
@@ -35,9 +35,8 @@ def test_every_stage_composes_for_every_machine(stage, machine):
 def test_every_group_option_composes(option):
     group, name = option.split("=")
     also = {"strategy": ["optimizer=adamw"], "sampler": ["objective=ddpm"] if name in ("ddim", "ancestral") else []}
-    frozen = option == "text=hf"  # its features are made once, by stage=encode
-    stage = ["stage=encode", "text.folder=somewhere"] if frozen else ["stage=dit"]
-    config, choices = compose([*stage, "machine=laptop", option, *also.get(group, [])])
+    also["text"] = ["text.folder=somewhere"] if name == "hf" else []
+    config, choices = compose(["stage=dit", "machine=laptop", option, *also.get(group, [])])
     validate(config)
     assert choices[group] == name
 
@@ -76,7 +75,7 @@ def test_every_net_builds_on_meta(group):
         given = ["text.folder=somewhere"] if option == "hf" else []
         config, _ = compose(["stage=dit", "machine=laptop", f"{group}={option}", *given])
         with torch.device("meta"):
-            if config[group]["_target_"].startswith((PUBLISHED, FROZEN_TEXT)):
+            if config[group]["_target_"].startswith(PUBLISHED):
                 continue  # another's, which is loaded and never built
             net = instantiate(config[group])()
         assert sum(parameter.numel() for parameter in net.parameters()) > 0
@@ -89,13 +88,18 @@ def test_a_vae_that_others_have_trained_is_not_trained(stage):
         validate(config)
 
 
-@pytest.mark.parametrize("stage", ["dit", "captioner"])
-def test_a_frozen_text_encoder_is_for_encoding_only(stage):
-    config, _ = compose([f"stage={stage}", "machine=laptop", "text=hf", "text.folder=somewhere"])
-    with pytest.raises(ConfigError, match="text=hf: .* use text=byte"):
+@pytest.mark.parametrize(("option", "dim"), [("t5", 4096), ("umt5", 4096), ("clip", 768)])
+def test_a_frozen_text_encoder_is_for_encoding_and_the_dit_which_is_as_wide_as_its_features(option, dim):
+    for stage in ("encode", "dit"):
+        config, _ = compose([f"stage={stage}", "machine=laptop", f"text={option}"])
         validate(config)
-    config, _ = compose(["stage=encode", "machine=laptop", "text=hf", "text.folder=somewhere"])
-    validate(config)
+        assert config["text"]["dim"] == config["dit"]["text_dim"] == dim
+    config, _ = compose(["stage=captioner", "machine=laptop", f"text={option}"])
+    with pytest.raises(ConfigError, match="stage=captioner trains its text encoder, .* use text=byte"):
+        validate(config)
+    config, _ = compose(["stage=dit", "machine=laptop", f"text={option}", "stage.module.text_init=there"])
+    with pytest.raises(ConfigError, match="text_init=there: .* is frozen; use text=byte, or leave text_init null"):
+        validate(config)
 
 
 def test_the_channels_of_another_s_vae_reach_the_dit():

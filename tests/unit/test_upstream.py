@@ -181,6 +181,18 @@ def test_a_dit_of_another_objective_than_asked_for_is_refused_and_one_that_is_mi
     assert upstream.command("vae", "", config(tmp_path), ["objective=ddpm"])[4:] == []
 
 
+def test_latents_with_another_text_do_for_a_frozen_encoder_which_looks_for_itself_and_a_dit_does_not(tmp_path):
+    frozen = {"_target_": "soratrain.models.frozen_text.FrozenText", "folder": "t5", "features": "live"}
+    (tmp_path / "config.yaml").write_text("stage: {name: encode}\ntext: {dim: 1}\n")
+    upstream.check_nets(str(tmp_path), config(tmp_path, text=frozen), {"text"})
+    with pytest.raises(DataError, match="text: .* was made with another one than you ask for"):
+        upstream.check_nets(str(tmp_path), config(tmp_path, text={"dim": 2}), {"text"})
+    (tmp_path / "config.yaml").write_text(json.dumps({"stage": {"name": "dit"}, "text": frozen}))
+    upstream.check_nets(str(tmp_path), config(tmp_path, text=frozen | {"features": "auto"}), {"text"})
+    with pytest.raises(DataError, match="text: .* was made with another one than you ask for"):
+        upstream.check_nets(str(tmp_path), config(tmp_path, text=frozen | {"folder": "umt5"}), {"text.folder"})
+
+
 def test_another_s_vae_is_seen_to_be_the_one_asked_for_and_never_made(tmp_path, calls):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", "z_dim": 16}))
