@@ -18,7 +18,7 @@ from torch import Tensor
 def draw_of(*parts: object) -> int:
     """Return a 63-bit hash of `parts`: the seed of everything random about one sample at one step."""
     text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def _generator(draw: int, stream: str, device: torch.device) -> torch.Generator:

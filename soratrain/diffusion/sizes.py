@@ -32,7 +32,7 @@ def check_size(height: int, width: int, frames: int, patch: Sequence[int], strid
 
 
 def check_prompt(prompt: str, guidance_scale: float) -> None:
-    """Refuse prompts that say nothing, or far too much.
+    """Refuse prompts that say nothing, or far too much, or are no text.
 
     Raises:
         ConfigError: one line with the mend.
@@ -43,5 +43,7 @@ def check_prompt(prompt: str, guidance_scale: float) -> None:
             " without a prompt"
         )
     size = len(prompt.encode("utf-8", "replace"))
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):  # what Python makes of bytes that are not UTF-8
+        raise ConfigError(f"prompt={prompt[:60]!r}: holds bytes that are no UTF-8 text; give it in UTF-8")
     if size > PROMPT_BYTES:
         raise ConfigError(f"prompt has {size} bytes, more than {PROMPT_BYTES}; shorten it")

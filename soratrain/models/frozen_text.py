@@ -91,6 +91,7 @@ class FrozenText(nn.Module):
         self.null.no_muon = True  # type: ignore[attr-defined]
         self.register_buffer("encoder_digest", torch.zeros(32, dtype=torch.uint8))
         self._encoder: HFText | None = None
+        self._found = ""  # the digest of the encoder that is here
         self._reads_stored = features != "live"
         self._mixed: bool | None = None  # whether captions are read live among stored ones; None: none are stored
 
@@ -108,6 +109,7 @@ class FrozenText(nn.Module):
 
     def _bind(self, digest: str) -> None:
         """Remember the encoder by its digest; refuse another than the one remembered."""
+        self._found = digest
         now, known = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8), self.encoder_digest.cpu()
         if known.any() and not torch.equal(known, now):
             raise DataError(
@@ -116,6 +118,15 @@ class FrozenText(nn.Module):
             )
         with torch.inference_mode(False), torch.no_grad():
             self.encoder_digest.copy_(now)
+
+    def confirm(self) -> None:
+        """See that the encoder is still the one that these weights, loaded since, go with.
+
+        Raises:
+            DataError: they were trained with another.
+        """
+        if self._found:
+            self._bind(self._found)
 
     def record(self) -> dict[str, Any]:
         """Return what stands beside the weights: which encoder they go with."""

@@ -81,8 +81,8 @@ class DiTStage(TrainStage):
         if self.live is not None:
             self.live.load(self.dit.channels)
 
-    def on_train_start(self) -> None:
-        """See that a frozen text encoder is the one of the stored features and of the weights gone on from.
+    def on_fit_start(self) -> None:
+        """See that a frozen text encoder is there, and that stored features are its own.
 
         Raises:
             ConfigError, DataError: it is another, or cannot be read.
@@ -92,6 +92,15 @@ class DiTStage(TrainStage):
             said = self.text.begin(data.stored_texts() if isinstance(data, LatentData) else {})
             if self.trainer.is_global_zero:
                 log.info("%s", said)
+
+    def on_train_start(self) -> None:
+        """See that a checkpoint that is gone on from was trained with the same frozen text encoder.
+
+        Raises:
+            DataError: it was another.
+        """
+        if isinstance(self.text, FrozenText):
+            self.text.confirm()
 
     def training_step(self, batch: LatentBatch | VideoBatch, batch_idx: int) -> Tensor:
         """Return the micro-batch's loss: per sample the mean over its supervised tokens, weighted as the batch says.

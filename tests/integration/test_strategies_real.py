@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from soratrain.distributed.strategy import StrategyOptions
 from soratrain.distributed.trainer import build_trainer, fit
 from soratrain.models.captioner import Captioner
 from soratrain.models.dit import DiT
+from soratrain.models.frozen_text import FrozenText
 from soratrain.models.text import ByteTextEncoder
 from soratrain.models.vae import VAE
 from soratrain.optim import Schedule
@@ -47,7 +49,7 @@ def batch(stage: str, index: int) -> Batch:
         "scale": float(MICRO),
     }
     frames, height = 1 + 4 * (index % 2), 32 + 16 * (index % 3 == 0)
-    if stage in ("dit", "segments"):
+    if stage in ("dit", "segments", "frozen"):
         shape = (4, 1 + index % 2, height // 8, 4)
         latents = tuple(torch.randn(shape, generator=random) for _ in range(SAMPLES))
         tails = tuple({1: torch.randn((4, 1, *shape[2:]), generator=random)} for _ in range(SAMPLES))
@@ -77,7 +79,7 @@ class Data(L.LightningDataModule):
         return batch.to(device)
 
 
-def build(stage: str) -> TrainStage:
+def build(stage: str, encoder: str) -> TrainStage:
     common: dict[str, Any] = {
         "optimizer": SGDFactory(lr=0.05),
         "schedule": Schedule(name="constant", warmup_steps=0),
@@ -93,6 +95,8 @@ def build(stage: str) -> TrainStage:
         return CaptionerStage(
             net=partial(Captioner, **width, table=64, vector_dim=8, styles=["short"]), text=text, **common
         )
+    if stage == "frozen":
+        text = partial(FrozenText, folder=encoder, dim=8)
     dit = partial(DiT, channels=4, dim=16, depth=2, num_heads=2, text_dim=8)
     mix = dict.fromkeys(MODES, 0.19) if stage == "segments" else {}
     conditioning = Conditioning(mix=mix, tail_frames=[1], ramp=0.5, known_noise=0.1)
@@ -113,13 +117,18 @@ def run(out: str, stage: str, strategy: str, ranks: int) -> None:
         log_every=1,
         callbacks=[Spy(Path(out) / "whole.pt")],
     )
-    fit(trainer, build(stage), Data(stage))
+    fit(trainer, build(stage, str(Path(out).parent / "encoder")), Data(stage))
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-@pytest.mark.parametrize("stage", ["vae", "captioner", "dit", "segments"])
+@pytest.mark.parametrize("stage", ["vae", "captioner", "dit", "segments", "frozen"])
 def test_each_real_stage_trains_alike_under_every_strategy(stage: str, strategy: str, tmp_path: Path) -> None:
+    if stage == "frozen":
+        sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+        import hf_tiny
+
+        hf_tiny.save("t5", tmp_path / "encoder", dim=8)
     run_ranks(run, 1, out=str(tmp_path / "one"), stage=stage, strategy="single", ranks=1)
     run_ranks(run, 2, out=str(tmp_path / "two"), stage=stage, strategy=strategy, ranks=2)
     same_training(tmp_path / "one", tmp_path / "two")

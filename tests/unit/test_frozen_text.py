@@ -225,13 +225,15 @@ def test_prompts_of_any_length_and_script_are_drawn_or_one_clear_line(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     export(tmp_path, stage(folder, max_tokens=16))
-    prompts = ["clip " * 1900, "三只猫 на улице", "\udcc3 clip"]
+    prompts = ["clip " * 1900, "三只猫 на улице", "\u200b"]
     with caplog.at_level(logging.WARNING):
         assert len(draw(tmp_path, prompts)) == 3
     assert "1 of 3 prompts are longer than 16 tokens; what follows is not read" in caplog.text
     assert len(draw(tmp_path, [""], sampler=replace(THREE, guidance_scale=0.0))) == 1
     with pytest.raises(ConfigError, match="prompt has 50000 bytes"):
         draw(tmp_path, ["clip " * 10_000])
+    with pytest.raises(ConfigError, match=r"prompt='\\udcc3 clip': holds bytes that are no UTF-8 text"):
+        draw(tmp_path, ["\udcc3 clip"])
     with pytest.raises(ConfigError, match="prompt is empty"):
         draw(tmp_path, ["  "])
 
