@@ -14,7 +14,14 @@ import torch
 from hf_tiny import KINDS, save
 from safetensors.torch import load_file, save_file
 from test_encode import job, stored, write_shards, write_vae
-from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel, UMT5EncoderModel
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
+    UMT5EncoderModel,
+)
 
 from soratrain.data.captions import text_name
 from soratrain.data.datamodule import LatentData
@@ -96,6 +103,30 @@ def test_the_digest_leaves_out_the_half_that_does_not_read(tmp_path: Path) -> No
     encoder = HFText(folder=str(tmp_path), dim=16)
     assert encoder.digest == digest
     encoder.load()
+
+
+def test_a_whole_t5_or_one_that_is_pickled_is_the_same_encoder(tmp_path: Path) -> None:
+    save("t5", tmp_path)
+    encoder = HFText(folder=str(tmp_path), dim=16)
+    own, expected = load_file(tmp_path / "model.safetensors"), encoder.store(TEXTS)[0]
+    digest = encoder.digest
+    torch.manual_seed(3)
+    whole = T5ForConditionalGeneration(T5Config.from_pretrained(tmp_path))
+    whole.load_state_dict(own, strict=False)
+    whole.save_pretrained(tmp_path)
+    assert len(load_file(tmp_path / "model.safetensors")) > len(own)
+    (tmp_path / "pickled").mkdir()
+    for file in tmp_path.glob("*.json"):
+        (tmp_path / "pickled" / file.name).write_bytes(file.read_bytes())
+    torch.save(own | {"encoder.embed_tokens.weight": own["shared.weight"]}, tmp_path / "pickled" / "pytorch_model.bin")
+    for place in (tmp_path, tmp_path / "pickled"):
+        again = HFText(folder=str(place), dim=16)
+        assert again.digest == digest
+        assert all(map(torch.equal, again.store(TEXTS)[0], expected))
+    half = HFText(folder=str(tmp_path), dim=16, dtype="bf16")
+    assert half.digest == digest and half.identity() != encoder.identity()
+    for one, other in zip(half.store(TEXTS)[0], expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
 
 
 def test_the_features_of_a_caption_come_with_it_also_where_it_was_made_later(tmp_path: Path) -> None:
