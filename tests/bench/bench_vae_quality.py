@@ -1,9 +1,9 @@
 """Quality for compute: our VAE and diffusers' AutoencoderKLWan of the same parameter count, trained by the same loop.
 
 The loop, the batches (same seed, same order, same crops and noise), the loss, the optimizer and its schedule are one
-piece of code. On the embedded world each net is trained at each of `RATES` and its best run counts, as each has a rate
-of its own; on the real clips of ../shared/media, where they are, at the rate that was its best on the world. PSNR is of
-clips that are not trained on, after each sixth of the steps.
+piece of code; each net is trained at each of `RATES` and its better run counts, as each has a rate of its own. PSNR is
+of clips that are not trained on, after each sixth of the steps. Data: the embedded world, and the real clips of
+../shared/media where they are.
 """
 
 from __future__ import annotations
@@ -153,27 +153,22 @@ def measure() -> list[dict[str, str]]:
     """Return a row for each source and net."""
     nets: dict[str, Callable[[], nn.Module]] = {"ours, tiny": ours(tiny()), "ours, narrow base": ours(NARROW)}
     nets["diffusers' AutoencoderKLWan"] = lambda: Peer(10)
-    rows, rates = [], dict.fromkeys(nets, RATES)
+    rows = []
     with tempfile.TemporaryDirectory() as place:
-        for source, parts in prepared(Path(place)).items():
+        for source, (data, held) in prepared(Path(place)).items():
             for name, make in nets.items():
-                row, rate = best(make, *parts, rates[name])
-                rates[name] = (rate,)
-                rows.append({"clips": source, "net": name, "million parameters": f"{count(make()):.2f}", **row})
+                began, runs = time.monotonic(), {rate: train(make, data, held, rate) for rate in RATES}
+                rate, best = max(runs.items(), key=lambda item: item[1][-1])
+                seconds = (time.monotonic() - began) / len(RATES) / STEPS
+                row = {"clips": source, "net": name, "million parameters": f"{count(make()):.2f}"}
+                row |= {"lr": f"{rate:g}", "ms/step": f"{1e3 * seconds:.0f}"}
+                row |= {
+                    str(step): f"{value:.2f}"
+                    for step, value in zip(range(STEPS // POINTS, STEPS + 1, STEPS // POINTS), best, strict=True)
+                }
+                rows.append(row)
+                sys.stderr.write(json.dumps(row | {"all": {str(key): value for key, value in runs.items()}}) + "\n")
     return rows
-
-
-def best(
-    make: Callable[[], nn.Module], data: VideoData, held: Sequence[Tensor], rates: Sequence[float]
-) -> tuple[dict[str, str], float]:
-    """Return the row of a net's best run among `rates`, and its rate."""
-    began, runs = time.monotonic(), {rate: train(make, data, held, rate) for rate in rates}
-    rate, points = max(runs.items(), key=lambda item: item[1][-1])
-    row = {"lr": f"{rate:g}", "ms/step": f"{1e3 * (time.monotonic() - began) / len(rates) / STEPS:.0f}"}
-    steps = range(STEPS // POINTS, STEPS + 1, STEPS // POINTS)
-    row |= {str(step): f"{value:.2f}" for step, value in zip(steps, points, strict=True)}
-    sys.stderr.write(json.dumps(row | {"all": {str(key): value for key, value in runs.items()}}) + "\n")
-    return row, rate
 
 
 if __name__ == "__main__":
