@@ -43,6 +43,7 @@ class Assignment:
         rare: buckets that do not fill a block; their micro-batches are smaller.
         dropped: samples in no bucket, by reason.
         sets: which data set each bucket's samples are of, by number; all of the first where there is none.
+        held: samples that are held out of training, each with the bucket that it would be in.
         home: folder of files that hold the numbers, where they are mapped and not in this process's memory.
     """
 
@@ -54,6 +55,7 @@ class Assignment:
     rare: tuple[Bucket, ...] = ()
     dropped: dict[str, int] = field(default_factory=dict)
     sets: tuple[int, ...] = ()
+    held: tuple[tuple[int, Bucket], ...] = ()
     home: str | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -82,6 +84,7 @@ def map_assignment(home: str) -> Assignment:
         rare=tuple(Bucket(*sizes) for sizes in told["rare"]),
         dropped=told["dropped"],
         sets=tuple(told["sets"]),
+        held=tuple((sample, Bucket(*sizes)) for sample, sizes in told["held"]),
         home=home,
     )
 
@@ -91,6 +94,6 @@ def keep_assignment(assignment: Assignment, new: Path) -> None:
     bounds = [0, *accumulate(map(len, assignment.members))]
     new_array(new / "members.npy", np.int64, bounds[-1])[:] = np.concatenate(assignment.members)
     new_array(new / "stride.npy", np.int64, len(assignment.stride))[:] = assignment.stride
-    names = ("buckets", "rates", "merged", "rare", "dropped", "sets")
+    names = ("buckets", "rates", "merged", "rare", "dropped", "sets", "held")
     told = {"bounds": bounds} | {name: getattr(assignment, name) for name in names}
     (new / "buckets.json").write_text(json.dumps(told), encoding="utf-8")

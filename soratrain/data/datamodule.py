@@ -7,6 +7,7 @@ from typing import Any
 
 from soratrain.data.buckets import Stored
 from soratrain.data.dataset import ClipSource, LatentSource, Source
+from soratrain.data.held_out import HeldOut
 from soratrain.data.manifest import Manifest
 from soratrain.data.plan import Plan
 from soratrain.data.planned import PlannedData
@@ -66,6 +67,7 @@ class LatentData(PlannedData):
         quarantine: str | None = None,
         max_bad: float = 0.01,
         remote: Remote | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         super().__init__(
             shards=latents,
@@ -92,6 +94,7 @@ class LatentData(PlannedData):
             quarantine=quarantine,
             max_bad=max_bad,
             remote=remote,
+            held_out=held_out,
         )
         self.tails = tuple(sorted(set(tails)))
 

@@ -1,10 +1,11 @@
-"""Showing clips at several durations, mixing data sets by weight, and setting the share of single frames."""
+"""Holding samples out, showing clips at several durations, mixing data sets, setting the share of single frames."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ from soratrain.data.assignment import Assignment, Bucket, keep_assignment, map_a
 from soratrain.data.buckets import BlockSize, Buckets
 from soratrain.data.budget import Budget
 from soratrain.data.fitting import TIME
+from soratrain.data.held_out import chosen, without
 from soratrain.data.manifest import Manifest
 from soratrain.data.node import shared
 from soratrain.errors import ConfigError
 
-FORM = 1  # of what buckets make of samples: a change of the rules raises it
+FORM = 2  # of what buckets make of samples: a change of the rules raises it
 
 
 def assigned(
@@ -31,9 +33,11 @@ def assigned(
     durations: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     image_fraction: float | None = None,
+    held_out: int = 0,
 ) -> Assignment:
     """Return what `assign` makes of these, worked out by the first process of the node that asks."""
     wanted: dict[str, Any] = {"durations": durations, "weights": weights, "image_fraction": image_fraction}
+    wanted["held_out"] = held_out
 
     def work_out(new: Path) -> None:
         found = assign(manifest, buckets, lambda bucket: budget.samples(bucket) * ranks, ranks, **wanted)
@@ -53,6 +57,7 @@ def assign(
     durations: Sequence[int] | None = None,
     weights: Sequence[float] | None = None,
     image_fraction: float | None = None,
+    held_out: int = 0,
 ) -> Assignment:
     """Put the samples of each data set into buckets of its own, and set how often each bucket is shown.
 
@@ -60,6 +65,7 @@ def assign(
         durations: frame counts 1 + 4k; a clip is shown at each that it has, equally often. None: at its own.
         weights: how large a share of the samples shown is of each data set, relative. None: as they come.
         image_fraction: share of samples in [0, 1] that are single frames, of stills and of clips. None: as it comes.
+        held_out: samples that are never shown; see `chosen`.
 
     Raises:
         ConfigError: a duration off the grid or longer than every clip; weights that do not fit the data sets; a share
@@ -73,7 +79,11 @@ def assign(
         )
     if wrong := [count for count in durations or () if count < 1 or count % TIME != 1]:
         raise ConfigError(f"data.durations holds {wrong[0]}; use numbers of frames of the form 1+{TIME}k")
-    parts = [buckets.assign(part, block, ranks) for part in sets]
+    held, starts = chosen(manifest, held_out), np.cumsum([0, *map(len, sets)]).tolist()
+    parts = [
+        without(buckets.assign(part, block, ranks), held[(held >= start) & (held < stop)] - start)
+        for part, (start, stop) in zip(sets, pairwise(starts), strict=True)
+    ]
     longest = max(bucket.frames for part in parts for bucket in part.buckets)
     if durations and max(durations) > longest:
         raise ConfigError(f"data.durations holds {max(durations)}, but the longest clips have {longest} frames")
@@ -98,6 +108,7 @@ def put_together(parts: Sequence[Assignment], counts: Sequence[int], weights: Se
         rare=tuple(bucket for part in parts for bucket in part.rare),
         dropped=dict(sum((Counter(part.dropped) for part in parts), Counter())),
         sets=tuple(number for number, part in enumerate(parts) for _ in part.buckets),
+        held=tuple((s + start, name) for part, start in zip(parts, starts, strict=True) for s, name in part.held),
     )
 
 

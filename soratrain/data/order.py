@@ -29,11 +29,16 @@ def permutation(count: int, *key: object) -> np.ndarray:
     It sorts the numbers by a hash of (key, number), SplitMix64.
     """
     with np.errstate(over="ignore"):
-        mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_SPLITMIX[0]) + np.uint64(draw_of(*key))
+        numbers = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(_SPLITMIX[0]) + np.uint64(draw_of(*key))
+    return np.argsort(mixed(numbers), kind="stable")
+
+
+def mixed(numbers: np.ndarray) -> np.ndarray:
+    """Return a hash of each number, uint64, which gives no two of them the same."""
+    with np.errstate(over="ignore"):
         for shift, factor in ((30, _SPLITMIX[1]), (27, _SPLITMIX[2])):
-            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-        mixed ^= mixed >> np.uint64(31)
-    return np.argsort(mixed, kind="stable")
+            numbers = (numbers ^ (numbers >> np.uint64(shift))) * np.uint64(factor)
+        return numbers ^ (numbers >> np.uint64(31))
 
 
 @dataclass(frozen=True)

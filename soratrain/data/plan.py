@@ -187,8 +187,8 @@ class Plan:
             "seed": "set the same seed, or start over with fresh=true",
             "manifest_hash": "it is another dataset; point inputs to the one before, or start over with fresh=true",
             "canonical_ranks": f"set data.canonical_ranks={state.get('canonical_ranks')}",
-            "bucket_hash": "buckets, batch sizes, data.accumulate_blocks, data.gamma, data.window or which shard holds"
-            " a sample (task=repack) changed; undo it, or use fresh=true",
+            "bucket_hash": "buckets, batch sizes, data.accumulate_blocks, data.gamma, data.window, validation.clips"
+            " or which shard holds a sample (task=repack) changed; undo it, or use fresh=true",
         }
         own = self.state(0)
         for name, why in whys.items():

@@ -22,6 +22,8 @@ from soratrain.data.budget import Budget
 from soratrain.data.caption_table import open_captions, open_original_captions
 from soratrain.data.captions import CaptionMix
 from soratrain.data.dataset import MicroBatches, Source
+from soratrain.data.held_clips import HeldClips
+from soratrain.data.held_out import HeldOut
 from soratrain.data.loader import make_loader
 from soratrain.data.manifest import Manifest
 from soratrain.data.mixing import assigned
@@ -63,6 +65,7 @@ class PlannedData(L.LightningDataModule, ABC):
         quarantine: JSON-lines file for samples that cannot be read.
         max_bad: share of the samples that may be unreadable before the run stops.
         remote: how shards in a store are read (`Remote`).
+        held_out: which samples are never trained on; None holds out none.
 
     Raises:
         ConfigError: a value, or a combination of values, that cannot work.
@@ -97,6 +100,7 @@ class PlannedData(L.LightningDataModule, ABC):
         quarantine: str | None = None,
         max_bad: float = 0.01,
         remote: Remote | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         super().__init__()
         bounds = {"workers": (workers, 0), "prefetch": (prefetch, 1), "cache": (cache, 0), "max_steps": (max_steps, 0)}
@@ -115,7 +119,7 @@ class PlannedData(L.LightningDataModule, ABC):
         self.durations, self.image_fraction = durations, image_fraction
         self.mix, self.caption_mix, self.caption_types = mix, caption_mix, caption_types
         self.workers, self.prefetch, self.cache, self.remote = workers, prefetch, cache, remote
-        self.quarantine, self.max_bad = quarantine, max_bad
+        self.quarantine, self.max_bad, self.held_out = quarantine, max_bad, held_out or HeldOut()
         self.seat: tuple[int, int] | None = None  # (rank, ranks) that share the data, where Lightning's are not those
         self._manifest: Manifest | None = None
         self._plan: Plan | None = None
@@ -158,6 +162,7 @@ class PlannedData(L.LightningDataModule, ABC):
                 durations=self.durations,
                 weights=self.mix,
                 image_fraction=self.image_fraction,
+                held_out=self.held_out.count,
             )
             self._plan = Plan(
                 assignment=assignment,
@@ -191,22 +196,39 @@ class PlannedData(L.LightningDataModule, ABC):
                     log.info("%s", line)
                 for line in table(found):
                     log.debug("%s", line)
-            beside = [open_original_captions(folder) for folder in self.folders]
             self._items = MicroBatches(
                 plan=plan,
                 source=self.source(self.manifest, plan, self.cache // max(1, self.workers)),
-                captions=CaptionMix(
-                    sources=self.caption_mix,
-                    types=self.caption_types,
-                    made=[open_captions(folder) for folder in self.captions],
-                    beside=[table for table in beside if table is not None],
-                ),
+                captions=self._captions(self.folders),
                 rank=rank,
                 world_size=world_size,
                 quarantine=self.quarantine,
                 max_bad=self.max_bad,
             )
         return self._items
+
+    def _captions(self, folders: Sequence[str]) -> CaptionMix:
+        """Return what chooses captions for the samples of `folders`."""
+        beside = [open_original_captions(folder) for folder in folders]
+        return CaptionMix(
+            sources=self.caption_mix,
+            types=self.caption_types,
+            made=[open_captions(folder) for folder in self.captions],
+            beside=[table for table in beside if table is not None],
+        )
+
+    def held(self) -> HeldClips:
+        """Return the samples that are not trained on: some of these data, or of a folder of latents beside them.
+
+        Raises:
+            DataError: that folder holds samples that are trained on, or no latents.
+        """
+        if self.held_out.latents:
+            found, clips = self.held_out.beside(self.manifest, self.remote)
+            return HeldClips(found, self._captions([self.held_out.latents]), clips)
+        plan = self.plan()
+        source = self.source(self.manifest, plan, 0)
+        return HeldClips(source, self._captions(self.folders), plan.assignment.held)
 
     def loader(self, start: int, end: int) -> DataLoader[Batch]:
         """Return a loader of this rank's micro-batches from number `start` up to `end`."""

@@ -22,6 +22,7 @@ from soratrain.data.atomic import replacing
 from soratrain.data.buckets import Buckets
 from soratrain.data.datamodule import VideoData
 from soratrain.data.fitting import GRID, TIME
+from soratrain.data.held_out import HeldOut
 from soratrain.data.plan import Plan
 from soratrain.distributed.memory import GIB, Kept, dit_activations, kept, measured_activations
 from soratrain.distributed.strategy import StrategyOptions
@@ -52,7 +53,7 @@ class PlanStage:
         seed, batching, accumulate_blocks, gamma, quadratic, window, mix, image_fraction: of the data.
         durations: of clips; latents are shown at their own.
         strategy, optimizer, average, precision: of the trainer.
-        patch: latent positions of a DiT's token.
+        held_out: samples that stage=dit does not train on.
 
     Raises:
         ConfigError: a value out of range.
@@ -87,6 +88,7 @@ class PlanStage:
         batch_size: int | None = None,
         tokens_per_batch: int | None = None,
         max_batch_size: int | None = None,
+        held_out: HeldOut | None = None,
     ) -> None:
         if target not in TARGETS:
             raise ConfigError(f"stage.job.target={target} is not there; use one of {', '.join(TARGETS)}")
@@ -116,6 +118,7 @@ class PlanStage:
             mix=mix,
             image_fraction=image_fraction,
             durations=durations if target != "dit" else None,
+            held_out=held_out if target == "dit" else None,
         )
 
     def __call__(self) -> dict[str, Any]:
@@ -209,7 +212,9 @@ class PlanStage:
         """Return the size of all cached latents in bf16."""
         each = zip(plan.assignment.buckets, plan.assignment.members, strict=True)
         latents = sum(len(members) * self.latent(bucket) for bucket, members in each)
-        return {"latents_gib": 2 * latents / GIB, "clips": sum(map(len, plan.assignment.members))}
+        latents += sum(self.latent(bucket) for _, bucket in plan.assignment.held)
+        clips = sum(map(len, plan.assignment.members)) + len(plan.assignment.held)
+        return {"latents_gib": 2 * latents / GIB, "clips": clips}
 
     def latent(self, bucket: Bucket) -> int:
         """Return the numbers in the latent of one clip of a bucket."""
