@@ -160,7 +160,7 @@ class Generator:
             clips += [self.decode(latent) for latent in self.draw([layout] * len(some), some, draws, sampler)]
         return clips
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: what ZeRO-3 gathers in it could not be trained afterwards
     def draw(
         self,
         layouts: Sequence[Layout],

@@ -141,12 +141,22 @@ class DiTStage(TrainStage):
         ]
 
     def losses(self, batch: LatentBatch, cases: Sequence[Case]) -> tuple[Tensor, int]:
-        """Return each sample's loss `[B]`, and how many tokens the net has read."""
+        """Return each sample's loss `[B]` at a level of its own, and how many tokens the net has read."""
+        counts = torch.tensor([latent[0].numel() for latent in batch.latents]) // self.dit.patch_size
+        sigma = self.objective.levels(batch.uniform("sigma"), counts)
+        return self.losses_at(sigma, batch, cases, self.read(batch))
+
+    def losses_at(
+        self, sigma: Tensor, batch: LatentBatch, cases: Sequence[Case], text: tuple[Tensor, Packing]
+    ) -> tuple[Tensor, int]:
+        """Return each sample's loss `[B]` at noise levels `sigma` `[B]`, and how many tokens the net has read.
+
+        Args:
+            text: features of the samples' captions, and their packing.
+        """
         clean = [latent.float() for latent in batch.latents]
         device, patch = clean[0].device, self.dit.patch
         noise = batch.normal("noise", [latent.shape for latent in clean], device)
-        counts = torch.tensor([latent[0].numel() for latent in clean]) // self.dit.patch_size
-        sigma = self.objective.levels(batch.uniform("sigma"), counts)
         tails = [batch.tails[place][case.tail].float() if case.tail else None for place, case in enumerate(cases)]
         parts = zip(clean, noise, sigma, batch.fps.tolist(), batch.draws.tolist(), tails, strict=True)
         shown = [
@@ -154,7 +164,7 @@ class DiTStage(TrainStage):
             for part, case in zip(parts, cases, strict=True)
         ]
         flat = flatten([item.segments for item in shown], patch, self.dit.rope_time)
-        prediction = self.dit(flat.tokens, *self.read(batch))
+        prediction = self.dit(flat.tokens, *text)
         errors = (prediction.float() - torch.cat([item.target for item in shown])).square().mean(-1)
         weight = self.objective.weight(sigma).to(device)
         if any(item.weights is not None for item in shown):
