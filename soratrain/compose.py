@@ -33,8 +33,15 @@ TEXT_KEYS = (
     "task.video",
     "task.video2",
     "task.mask",
+    "validation.prompts",
+    "validation.latents",
 )  # values that may hold any text
-LIST_KEYS = ("inputs.shards", "inputs.latents", "inputs.captions")  # of these, those that may be [a, b]
+LIST_KEYS = (
+    "inputs.shards",
+    "inputs.latents",
+    "inputs.captions",
+    "validation.prompts",
+)  # of these, those that may be [a, b]
 
 
 def split_override(override: str) -> tuple[str, str]:

@@ -38,6 +38,8 @@ FREE = (
     "trainer.compile",
     "stage.module.dit.recompute",
     "stage.module.text.features",
+    "trainer.validation",
+    "trainer.previews",
     "stage.data.workers",
     "stage.data.prefetch",
     "stage.data.cache",

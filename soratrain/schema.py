@@ -49,6 +49,7 @@ class Root:
     optimizer: dict
     schedule: dict
     strategy: dict
+    validation: dict
     trainer: dict
     lpips: dict
     logger: dict
@@ -71,7 +72,12 @@ class Root:
 
 
 KINDS = {"size": "WIDTHxHEIGHT, such as 64x48"}
-SOURCES = ("machine", "inputs", "trainer")  # groups that others interpolate: checked first, so that they are blamed
+SOURCES = (
+    "machine",
+    "inputs",
+    "validation",
+    "trainer",
+)  # groups that others interpolate: checked first, so that they are blamed
 OF_THE_ROOT = ("inputs", "fvd")  # plain groups of the root's own file
 AIMED = ("evaluate", "plan")  # stages that have targets
 ROOT_KEYS = tuple(field.name for field in fields(Root))

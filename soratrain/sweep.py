@@ -26,6 +26,7 @@ from soratrain.run import detect_machine, global_rank, prepare
 from soratrain.schema import CONF
 
 METRICS = (
+    "val_loss",
     "loss",
     "clips_per_s",
     "captions_per_s",

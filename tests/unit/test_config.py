@@ -9,8 +9,9 @@ import sys
 import pytest
 import torch
 
-from soratrain.compose import compose
+from soratrain.compose import LIST_KEYS, TEXT_KEYS, compose
 from soratrain.errors import ConfigError
+from soratrain.quoting import quote
 from soratrain.run import instantiate, prepare
 from soratrain.schema import CONF, PUBLISHED, groups, validate
 
@@ -128,6 +129,33 @@ def test_the_ends_that_a_mix_gives_are_those_that_the_data_hand_on(conditioning)
     assert set(built.tail_frames) <= set(prepare(["stage=encode"])[0]["stage"]["job"]["tail_frames"])
 
 
+@pytest.mark.parametrize("experiment", [name for name in groups()["experiment"] if stage_of(name) == "dit"])
+def test_what_is_validated_is_held_out_and_what_is_drawn_is_of_the_experiments_size(experiment, tmp_path):
+    words = ["stage=dit", f"+experiment={experiment}", "validation.clips=7"]
+    for machine in groups()["machine"]:
+        config, _ = prepare([*words, f"machine={machine}"])
+        assert config["stage"]["data"]["held_out"]["clips"] == 7
+        drawn = instantiate(config["trainer"]["previews"])(out=tmp_path, metrics=None, ema=None)
+        size = config["machine"]["tuned"].get(experiment, {}).get("size", config["machine"]["size"])
+        assert f"{drawn.width}x{drawn.height}" == size and drawn.every > 0
+
+
+def test_validation_none_holds_nothing_out_and_does_nothing():
+    config, _ = prepare(["stage=dit", "machine=laptop", "validation=none"])
+    assert instantiate(config["stage"]["data"]["held_out"]).count == 0
+    assert config["trainer"]["validation"]["every"] == config["trainer"]["previews"]["every"] == 0
+
+
+def test_several_prompts_to_watch_may_hold_any_text():
+    words = quote(["validation.prompts=[a café (red), 三只猫]"], TEXT_KEYS, LIST_KEYS)
+    config, _ = prepare(["stage=dit", "machine=laptop", *words])
+    assert config["validation"]["prompts"] == ["a café (red)", "三只猫"]
+    config, _ = prepare(
+        ["stage=dit", "machine=laptop", *quote(["validation.prompts=one, alone"], TEXT_KEYS, LIST_KEYS)]
+    )
+    assert config["trainer"]["previews"]["prompts"] == "one, alone"
+
+
 def test_the_command_line_wins_over_experiment_stage_and_machine():
     config, _ = prepare(
         ["stage=dit", "+experiment=native_res", "machine=laptop", "dit=s", "data.gamma=0.25", "optimizer=adamw"]
@@ -150,6 +178,8 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
         (["stage=dit", "dit.dim=wide"], "dit.dim='wide': must be a whole number"),
         (["stage=dit", "machine.workers=many"], "machine.workers='many': must be like"),
         (["stage=dit", "optimizer.learning_rate=1"], "optimizer.learning_rate: no such key; did you mean 'lr'"),
+        (["stage=dit", "validation.levls=3"], "validation.levls: no such key; did you mean 'levels'"),
+        (["stage=dit", "validation.levels=many"], "validation.levels='many': must be like 10"),
         (["stage=dit", "seed=abc"], "seed='abc': must be a whole number"),
         (["stage=dit", "experiment=native_res"], r"write \+experiment=native_res"),
         (["stage=dit", "+experiment=nativ"], "experiment=nativ: no such option; did you mean 'native_res'"),

@@ -23,7 +23,7 @@ from soratrain.stages.plan import Reconstruction, parse_clip
 from soratrain.stages.plan_cost import forward_flops
 
 SHAPES = [(48, 64, 9)] * 12 + [(64, 48, 1)] * 6 + [(8, 8, 1)] * 2
-WORDS = ["stage=plan", "machine=laptop", "upstream=fail"]
+WORDS = ["stage=plan", "machine=laptop", "upstream=fail", "validation=none"]
 
 
 class Called:
@@ -271,3 +271,17 @@ def test_a_wrong_value_is_one_line(tmp_path: Path, word: str, said: str) -> None
         run(config, overrides)
     assert not (tmp_path / "plan").exists()
     assert parse_clip("1920x1080x1440") == (1080, 1920, 1440)
+
+
+def test_what_stage_dit_holds_out_is_counted_as_there(tmp_path: Path, capsys) -> None:
+    write_shards(tmp_path / "shards")
+    planned(tmp_path)
+    before = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    held = planned(tmp_path, "validation.clips=2", "target=dit")
+    assert sum(item["samples"] for item in held["data"]["buckets"]) == 16
+    assert "2 samples dropped: held out of training, for validation" in capsys.readouterr().out
+    run = held["run"]
+    assert run["epochs"] == pytest.approx(run["samples_per_step"] * run["steps"] / 16)
+    assert held["cache"]["clips"] == before["cache"]["clips"] == 18
+    vae = planned(tmp_path, "validation.clips=2", "target=vae")
+    assert sum(item["samples"] for item in vae["data"]["buckets"]) == 18

@@ -1,0 +1,40 @@
+"""Any number of ranks measures the same, and draws the same, under every strategy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from data_tiny import write_latents
+from PIL import Image, ImageChops
+from ranks import run_ranks
+from tiny_dit import SHAPES, train, write_vae
+
+from soratrain.callbacks.metrics import read_rows
+
+COMMON = {"clips": 3, "max_steps": 3, "every": 2}  # three clips: the second rank has nothing left in the last turn
+
+
+def trained(out: str, **settings: Any) -> float:
+    return train(out, **settings)[2]["val_loss"]
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", pytest.param("zero1", marks=pytest.mark.full), pytest.param("zero3", marks=pytest.mark.full)]
+)
+def test_two_ranks_write_the_table_and_the_samples_of_one(strategy: str, tmp_path: Path) -> None:
+    latents, vae = write_latents(tmp_path / "latents", SHAPES), write_vae(tmp_path / "vae")
+    common = COMMON | {"latents": str(latents), "vae": str(vae)}
+    (alone,) = run_ranks(trained, 1, out=str(tmp_path / "one"), accumulate=2, **common)
+    both = run_ranks(trained, 2, out=str(tmp_path / "two"), strategy=strategy, ranks=2, **common)
+    assert both == pytest.approx([alone, alone], rel=1e-4)
+    one, two = (read_rows(tmp_path / name / "validation.csv") for name in ("one", "two"))
+    assert len(one) == len(two) > 0
+    for left, right in zip(one, two, strict=True):
+        assert float(left.pop("loss")) == pytest.approx(float(right.pop("loss")), rel=1e-4)
+        assert left == right
+    names = [sorted(path.name for path in (tmp_path / run / "samples").iterdir()) for run in ("one", "two")]
+    assert names[0] == names[1] and len(names[0]) == 2 * 3
+    with Image.open(tmp_path / "one/samples/00000003.png") as a, Image.open(tmp_path / "two/samples/00000003.png") as b:
+        assert max(high for _, high in ImageChops.difference(a, b).getextrema()) <= 4
