@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,15 @@ def test_bad_values_are_refused(latents: Path, tmp_path: Path) -> None:
         train(tmp_path, latents, every=-1)
     with pytest.raises(ConfigError, match="validation.levels=0"):
         train(tmp_path, latents, levels=0)
+
+
+def test_the_time_it_takes_is_not_counted_in_the_speed(latents: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    measure = Validation.measure
+
+    def slow(*args: Any) -> None:
+        time.sleep(2.0)
+        measure(*args)
+
+    monkeypatch.setattr(Validation, "measure", slow)
+    train(tmp_path, latents, max_steps=2)
+    assert max(float(row["seconds"]) for row in read_rows(tmp_path / "metrics.csv")) < 2.0
