@@ -120,7 +120,7 @@ def test_a_run_that_goes_on_ends_with_the_files_of_an_unbroken_one(latents: Path
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
 
 
-@pytest.mark.parametrize("call", [2, 3])  # before and within the averaged weights of step 4
+@pytest.mark.parametrize("call", [2, 3, 4])  # raw and averaged weights of step 4; step 5, when 4 has no checkpoint
 def test_a_kill_amid_a_measurement_costs_nothing(latents: Path, tmp_path: Path, monkeypatch: Any, call: int) -> None:
     train(tmp_path / "whole", latents, max_steps=5)
     done, measured = [], Validation.losses
