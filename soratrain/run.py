@@ -14,7 +14,7 @@ from typing import Any
 from soratrain import outputs, upstream
 from soratrain.compose import compose, split_override
 from soratrain.errors import ConfigError, DataError, UserError
-from soratrain.schema import validate
+from soratrain.rules import validate
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from soratrain import outputs
 from soratrain.children import run_child
 from soratrain.compose import split_override
 from soratrain.errors import DataError
-from soratrain.schema import FROZEN_TEXT, PUBLISHED, groups
+from soratrain.rules import FROZEN_TEXT, PUBLISHED
+from soratrain.schema import groups
 
 log = logging.getLogger(__name__)
 

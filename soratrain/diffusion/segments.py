@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from soratrain.models.attention import Packing
-from soratrain.models.dit import Tokens
 from soratrain.models.patchify import Patch, coordinates, grid_of, patchify, unpatchify
+from soratrain.models.tokens import Tokens
 
 KNOWN, STANDALONE = 1, 2  # bits of a token's flags
 

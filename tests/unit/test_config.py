@@ -12,8 +12,9 @@ import torch
 from soratrain.compose import LIST_KEYS, TEXT_KEYS, compose
 from soratrain.errors import ConfigError
 from soratrain.quoting import quote
+from soratrain.rules import PUBLISHED, validate
 from soratrain.run import instantiate, prepare
-from soratrain.schema import CONF, PUBLISHED, groups, validate
+from soratrain.schema import CONF, groups
 
 STAGES = groups()["stage"]
 OPTIONS = [

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from soratrain.diffusion.segments import Segment, flatten
 from soratrain.models.attention import Packing
-from soratrain.models.dit import DiT, Tokens
+from soratrain.models.dit import DiT
+from soratrain.models.tokens import Tokens
 
 PATCH = (1, 2, 2)
 SHAPES = [(4, 2, 4, 4), (4, 1, 4, 6), (4, 3, 2, 4)]

@@ -16,9 +16,10 @@ from soratrain.callbacks.compiled import compile_blocks
 from soratrain.diffusion.segments import flatten
 from soratrain.distributed.memory import measured_activations
 from soratrain.errors import ConfigError
-from soratrain.models.dit import DiT, Spread, Tokens
+from soratrain.models.dit import DiT
 from soratrain.models.qk import EPS, prepared
 from soratrain.models.rope import rotate, rotations, split_axes
+from soratrain.models.tokens import Spread, Tokens
 
 
 def pack(kind: str) -> Tokens:

@@ -23,8 +23,9 @@ from soratrain.diffusion.objective import Objective
 from soratrain.diffusion.sampler import Sampler
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
-from soratrain.models.dit import DiT, Tokens
+from soratrain.models.dit import DiT
 from soratrain.models.text import ByteTextEncoder
+from soratrain.models.tokens import Tokens
 from soratrain.models.vae import VAE
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.dit import DiTStage
