@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 PAPER, INK, FAINT, GOOD, BAD = "#14161a", "#eceff4", "#8b93a1", "#7bd88f", "#ff7a85"
+GIVEN, BORDER = "#f5b83d", 4  # of frames that were given, and how many pixels wide
 MARGIN, GAP, LINE = 28, 6, 22
 
 
@@ -21,11 +22,13 @@ class Row:
         text: what was asked for.
         frames: uint8 `[T, H, W, 3]`.
         notes: short remarks, each with whether it is good, bad or (None) neither.
+        given: which frames were given, bool `[T]`; these have a border. None: none.
     """
 
     text: str
     frames: np.ndarray
     notes: Sequence[tuple[str, bool | None]] = ()
+    given: np.ndarray | None = None
 
 
 def pick(frames: np.ndarray, count: int) -> np.ndarray:
@@ -34,22 +37,25 @@ def pick(frames: np.ndarray, count: int) -> np.ndarray:
     return frames[positions]
 
 
-def strip(frames: np.ndarray, count: int = 6, height: int = 128) -> Image.Image:
-    """Return evenly spaced frames side by side, scaled to `height` pixels."""
+def strip(frames: np.ndarray, count: int = 6, height: int = 128, given: np.ndarray | None = None) -> Image.Image:
+    """Return evenly spaced frames side by side, scaled to `height` pixels, those that were `given` with a border."""
     chosen = pick(frames, count)
+    marked = np.zeros(len(chosen), bool) if given is None else pick(given, count)
     width = max(1, round(chosen.shape[2] * height / chosen.shape[1]))
     image = Image.new("RGB", (len(chosen) * (width + GAP) - GAP, height), PAPER)
+    draw = ImageDraw.Draw(image)
     for index, frame in enumerate(chosen):
-        image.paste(
-            Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC), (index * (width + GAP), 0)
-        )
+        left = index * (width + GAP)
+        image.paste(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC), (left, 0))
+        if marked[index]:
+            draw.rectangle((left, 0, left + width - 1, height - 1), outline=GIVEN, width=BORDER)
     return image
 
 
 def contact_sheet(path: Path, title: str, sections: Sequence[tuple[str, Sequence[Row]]], columns: int = 2) -> None:
     """Draw the sheet to a PNG: sections under each other, rows of a section in `columns`."""
     fonts = {size: ImageFont.load_default(size) for size in (30, 20, 15)}
-    strips = [[strip(row.frames) for row in rows] for _, rows in sections]
+    strips = [[strip(row.frames, given=row.given) for row in rows] for _, rows in sections]
     cell_width = max(image.width for images in strips for image in images)
     cell_height = strips[0][0].height + 2 * LINE + 22
     width = 2 * MARGIN + columns * cell_width + (columns - 1) * MARGIN

@@ -77,17 +77,24 @@ class World:
         turn, position = divmod(index, len(choices))
         return choices[self.rng(split, 1, len(choices), turn).permutation(len(choices))[position]]
 
+    def clip(self, index: int, split: str = "heldout", frames: int | None = None) -> Scene:
+        """Return scene `index` of those for evaluation, which no training clip shows: a clip, never a still.
+
+        Args:
+            frames: of it; None takes the usual length. What moves goes as far in any number of frames.
+        """
+        rng = self.rng(split, 2, index)
+        if self.preset == "full":
+            return full.sample(rng, held=split == "heldout", frames=frames or 17)
+        height, width = demo.SIZES[rng.choice(len(demo.SIZES), p=demo.SIZE_SHARES)]
+        combination = self.pick(demo.combinations(held=split == "heldout"), index, split)
+        return demo.sample(rng, combination, height, width, frames or demo.FRAMES[0])
+
     def prompts(self, count: int, split: str = "heldout", style: str = "short") -> list[Prompt]:
         """Return `count` prompts for full-length clips of a split, with the truth that they ask for."""
         prompts = []
         for index in range(count):
-            rng = self.rng(split, 2, index)
-            if self.preset == "full":
-                scene = full.sample(rng, held=split == "heldout", frames=17)
-            else:
-                height, width = demo.SIZES[rng.choice(len(demo.SIZES), p=demo.SIZE_SHARES)]
-                combination = self.pick(demo.combinations(held=split == "heldout"), index, split)
-                scene = demo.sample(rng, combination, height, width, demo.FRAMES[0])
+            scene = self.clip(index, split)
             text = describe(scene, style)
             prompts.append(Prompt(text, scene.truth, scene.height, scene.width, scene.frames, scene.fps))
         return prompts
