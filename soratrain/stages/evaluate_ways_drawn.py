@@ -37,6 +37,7 @@ class Drawn:
         pixels: greatest difference of the frames from the file's own, in levels, where the way promises these.
         promised: how many pixels these are.
         windows: the frames after which another window was drawn.
+        noise: level from which it was drawn, 1 being noise alone.
     """
 
     case: Case
@@ -45,6 +46,7 @@ class Drawn:
     pixels: int | None = None
     promised: int = 0
     windows: tuple[int, ...] = ()
+    noise: float = 1.0
 
 
 class Watched(Generator):
@@ -158,6 +160,8 @@ def together(watched: Watched, pairs: Sequence[tuple[Case, Scene]], sampler: Sam
     kept = [copies(layout) for layout in layouts]
     prompts = [case.prompt for case, _ in pairs]
     draws, strength = [draw_of(seed, prompt) for prompt in prompts], pairs[0][1].strength
+    tokens = layouts[0].positions // watched.dit.patch_size
+    noise = float(sampler.levels(watched.objective, tokens, strength)[0]) if strength < 1 else 1.0
     latents = watched.draw(layouts, prompts, draws, sampler, strength=strength)
     for (case, scene), layout, before, latent in zip(pairs, layouts, kept, latents, strict=True):
         watched.streams.clear()
@@ -171,7 +175,7 @@ def together(watched: Watched, pairs: Sequence[tuple[Case, Scene]], sampler: Sam
             outside = [np.abs(frame.astype(int) - own)[feathered(mask)[..., 0] == 0] for frame, own, mask in pairs_of]
             promised = sum(map(len, outside))
             pixels = max(int(part.max(initial=0)) for part in outside) if promised else None
-        yield Drawn(case, frames, max(changes) if changes else None, pixels, promised)
+        yield Drawn(case, frames, max(changes) if changes else None, pixels, promised, noise=noise)
 
 
 def copies(layout: Layout) -> list[Tensor]:

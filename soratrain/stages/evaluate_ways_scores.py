@@ -167,6 +167,8 @@ def score(drawn: Sequence[Drawn], rebuild: Callable[[np.ndarray], np.ndarray]) -
     way = drawn[0].case.way
     if way not in ("t2v", "loop"):  # where nothing says where the object is to be
         found["place_px"] = mean([away(one, one.frames) for one in drawn])
+    if min(one.noise for one in drawn) < 1:
+        found["noise"] = mean([one.noise for one in drawn])
     if way.startswith("refine"):
         found["psnr"] = decibels([(one.frames, one.case.truth) for one in drawn])
         found["psnr_before"] = decibels([(one.case.source, one.case.truth) for one in drawn])

@@ -91,10 +91,12 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
             "joints: % of jumps (pixels, place) below 95 % of true ones · given: unchanged"
         )
         for row in report["ways"]:
+            parts = [f"from noise level {row['noise']:.2f}"] if "noise" in row else []
             if "psnr" in row:
-                where = f"{row['way']}, {SPLIT[row['split']]}"
-                others = f"of what it began with {row['psnr_before']:.1f}, of the VAE {row['psnr_vae']:.1f}"
-                console.print(f"PSNR of {where}: {row['psnr']:.1f} dB, {others}")
+                psnr = [number(row[key]) for key in ("psnr", "psnr_before", "psnr_vae")]
+                parts.append("PSNR {} dB, before {}, VAE {}".format(*psnr))
+            if parts:
+                console.print(f"{row['way']}, {SPLIT[row['split']]}: {'; '.join(parts)}")
     if report["trajectories"]:
         columns = ["first frames", "n", "drawn", "copied", "velocity", "vae", "colour", "shape", "lost"]
         console.print(
