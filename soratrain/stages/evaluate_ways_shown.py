@@ -91,7 +91,10 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
             "joints: % of jumps (pixels, place) below 95 % of true ones · given: unchanged"
         )
         for row in report["ways"]:
-            parts = [f"from noise level {row['noise']:.2f}"] if "noise" in row else []
+            short = [f"{name} {percent(share)} %" for name, share in row["ceiling"].items() if share < 1]
+            parts = [f"of the true clip itself, {' and '.join(short)}"] if short else []
+            if "noise" in row:
+                parts.append(f"from noise {row['noise']:.2f}")
             if "psnr" in row:
                 psnr = [number(row[key]) for key in ("psnr", "psnr_before", "psnr_vae")]
                 parts.append("PSNR {} dB, before {}, VAE {}".format(*psnr))
