@@ -159,11 +159,14 @@ class DDPM:
         return self.to_noise(noised, prediction, sigma) - self.to_clean(noised, prediction, sigma)
 
     def grid(self, steps: int, tokens: int, start: float = 1.0) -> Tensor:
-        """Return timesteps evenly spaced from the last one (Lin et al., 2023: trailing), shifted, and 0.
+        """Return timesteps evenly spaced (Lin et al., 2023: trailing) but for the shift, from `start` T on, and 0.
 
         They are fewer than asked for where timesteps fall together; see `Objective`.
         """
-        t = torch.linspace(start * self.timesteps, 0, steps + 1, dtype=torch.float64)[:-1]
+        last = torch.tensor(round(start * self.timesteps)).clamp(min=1)
+        if start < 1:
+            last = self._shifted(last, torch.tensor(tokens), back=True)
+        t = torch.linspace(float(last), 0, steps + 1, dtype=torch.float64)[:-1]
         t = self._shifted(t.round().long().clamp(min=1), torch.tensor(tokens))
         return torch.cat((t.unique_consecutive().float() / self.timesteps, torch.zeros(1)))
 
@@ -171,10 +174,11 @@ class DDPM:
         t = (sigma.double() * self.timesteps).round().long()
         return self.bars.to(sigma.device)[t]
 
-    def _shifted(self, t: Tensor, tokens: Tensor) -> Tensor:
-        """Return the timesteps 1 to T that are nearest, in log-SNR, to the shifted ones."""
+    def _shifted(self, t: Tensor, tokens: Tensor, *, back: bool = False) -> Tensor:
+        """Return the timesteps 1 to T that are nearest, in log-SNR, to the shifted ones; `back` undoes the shift."""
         noisiness = -0.5 * torch.logit(self.bars[1:])  # log of noise over clean, rising; infinite where all is noise
-        wanted = noisiness[t - 1] + shift_of(self.shift, self.shift_tokens, tokens).double().log()
+        shift = shift_of(self.shift, self.shift_tokens, tokens).double().log()
+        wanted = noisiness[t - 1] + (-shift if back else shift)
         above = torch.searchsorted(noisiness, wanted).clamp(max=self.timesteps - 1)
         below = (above - 1).clamp(min=0)
         return torch.where(wanted - noisiness[below] < noisiness[above] - wanted, below, above) + 1

@@ -119,8 +119,10 @@ class Flow:
         return (2 * sigma - 1) / variance, variance**-0.5
 
     def grid(self, steps: int, tokens: int, start: float = 1.0) -> Tensor:
-        """Return evenly spaced levels, shifted like those of training; see `Objective`."""
-        return shifted(torch.linspace(start, 0, steps + 1), self.shift_at(tokens))
+        """Return levels that are evenly spaced but for the shift, which is training's; see `Objective`."""
+        shift = self.shift_at(tokens)
+        begin = 1.0 if start == 1 else float(shifted(torch.tensor(start), 1 / shift))
+        return shifted(torch.linspace(begin, 0, steps + 1), shift)
 
 
 def logit_normal_density(sigma: Tensor, mean: float, std: float) -> Tensor:

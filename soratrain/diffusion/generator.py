@@ -175,7 +175,7 @@ class Generator:
 
         Args:
             draws: a seed for each, on which its noise alone depends.
-            strength: how far towards noise a run starts that has a base: 1 is pure noise.
+            strength: the noise level at which a run starts that has a base: 1 is pure noise.
             name: tells apart what is drawn from one seed.
         """
         layouts = [layout.to(self.device) for layout in layouts]

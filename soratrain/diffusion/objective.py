@@ -53,7 +53,7 @@ class Objective(Protocol):
         """Return noise - clean: d noised / d sigma along a straight path."""
 
     def grid(self, steps: int, tokens: int, start: float = 1.0) -> Tensor:
-        """Return the `steps + 1` noise levels of a sampling run, falling to 0 from where `start` of the way leads."""
+        """Return the `steps + 1` noise levels of a sampling run, falling from `start` to 0."""
 
 
 def rebuilt(values: Mapping[str, Any]) -> Objective:

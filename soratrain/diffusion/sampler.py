@@ -104,8 +104,8 @@ class Sampler:
         """Return the noise levels of a run on clips of so many tokens, falling to 0.
 
         Args:
-            start: how much of the way is gone, in (0, 1]: SDEdit's strength (Meng et al., 2022); so much of the steps
-                are made.
+            start: the first of them, in (0, 1]: SDEdit's strength (Meng et al., 2022), whatever the shift; so much of
+                the steps are made.
 
         Raises:
             ConfigError: `start` is out of range.

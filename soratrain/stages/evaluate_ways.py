@@ -86,7 +86,9 @@ class EvaluateWays:
                     raise ConfigError(f"stage.job.{name}={value}: use one of {rule}")
         for name, strength in (("edit", edit), ("refine", refine)):
             if not 0 < strength <= 1:
-                raise ConfigError(f"stage.job.{name}={strength} must lie in (0, 1]: the share of the way to noise")
+                raise ConfigError(
+                    f"stage.job.{name}={strength} must lie in (0, 1]: the noise level from which it is drawn"
+                )
         if preset != "demo":
             raise ConfigError(f"stage.job.preset={preset}: its scenes show several objects; use demo, which shows one")
         if not ways and not (trajectories and given and after):

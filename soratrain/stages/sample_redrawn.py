@@ -132,14 +132,14 @@ class Edit(Task):
 
     Args:
         video: the file.
-        strength: 1 keeps nothing of it; the less, the more stays.
+        strength: the noise level from which it is drawn: 1 keeps nothing of it; the less, the more stays.
     """
 
     name: ClassVar[str] = "edit"
     files: ClassVar[tuple[str, ...]] = ("video",)
 
     video: str | None = None
-    strength: float = 0.6
+    strength: float = 0.7
 
     def scene(self, order: Order) -> Scene:
         self.check_strength(self.strength)
@@ -171,7 +171,7 @@ class Refine(Task):
         video: the file: a sample, or any other.
         scale: how much larger, where no `size` is given.
         rate: how many times as many frames a second.
-        strength: 1 keeps nothing but the known frames; the less, the nearer to the video.
+        strength: the noise level from which it is drawn: 1 keeps the known frames alone; the less, the nearer.
     """
 
     name: ClassVar[str] = "refine"
@@ -180,7 +180,7 @@ class Refine(Task):
     video: str | None = None
     scale: float = 2.0
     rate: int = 1
-    strength: float = 0.4
+    strength: float = 0.35
 
     def scene(self, order: Order) -> Scene:
         self.check_strength(self.strength)

@@ -78,7 +78,7 @@ class Scene:
         runs: how many runs of the sampler it takes.
         inputs: the files, by key.
         said: what is done to them, for people.
-        strength: how far towards noise a run starts.
+        strength: the noise level at which a run starts.
     """
 
     rolls: ClassVar[bool] = False
@@ -167,9 +167,7 @@ class Task:
     def check_strength(self, strength: float) -> None:
         """Refuse a strength out of range."""
         if not 0 < strength <= 1:
-            raise ConfigError(
-                f"task.strength={strength:g} must lie in (0, 1]: the share of the way to noise from which it is drawn"
-            )
+            raise ConfigError(f"task.strength={strength:g} must lie in (0, 1]: the noise level from which it is drawn")
 
 
 @dataclass(frozen=True, kw_only=True)

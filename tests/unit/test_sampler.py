@@ -284,3 +284,11 @@ def test_known_segments_give_no_loss_and_do_alter_the_rest() -> None:
     after, _ = out()
     assert (after[4:12] - before[4:12]).abs().max() > 1e-4
     torch.testing.assert_close(after[12:], before[12:])
+
+
+@pytest.mark.parametrize("objective", [Flow(shift=5.0), Flow(shift=3.0, shift_tokens=100), DDPM(shift=5.0)])
+def test_strength_is_the_first_noise_level_whatever_the_shift(objective):
+    for strength in (0.1, 0.35, 0.7, 1.0):
+        for tokens in (80, 4000):
+            first = float(Sampler(steps=20).levels(objective, tokens, strength)[0])
+            assert first == pytest.approx(strength, abs=0.01), (objective, tokens)
