@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 
 from soratrain.data.atomic import replacing
@@ -101,7 +103,8 @@ class EvaluateVAE:
             check_size(self.size, rebuild.stride)
         self.load_judges()
         fit = Fit(rebuild.stride, self.min_frames, self.max_frames, self.size)
-        taken, measured, left_out, heads = self.measure(rebuild, fit)
+        taken, measured, passed, heads = self.measure(rebuild, fit)
+        left_out = Counter(reason for _, reason in passed)
         if not measured:
             reasons = "; ".join(f"{count} × {reason}" for reason, count in left_out.most_common(3))
             raise DataError(
@@ -116,6 +119,7 @@ class EvaluateVAE:
             "rule": str(fit),
             "spread": "standard deviation over clips",
             "clips": counted(taken, left_out),
+            "left_out": [{"clip": name, "reason": reason} for name, reason in passed],
             "rows": rows,
             "rfvd": self.distance(heads),
             "cost": rebuild.cost(),
@@ -145,25 +149,26 @@ class EvaluateVAE:
 
     def measure(
         self, rebuild: Rebuild, fit: Fit
-    ) -> tuple[list[Clip], list[Measured], Counter[str], list[tuple[Tensor, Tensor]]]:
-        """Return the clips that were measured, their figures, why others were not, and rFVD's features."""
+    ) -> tuple[list[Clip], list[Measured], list[tuple[str, str]], list[tuple[Tensor, Tensor]]]:
+        """Return the clips that were measured, their figures, which others were not and why, and rFVD's features."""
         taken: list[Clip] = []
         measured: list[Measured] = []
-        left_out: Counter[str] = Counter()
+        passed: list[tuple[str, str]] = []
         features: list[tuple[Tensor, Tensor]] = []
         with progress() as bar:
             task = bar.add_task("measure", total=self.clips)
             for clip in candidates(self.places, fit, self.seed):
                 if isinstance(clip, tuple):
-                    left_out[clip[1]] += 1
+                    passed.append(clip)
+                    log.debug("%s is left out: %s", *clip)
                     continue
                 if len(taken) == 1:
                     rebuild.restart()
                 try:
-                    found, heads = self.measure_clip(rebuild, clip)
+                    found, heads = self.measure_clip(rebuild, clip, partial(told, bar, task, clip))
                 except DataError as error:
                     log.warning("clip %s is left out: %s", clip.name, error)
-                    left_out["cannot be decoded"] += 1
+                    passed.append((clip.name, "cannot be decoded"))
                     continue
                 taken.append(clip)
                 measured.append(found)
@@ -175,10 +180,12 @@ class EvaluateVAE:
                 if len(taken) == self.clips:
                     break
             bar.update(task, total=len(taken))  # there may be no more
-        return taken, measured, left_out, features
+        return taken, measured, passed, features
 
-    def measure_clip(self, rebuild: Rebuild, clip: Clip) -> tuple[Measured, tuple[Tensor, Tensor]]:
-        """Return a clip's figures, and the frames of both sides that rFVD sees."""
+    def measure_clip(
+        self, rebuild: Rebuild, clip: Clip, watch: Callable[[int], None]
+    ) -> tuple[Measured, tuple[Tensor, Tensor]]:
+        """Return a clip's figures, and the frames of both sides that rFVD sees; `watch` is told the frames done."""
         found: dict[str, list[Tensor]] = {}
         heads: tuple[list[Tensor], list[Tensor]] = [], []
         wanted = self.features.frames if self.features is not None else 0
@@ -190,6 +197,7 @@ class EvaluateVAE:
             for side, frames in zip(heads, (original, seen), strict=True):
                 side.append(frames[:wanted].cpu())
             wanted -= min(len(original), wanted)
+            watch(sum(map(len, found["psnr"])))
         figures = {name: torch.cat(values).numpy() for name, values in found.items()}
         return Measured(clip.name, clip.bucket, figures), (torch.cat(heads[0]), torch.cat(heads[1]))
 
@@ -215,6 +223,11 @@ class EvaluateVAE:
             found["note"] = f"too few clips: {size} features need over {size} for a covariance of full rank"
         value = frechet_distance(original, rebuilt) if rebuilt.isfinite().all() else float("nan")
         return found | {"value": value, "features": size}
+
+
+def told(bar: Progress, task: TaskID, clip: Clip, frames: int) -> None:
+    """Show how far a clip has come."""
+    bar.update(task, description=f"measure, frame {frames} of {clip.bucket.frames}")
 
 
 def counted(clips: Sequence[Clip], left_out: Counter[str]) -> dict[str, Any]:

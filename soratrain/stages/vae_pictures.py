@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from soratrain.compared import Column, beside, draw
 from soratrain.media import write_video
 from soratrain.sheet import pick
 from soratrain.stages.clips import Clip
+from soratrain.stages.pace import progress
 from soratrain.stages.rebuild import Rebuild
 from soratrain.stages.sample_files import slug
 from soratrain.stages.vae_summary import Measured, phase_of
@@ -25,28 +26,31 @@ def draw_clips(
 ) -> list[str]:
     """Draw `count` clips, as PNG and (videos) MP4, each rebuilt once more; return the paths."""
     order = np.argsort([np.nan_to_num(one.mean("psnr"), nan=-np.inf) for one in measured])
+    ranks = pick(np.arange(len(order)), count) if count else np.arange(0)
     made = []
-    for rank in pick(np.arange(len(order)), count) if count else ():
-        clip, one = clips[order[rank]], measured[order[rank]]
-        place = "only" if len(order) == 1 else {0: "worst", len(order) - 1: "best"}.get(int(rank), "middle")
-        path = folder / f"{rank + 1:03d}-{place}-{slug(clip.name)}"
-        frames = pick(np.arange(clip.bucket.frames), STRIP)
-        kept: dict[int, Column] = {}
-        pairs = watched(rebuild, clip, one, set(frames.tolist()), kept)
-        if clip.bucket.frames > 1:
-            write_video(path.with_suffix(".mp4"), beside(pairs), float(clip.fps))
-            made.append(str(path.with_suffix(".mp4")))
-        for _ in pairs:  # an image has no video
-            continue
-        figures = "   ".join(f"{name.upper()} {one.mean(name):.4g}" for name in one.frames)
-        notes = [f"{clip.bucket}   {figures}   {place} of {len(order)} clips by PSNR (rank {rank + 1})"]
-        draw(path.with_suffix(".png"), clip.name, notes, [kept[number] for number in sorted(kept)])
-        made.append(str(path.with_suffix(".png")))
+    with progress() as bar:
+        task = bar.add_task("draw", total=int(sum(clips[order[rank]].bucket.frames for rank in ranks)))
+        for rank in ranks:
+            clip, one = clips[order[rank]], measured[order[rank]]
+            place = "only" if len(order) == 1 else {0: "worst", len(order) - 1: "best"}.get(int(rank), "middle")
+            path = folder / f"{rank + 1:03d}-{place}-{slug(clip.name)}"
+            frames = pick(np.arange(clip.bucket.frames), STRIP)
+            kept: dict[int, Column] = {}
+            pairs = watched(rebuild, clip, one, set(frames.tolist()), kept, lambda: bar.advance(task))
+            if clip.bucket.frames > 1:
+                write_video(path.with_suffix(".mp4"), beside(pairs), float(clip.fps))
+                made.append(str(path.with_suffix(".mp4")))
+            for _ in pairs:  # an image has no video
+                continue
+            figures = "   ".join(f"{name.upper()} {one.mean(name):.4g}" for name in one.frames)
+            notes = [f"{clip.bucket}   {figures}   {place} of {len(order)} clips by PSNR (rank {rank + 1})"]
+            draw(path.with_suffix(".png"), clip.name, notes, [kept[number] for number in sorted(kept)])
+            made.append(str(path.with_suffix(".png")))
     return made
 
 
 def watched(
-    rebuild: Rebuild, clip: Clip, one: Measured, wanted: set[int], kept: dict[int, Column]
+    rebuild: Rebuild, clip: Clip, one: Measured, wanted: set[int], kept: dict[int, Column], step: Callable[[], None]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield a clip's frames and reconstructions one by one, uint8 `[H, W, 3]`; those `wanted` are kept."""
     number = 0
@@ -57,6 +61,7 @@ def watched(
                 note = f"{one.frames['psnr'][number]:.1f} dB" + (f"  {phase}" if number else "")
                 kept[number] = Column(f"frame {number}", note, *pair)
             yield pair
+            step()
             number += 1
 
 

@@ -16,12 +16,15 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from soratrain.amounts import counted
 from soratrain.data.assignment import Bucket
 from soratrain.data.atomic import replacing
 
 NAMES = {"psnr": "PSNR dB", "ssim": "SSIM", "lpips": "LPIPS"}
+NAMED = 3  # clips that are left out and named, of each reason
 DIGITS = {"psnr": 2, "ssim": 4, "lpips": 4}
 
 
@@ -135,11 +138,13 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
     clips, cost, rfvd = report["clips"], report["cost"], report["rfvd"]
     yield f"rule: {report['rule']}"
     if unused := clips["frames_not_used"]:
-        yield f"  {unused:,} frames of {clips['trimmed']:,} clips are beyond it"
+        yield f"  beyond it: {counted(unused, 'frames')} of {counted(clips['trimmed'], 'clips')}"
     if clips["cropped"]:
-        yield f"  {clips['cropped']:,} clips are cropped, {clips['pixels_cropped']:.2%} of all pixels"
+        yield f"  cropped: {counted(clips['cropped'], 'clips')}, {clips['pixels_cropped']:.2%} of all pixels"
     for reason, count in clips["left_out"].items():
-        yield f"  {count:,} left out: {reason}"
+        names = [each["clip"] for each in report["left_out"] if each["reason"] == reason]
+        more = f" and {len(names) - NAMED:,} more, in report.json" if len(names) > NAMED else ""
+        yield f"  {count:,} left out: {reason} ({escape(', '.join(names[:NAMED]))}{more})"
     if rfvd:
         value = "none" if rfvd["value"] is None else f"{rfvd['value']:.4g}"
         note = f" ({rfvd['note']})" if rfvd["note"] else ""

@@ -349,7 +349,7 @@ def test_a_wrong_target_is_named_with_the_mend(words, said):
 
 
 @pytest.mark.media
-def test_a_folder_of_real_videos_is_measured_as_it_is(tmp_path, known, monkeypatch):
+def test_a_folder_of_real_videos_is_measured_as_it_is(tmp_path, known, monkeypatch, capsys):
     folder = tmp_path / "videos"
     folder.mkdir()
     for name in ("lavila.mp4", "rot_90.mov", "corrupted.mp4", "test.avi"):
@@ -367,6 +367,9 @@ def test_a_folder_of_real_videos_is_measured_as_it_is(tmp_path, known, monkeypat
     assert found["clips"]["measured"] == found["clips"]["scaled"] == 3
     assert found["clips"]["left_out"].pop("fewer than 5 frames") == 1  # rot_90 has three
     assert [reason[:14] for reason in found["clips"]["left_out"]] == ["cannot be used"]
+    named = {Path(each["clip"]).name: each["reason"] for each in found["left_out"]}
+    assert set(named) == {"rot_90.mov", "broken.mp4"} and named["broken.mp4"].startswith("cannot be used")
+    assert "broken.mp4)" in capsys.readouterr().out
     assert [row["name"] for row in found["rows"]][-1] == "128x128x9"
     assert figures(tmp_path)["first frame"] == pytest.approx(decibels(2), abs=0.5)  # white may not grow lighter
     (folder / "later.mp4").symlink_to(MEDIA / "cog4.mp4")
