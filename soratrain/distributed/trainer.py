@@ -31,6 +31,7 @@ PRECISIONS = ("32-true", "bf16-mixed")  # fp16 needs loss scaling, and whatever 
 COMPILE = ("none", "blocks")
 # Warnings of Lightning and DeepSpeed that a user of this package can do nothing about.
 NOISE = (
+    ".*`srun` command is available.*",
     ".*does not have many workers.*",
     ".*is smaller than the logging interval.*",
     ".*resuming from a checkpoint that ended.*",
