@@ -131,7 +131,7 @@ class Evaluate:
             pixels = to_pixels(torch.from_numpy(clip)[None])
             decoded.append(to_uint8(vae.decode(vae.encode(pixels)))[0].numpy())
         quality = float(np.mean([psnr(a, b) for a, b in zip(frames, decoded, strict=True)]))
-        return {**mean_agreement(self.see(decoded), truth), "psnr": quality}
+        return {**mean_agreement(self.see(decoded), truth), "psnr": quality, "cut_off": self.cut_off(decoded)}
 
     @torch.inference_mode()
     def caption(self, captioner: Captioner, frames: Sequence[np.ndarray], truth: Sequence[Seen]) -> dict[str, float]:
