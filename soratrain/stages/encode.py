@@ -31,7 +31,7 @@ from soratrain.distributed.ranks import Ranks, deal
 from soratrain.errors import DataError
 from soratrain.models.autoencoders import load_vae
 from soratrain.models.vae import VAE
-from soratrain.stages.encoding import ClipEncoder, pixels, pixels_by_shard, trimmed
+from soratrain.stages.encoding import AROUND, ClipEncoder, pixels, pixels_by_shard, trimmed
 from soratrain.stages.latents import SCHEMA, Groups, store
 from soratrain.stages.pace import Pace, in_bytes, progress
 from soratrain.stages.texts import Texts
@@ -165,12 +165,16 @@ class Encode:
         begun = {"schema": SCHEMA, "kind": "latents", "fingerprint": fingerprint, "text": text, "complete": False}
         self._write(begun | self._dataset())
         sizes = list(zip(work.assignment.buckets, map(len, work.assignment.members), strict=True))
-        size = sum(count * self.encoding.bytes_of(work.vae, bucket) for bucket, count in sizes)
+        size, clips = sum(n * self.encoding.bytes_of(work.vae, bucket) for bucket, n in sizes), sum(n for _, n in sizes)
+        frozen = text is not None and text.get("kind") != "byte"
         log.info(
-            "%s clips of %d sizes, %s of latents; %s frames beyond each clip's 1 + 4k, at most %d, are left out",
-            f"{sum(count for _, count in sizes):,}",
+            "%s clips of %d sizes, %s of latents, about %s on disk%s;"
+            " %s frames beyond each clip's 1 + 4k, at most %d, are left out",
+            f"{clips:,}",
             len(sizes),
             in_bytes(size),
+            in_bytes(size + clips * AROUND),
+            " and the captions' features beside them" if frozen else "",
             f"{trimmed(work.manifest, work.assignment):,}",
             max(bucket.frames for bucket in work.assignment.buckets),
         )

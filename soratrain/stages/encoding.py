@@ -15,6 +15,7 @@ from soratrain.errors import ConfigError
 from soratrain.models.tiles import LEAST
 from soratrain.models.vae import VAE
 
+AROUND = 3500  # bytes a clip takes besides: its K.json, names of tensors, tokens of captions, and what a tar pads
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tarfile
 import zlib
 from fractions import Fraction
 from functools import partial
@@ -35,7 +36,7 @@ from soratrain.models.text import ByteTextEncoder, TextTokens
 from soratrain.models.vae import VAE
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.encode import Encode
-from soratrain.stages.encoding import DTYPES, ClipEncoder
+from soratrain.stages.encoding import AROUND, DTYPES, ClipEncoder
 from soratrain.stages.pace import in_bytes
 from soratrain.stages.vae import VAEStage
 
@@ -209,7 +210,13 @@ def test_what_it_will_take_is_said_before_it_begins_and_is_exact(place: Path, ca
     held = sum(tensor.nbytes for _, tensors, _ in stored(place / "out").values() for name, tensor in tensors.items())
     said = [record.message for record in caplog.records]
     beyond = "2 frames beyond each clip's 1 + 4k, at most 17, are left out"
-    assert said[0] == f"6 clips of 4 sizes, {in_bytes(held)} of latents; {beyond}"
+    about = in_bytes(held + 6 * AROUND)
+    assert said[0] == f"6 clips of 4 sizes, {in_bytes(held)} of latents, about {about} on disk; {beyond}"
+    written = 0
+    for file in (place / "out").glob("*.tar"):
+        with tarfile.open(file) as tar:
+            written += sum(512 + -(-member.size // 512) * 512 for member in tar)
+    assert written - held == pytest.approx(6 * AROUND, rel=0.5)
     assert sum("more at" in line and "clips/s" in line for line in said) == 1
 
 
