@@ -14,7 +14,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from bench_vae import added, begin, seconds
+from bench_vae import seconds
+from bench_vae_memory import begin, memory_of
 from torch import Tensor, nn
 
 from soratrain.diffusion.segments import Segment, flatten
@@ -211,7 +212,7 @@ def memory() -> dict[tuple[str, str], str]:
     work |= {("mixed", OURS): MIXED, ("mixed", ONE): [top], ("mixed", PAD): [top] * PADDED}
     found = {}
     for (kind, name), shapes in work.items():
-        found[kind, name] = f"{added(measured, name, shapes):,.0f} MiB"
+        found[kind, name] = f"{memory_of(measured, name, shapes)[0]:,.0f} MiB"
     found["mixed", PAD] += f" for {PADDED} clips"
     return found
 
