@@ -139,7 +139,8 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         choices = {key: value for key, value in composed.hydra.runtime.choices.items() if value is not None}
         OmegaConf.set_struct(composed, False)
         composed.pop("hydra")
-        experiment = choices.get("experiment")
+        given = [value for key, value in map(split_override, overrides) if key == "experiment" and folder_name(value)]
+        experiment = choices.get("experiment") or next(iter(given[-1:]), None)  # Hydra names no choice of several
         if experiment and not any(split_override(item)[0] == "out" for item in overrides):
             base = Path(composed.out).name
             name = folder_name(experiment) if base == "base" else f"{base}-{folder_name(experiment)}"
@@ -159,4 +160,4 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
 
 def folder_name(experiment: str) -> str:
     """Return the folder of an experiment, or of several: `[a,b]` becomes `a+b`."""
-    return "+".join(part for part in re.split(r"[,\[\]\s'\"]+", experiment) if part)
+    return "+".join(part for part in re.split(r"[,\[\]\s'\"]+", experiment) if part not in ("", "null"))

@@ -58,6 +58,11 @@ def test_every_experiment_composes_and_owns_a_folder(experiment, machine):
     assert config["out"] == f"outputs/default/{stage}/{experiment}"
 
 
+def test_several_experiments_at_once_own_a_folder_of_both_names():
+    config, _ = prepare(["stage=dit", "+experiment=[native_res,segments]", "machine=laptop"])
+    assert config["out"] == "outputs/default/dit/native_res+segments"
+
+
 @pytest.mark.parametrize("experiment", groups()["experiment"])
 def test_experiments_leave_sizes_precision_and_steps_to_the_machine(experiment):
     stage = stage_of(experiment)
