@@ -73,6 +73,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
             for choice in re.split(r"[,\[\]\s]+", value):
                 if choice and choice != "null" and choice not in options:
                     raise ConfigError(f"{key}={choice}: no such option; {suggest(choice, options)}")
+            if key == "experiment" and value in ("", "null"):
+                raise ConfigError(f"experiment={value}: leave it out where there is none")
             if key == "experiment" and not override.startswith("+"):
                 raise ConfigError(f"experiment={value}: write +experiment={value}, since no experiment is the default")
         root = key.split(".")[0].split("@")[0].split("/")[0]

@@ -188,6 +188,7 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
         (["stage=dit", "validation.levels=many"], "validation.levels='many': must be like 10"),
         (["stage=dit", "seed=abc"], "seed='abc': must be a whole number"),
         (["stage=dit", "experiment=native_res"], r"write \+experiment=native_res"),
+        (["stage=dit", "+experiment=null"], "experiment=null: leave it out"),
         (["stage=dit", "+experiment=nativ"], "experiment=nativ: no such option; did you mean 'native_res'"),
         (["stage=dit", "machine=laptopp"], "machine=laptopp: no such option; did you mean 'laptop'"),
         (["stage=sample", "task=animat"], "task=animat: no such option; did you mean 'animate'"),
