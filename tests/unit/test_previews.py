@@ -109,6 +109,7 @@ def test_wandb_gets_the_table_its_picture_and_the_clips(
     latents: Path, vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    pytest.importorskip("wandb").finish()  # another test's run, if it is still open
     train(tmp_path, latents, vae=vae, logger=partial(loggers.wandb, project="test"))
     media = next(tmp_path.glob("wandb/offline-run-*/files/media"))
     kinds = sorted(path.suffix for path in media.rglob("*") if path.is_file())
