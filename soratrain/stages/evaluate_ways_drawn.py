@@ -186,7 +186,8 @@ def copies(layout: Layout) -> list[Tensor]:
 
 def change(layout: Layout, kept: Sequence[Tensor], drawn: Tensor) -> float:
     """Return the greatest difference of what is given from `kept`, and of known positions in what was drawn."""
-    gaps = [(given.latent - old).abs().max() for given, old in zip(layout.given, kept, strict=False)]
+    whole = kept[: len(layout.given)]  # after them, where there are known positions, the base
+    gaps = [(given.latent - old).abs().max() for given, old in zip(layout.given, whole, strict=True)]
     if layout.known is not None and layout.known.any():
         gaps.append((drawn.cpu() - kept[-1].cpu()).abs()[:, layout.known.cpu()].max())
     return max((float(gap) for gap in gaps), default=0.0)

@@ -12,14 +12,13 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from test_dit_stage import VAE_FACTORY, stage
+from test_dit_stage import write_chain
 
 from data_prep.world import World
 from soratrain.compose import compose
 from soratrain.diffusion.generator import Generator
 from soratrain.diffusion.sampler import Sampler
 from soratrain.errors import ConfigError
-from soratrain.models import weights
 from soratrain.sheet import GIVEN, Row, contact_sheet, strip
 from soratrain.stages.evaluate_ways import EvaluateWays
 from soratrain.stages.evaluate_ways_cases import WAYS, Case, Maker
@@ -49,12 +48,7 @@ SETTINGS: dict[str, Any] = dict(
 def nets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the weights of an untrained chain."""
     folder = tmp_path_factory.mktemp("nets")
-    module = stage()
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    for name, (net, factory, extra) in module.exported().items():
-        weights.save(folder / "weights", name, net, factory, extra)
-    weights.save(folder / "weights", "vae", VAE_FACTORY(), VAE_FACTORY, {})
+    write_chain(folder)
     return folder
 
 

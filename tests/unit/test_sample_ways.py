@@ -13,7 +13,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from test_dit_stage import VAE_FACTORY, stage
+from test_dit_stage import write_chain
 from torch import Tensor
 
 from soratrain.diffusion.generator import Generator
@@ -22,7 +22,6 @@ from soratrain.diffusion.ways import Layout
 from soratrain.distributed.ranks import Ranks
 from soratrain.errors import ConfigError, DataError, UserError
 from soratrain.media import write_image, write_video
-from soratrain.models import weights
 from soratrain.stages import sample
 from soratrain.stages.sample import Sample
 from soratrain.stages.sample_fit import FEATHER, cover, filled, inside, size_near
@@ -61,12 +60,7 @@ def clip(frames: int, seed: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     folder = tmp_path_factory.mktemp("chain")
-    module = stage()
-    for parameter in module.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    for name, (net, factory, extra) in module.exported().items():
-        weights.save(folder / "weights", name, net, factory, extra)
-    weights.save(folder / "weights", "vae", VAE_FACTORY(), VAE_FACTORY, {})
+    write_chain(folder)
     write_video(folder / "a.mp4", clip(FRAMES, 0), 8)
     write_video(folder / "b, café 三.mp4", clip(11, 1), 8)
     write_video(folder / "fast.mp4", clip(11, 1), 24)
