@@ -1,9 +1,11 @@
 """The DiT beside diffusers' WanTransformer3DModel of the same shape: tokens a second and memory in training.
 
-Both go forwards and backwards over the same latents and texts. `equal`: clips of one shape in one batch.
-`mixed`: every pair of four durations and four sizes, from one image of 256x256 to 33 frames of 640x384. Ours takes
-them in packs of no more tokens than the largest clip has; the peer takes them one by one, or padded to the largest
-(of whose equal clips `PADDED` are timed, and counted for all). Tokens are those of the clips, not of the padding.
+Both go forwards and backwards over the same latents and texts, each as it is fastest on that set: the peer's
+projections fused or apart, and on equal shapes the blocks of either compiled or not. `equal`: clips of one shape in one
+batch. `mixed`: every pair of four durations and four sizes, from one image of 256x256 to 33 frames of 640x384; ours
+takes them in packs of no more tokens than the largest clip has, the peer one by one or padded to the largest (of whose
+equal clips `PADDED` are timed, and counted for all). Tokens are those of the clips, not of the padding. Memory is that
+of the nets as they come.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ TITLE = (
     f"DiTs on a CPU, fp32, two threads, forwards and backwards: {DEPTH} blocks of width {DIM}, {HEADS} heads of"
     f" {DIM // HEADS}, MLP x{RATIO}; memory is what is added by the largest step"
 )
-ROUNDS = 3
+ROUNDS = 5
 EQUAL = {"equal, short": [(1, 32, 32)] * 32, "equal, long": [(5, 32, 48)] * 4}  # 256x256 and 17 frames of 384x256
 MIXED = [(t, h, w) for t in (1, 3, 5, 9) for h, w in ((32, 32), (32, 48), (48, 32), (48, 80))]
 SETS = {**EQUAL, "mixed": MIXED}
@@ -35,6 +37,8 @@ WORDS = 64  # tokens of a text in `equal`; those of `mixed` have from a quarter 
 PADDED = 2
 OURS, BATCH, ONE, PAD = "ours", "diffusers", "diffusers, one by one", "diffusers, padded"
 Shape = tuple[int, int, int]
+Clips = list[tuple[Tensor, Tensor]]  # latents and their texts
+Train = Callable[[Any, Clips], None]
 
 
 def ours() -> DiT:
@@ -63,6 +67,13 @@ def theirs(fused: bool = True) -> Any:
     return net
 
 
+def compiled(net: Any) -> Any:
+    """Return a net with its blocks compiled for the shapes that they meet first."""
+    for block in net.blocks:
+        block.compile()
+    return net
+
+
 def tokens(shape: Shape) -> int:
     """Return the tokens of a latent."""
     return shape[0] * shape[1] * shape[2] // 4
@@ -73,7 +84,7 @@ def words(shapes: list[Shape]) -> list[int]:
     return [WORDS] * len(shapes) if len(set(shapes)) == 1 else [WORDS // 4 * (1 + i % 4) for i in range(len(shapes))]
 
 
-def clips(shapes: list[Shape]) -> list[tuple[Tensor, Tensor]]:
+def clips(shapes: list[Shape]) -> Clips:
     """Return each clip's latent and text."""
     generator = torch.Generator().manual_seed(0)
     pairs = zip(shapes, words(shapes), strict=True)
@@ -83,7 +94,7 @@ def clips(shapes: list[Shape]) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def packs(given: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def packs(given: Clips) -> Iterator[Clips]:
     """Yield clips in packs of at most as many tokens as the largest has; equal ones all at once."""
     sizes = [latent[0].numel() // 4 for latent, _ in given]
     most = sum(sizes) if len(set(sizes)) == 1 else max(sizes)
@@ -98,7 +109,7 @@ def packs(given: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Ten
         yield [given[index] for index in pack]
 
 
-def train_ours(net: DiT, given: list[tuple[Tensor, Tensor]]) -> None:
+def train_ours(net: DiT, given: Clips) -> None:
     """Go forwards and backwards over all clips."""
     net.zero_grad()
     for pack in packs(given):
@@ -107,58 +118,65 @@ def train_ours(net: DiT, given: list[tuple[Tensor, Tensor]]) -> None:
         net(flat.tokens, torch.cat([one for _, one in pack]), text).square().mean().backward()
 
 
-def train_theirs(net: nn.Module, given: list[tuple[Tensor, Tensor]]) -> None:
+def train_theirs(net: nn.Module, given: Clips) -> None:
     """Go forwards and backwards over clips of one shape, in one batch."""
     latents, texts = (torch.stack(parts) for parts in zip(*given, strict=True))
     sigma = torch.full((len(given),), 500.0)
     net(latents, sigma, texts, return_dict=False)[0].square().mean().backward()
 
 
-def train_one_by_one(net: nn.Module, given: list[tuple[Tensor, Tensor]]) -> None:
+def train_one_by_one(net: nn.Module, given: Clips) -> None:
     """Go forwards and backwards over each clip alone."""
     net.zero_grad()
     for clip in given:
         train_theirs(net, [clip])
 
 
-def train_equal(net: nn.Module, given: list[tuple[Tensor, Tensor]]) -> None:
+def train_equal(net: nn.Module, given: Clips) -> None:
     """Go forwards and backwards over clips of one shape."""
     net.zero_grad()
     train_theirs(net, given)
 
 
-def largest(count: int) -> list[tuple[Tensor, Tensor]]:
+def largest(count: int) -> Clips:
     """Return equal clips of the largest shape, with the longest text."""
     return clips([max(MIXED, key=tokens)] * count)
 
 
-def best() -> tuple[Any, str]:
-    """Return the peer's net with its projections fused or not, whichever is faster on a small batch, and which."""
-    small, found = clips([(2, 16, 24)] * 8), {}
-    for fused in (True, False):
-        net = theirs(fused)
-        took = min(seconds(partial(train_equal, net, small)) for _ in range(4))
-        found[took] = net, "projections fused" if fused else "projections apart"
+def fastest(train: Train, nets: dict[str, Any], given: Clips) -> str:
+    """Return the name of the net that is fastest on `given`."""
+    found = {}
+    for name, net in nets.items():
+        train(net, given)
+        found[min(seconds(partial(train, net, given)) for _ in range(2))] = name
     return found[min(found)]
 
 
-Timed = dict[str, tuple[Callable[[], object], float]]  # what is timed, and how many such make the whole set
+Timed = dict[str, tuple[Callable[[], object], float, str]]  # what is timed, how many make the whole set, a note
 
 
-def timed() -> tuple[dict[str, Timed], str]:
-    """Return what is timed, by set and net, and a note on the peer."""
-    net, sets = ours(), {kind: clips(shapes) for kind, shapes in SETS.items()}
-    runs: dict[str, Timed] = {kind: {OURS: (partial(train_ours, net, given), 1)} for kind, given in sets.items()}
-    try:
-        peer, note = best()
-    except ImportError:
-        return runs, "diffusers is not installed"
-    padded = largest(PADDED)
+def timed() -> dict[str, Timed]:
+    """Return what is timed, by set and net."""
+    sets, runs = {kind: clips(shapes) for kind, shapes in SETS.items()}, {}
+    said = {kind: f"{len(shapes)} clips, {sum(map(tokens, shapes)):,} tokens in all" for kind, shapes in SETS.items()}
     for kind in EQUAL:
-        runs[kind][BATCH] = partial(train_equal, peer, sets[kind]), 1
-    runs["mixed"][ONE] = partial(train_one_by_one, peer, sets["mixed"]), 1
-    runs["mixed"][PAD] = partial(train_equal, peer, padded), len(MIXED) / PADDED
-    return runs, note
+        mine = {"eager": ours(), "compiled": compiled(ours())}
+        form = fastest(train_ours, mine, sets[kind])
+        runs[kind] = {OURS: (partial(train_ours, mine[form], sets[kind]), 1, f"{said[kind]}; {form}")}
+    runs["mixed"] = {OURS: (partial(train_ours, ours(), sets["mixed"]), 1, f"{said['mixed']}; eager")}
+    try:
+        eager = {"eager": theirs(False), "eager, fused": theirs()}
+    except ImportError:
+        return runs
+    for kind in EQUAL:
+        peers = {**eager, "compiled": compiled(theirs(False)), "compiled, fused": compiled(theirs())}
+        form = fastest(train_equal, peers, sets[kind])
+        runs[kind][BATCH] = partial(train_equal, peers[form], sets[kind]), 1, form
+    form = fastest(train_one_by_one, eager, sets["mixed"])
+    runs["mixed"][ONE] = partial(train_one_by_one, eager[form], sets["mixed"]), 1, form
+    note = f"{len(MIXED) * max(map(tokens, MIXED)):,} tokens with the padding; {form}"
+    runs["mixed"][PAD] = partial(train_equal, eager[form], largest(PADDED)), len(MIXED) / PADDED, note
+    return runs
 
 
 def figures(values: list[float], digits: int) -> str:
@@ -168,26 +186,21 @@ def figures(values: list[float], digits: int) -> str:
 
 def speed() -> list[dict[str, str]]:
     """Return tokens a second, measured in turn."""
-    runs, note = timed()
     rows = []
-    for kind, shapes in SETS.items():
-        count = sum(map(tokens, shapes))
-        said = f"{len(shapes)} clips, {count:,} tokens in all"
-        took: dict[str, list[float]] = {name: [] for name in runs[kind]}
-        train_ours(ours(), clips(shapes[:2]))  # warm
+    for kind, runs in timed().items():
+        count = sum(map(tokens, SETS[kind]))
+        took: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(ROUNDS):
-            for name, (run, times) in runs[kind].items():
+            for name, (run, times, _) in runs.items():
                 took[name].append(seconds(run) * times)
         for name, spent in took.items():
             row = {"clips": kind, "net": name, "tokens/s": figures([count / one for one in spent], 0)}
-            row["note"] = said if name == OURS else note
-            if name == PAD:
-                row["note"] = f"{len(shapes) * max(map(tokens, shapes)):,} tokens with the padding"
+            row["note"] = runs[name][2]
             if name != OURS:
                 row["ours / this"] = figures([b / a for a, b in zip(took[OURS], spent, strict=True)], 2)
             rows.append(row)
         if len(took) == 1:
-            rows.append({"clips": kind, "net": BATCH, "note": note})
+            rows.append({"clips": kind, "net": BATCH, "note": "diffusers is not installed"})
     return rows
 
 

@@ -57,7 +57,7 @@ def main(names: list[str]) -> int:
     if unknown := sorted(set(names) - set(known)):
         sys.stderr.write(f"error: {unknown[0]}: no such benchmark; use {', '.join(known)}\n")
         return 2
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
     for name in names or known:
         module = importlib.import_module(f"bench_{name}")
         began = time.monotonic()
