@@ -115,7 +115,9 @@ class EvaluateWays:
         moved = {key: [next(found) for _ in cases] for key, cases in paths.items()}
 
         def rebuild(frames: np.ndarray) -> np.ndarray:
-            return generate.decode(generate.encoded(frames))
+            count = len(frames)
+            whole = np.concatenate((frames, frames[: -(count - 1) % TIME]))  # a loop's truth goes on where it began
+            return generate.decode(generate.encoded(whole))[:count]
 
         trajectories = [
             {"given": key[0], "after": key[1], "split": key[2], **trajectory(some, rebuild)}

@@ -109,15 +109,21 @@ def jumps(case: Case, frames: np.ndarray, pairs: Sequence[tuple[int, int]]) -> t
     return levels, [float(np.linalg.norm(seen[b] - seen[a])) for a, b in pairs]
 
 
-def joint(drawn: Sequence[Drawn], pairs: Callable[[Drawn], Sequence[tuple[int, int]]]) -> dict[str, Any] | None:
+def joint(
+    drawn: Sequence[Drawn],
+    pairs: Callable[[Drawn], Sequence[tuple[int, int]]],
+    rebuild: Callable[[np.ndarray], np.ndarray] | None = None,
+) -> dict[str, Any] | None:
     """Return how the jumps at joints stand to those between frames of the true clips; None where there is no joint.
 
     Args:
         pairs: gives the frames on both sides of each joint.
+        rebuild: gives a clip as the autoencoder shows it: `vae` says how the joints of the true clips do, so shown.
     """
     at = [jumps(one.case, one.frames, pairs(one)) for one in drawn]
     if not any(levels for levels, _ in at):
         return None
+    shown = None if rebuild is None else [jumps(one.case, rebuild(one.case.truth), pairs(one)) for one in drawn]
     true = []
     for one in drawn:
         count = len(one.case.truth)
@@ -135,6 +141,8 @@ def joint(drawn: Sequence[Drawn], pairs: Callable[[Drawn], Sequence[tuple[int, i
             "true_median": float(np.nanmedian(usual)),
             "bound": bound,
         }
+        if shown is not None:
+            found[name]["vae"] = float((np.concatenate([pair[index] for pair in shown]) <= bound).mean())
     return found
 
 
@@ -157,7 +165,7 @@ def score(drawn: Sequence[Drawn], rebuild: Callable[[np.ndarray], np.ndarray]) -
         "clips": len(drawn),
         "agreement": mean_agreement([measure(one.frames[~one.case.given]) for one in drawn], wanted),
         "ceiling": mean_agreement([measure(one.case.truth[~one.case.given]) for one in drawn], wanted),
-        "joint": joint(drawn, lambda one: joints_of(one.case)),
+        "joint": joint(drawn, lambda one: joints_of(one.case), rebuild),
         "clean": {
             "latent": max(latent, default=None),
             "pixels": max(pixels, default=None),

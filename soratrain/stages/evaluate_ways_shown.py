@@ -93,6 +93,9 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
         for row in report["ways"]:
             short = [f"{name} {percent(share)} %" for name, share in row["ceiling"].items() if share < 1]
             parts = [f"of the true clip itself, {' and '.join(short)}"] if short else []
+            if joint := row["joint"]:
+                within = percent(joint["pixels"]["vae"]), percent(joint["place"]["vae"])
+                parts.append("joints of the true clip through the VAE {} {} %".format(*within))
             if "noise" in row:
                 parts.append(f"from noise {row['noise']:.2f}")
             if "psnr" in row:

@@ -167,6 +167,8 @@ def test_a_jump_is_seen_at_the_joint_and_nowhere_else(tmp_path: Path) -> None:
     fine, bad = (joint([Drawn(case, frames, 0.0)], lambda one: joints_of(one.case)) for frames in (case.truth, broken))
     assert fine is not None and bad is not None
     assert bad["pixels"]["within"] == 0 and bad["pixels"]["median"] > 50 > fine["pixels"]["median"]
+    shown = joint([Drawn(case, case.truth, 0.0)], lambda one: joints_of(one.case), lambda _: broken)
+    assert shown is not None and (shown["pixels"]["within"], shown["pixels"]["vae"]) == (1, 0)
     (around,) = maker(tmp_path).cases("loop", "seen", 1)
     assert joints_of(around) == [(8, 9), (15, 0)]
 
