@@ -4,14 +4,17 @@ The joint. What is drawn continues the latents of what is there, and both are de
 VAE carries over the joint; so nothing jumps in the drawing itself. But a decoded frame is a little softer than the
 file's, and that would be seen where one follows the other. So the given frames are the file's own, to the bit, but for
 the last `RAMP` before the joint, which pass by degrees into the decoded ones, and the first `RAMP` behind one.
+
+What leads into a video has been drawn one frame further, to the video's first, which is decoded with the video. What
+these two differ by is taken over by degrees in the last drawn frames.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import ClassVar
 
 import numpy as np
@@ -26,6 +29,7 @@ from soratrain.stages.sample_inputs import Taken
 from soratrain.stages.sample_tasks import Scene
 
 RAMP = 8  # frames
+LEAD = TIME - 1  # drawn frames that pass into what follows: those that are drawn as one latent with its first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +76,14 @@ class Backwards(Joined):
         head = beginning(generate, self.taken[0], self.context)
         sizes = {"window": self.window, "context": self.context}
         windows = [part.cpu() for part in backwards(draw, head, self.new, self.fps, **sizes)]
-        for part in reversed(windows):
-            new = TIME * (part.shape[1] - 1)  # its last frame is the first of what follows
-            yield from islice(generate.decode_stream([part]), new)
-        yield from resumed(generate, self.taken[0], head)
+        parts = windows[::-1]
+        frames = generate.decode_stream([parts[0]])
+        for part, follows in zip(parts, [*parts[1:], head], strict=True):
+            then = generate.decode_stream([follows])
+            first = next(then)
+            yield from leading_into(frames, TIME * (part.shape[1] - 1), first)
+            frames = chain([first], then)
+        yield from resumed(self.taken[0], frames)
 
 
 class Bridged(Joined):
@@ -90,13 +98,14 @@ class Bridged(Joined):
         def more(tail: Tensor, standalone: bool) -> Iterator[Tensor]:
             yield draw(bridging(tail, self.new, head, self.fps, standalone=standalone), noise_of(0))
 
-        new = TIME * self.new - 1
-        if first is not second:
-            yield from islice(continued(generate, first, self.context, more), first.frames + new)
-            yield from resumed(generate, second, head)
-            return
         decoded = list(islice(generate.decode_stream([head]), RAMP))
-        for number, frame in enumerate(islice(continued(generate, first, self.context, more), first.frames + new)):
+        new = TIME * self.new - 1
+        frames = leading_into(continued(generate, first, self.context, more), first.frames + new, decoded[0])
+        if first is not second:
+            yield from frames
+            yield from resumed(second, decoded)
+            return
+        for number, frame in enumerate(frames):
             early = number < min(len(decoded), first.frames)  # both ends of it pass into what is drawn
             yield mixed(frame, decoded[number], 1 - number / len(decoded)) if early else frame
 
@@ -143,9 +152,22 @@ def continued(
         yield mixed(originals.popleft(), frame, max(share, 0.0)) if number < count else frame
 
 
-def resumed(generate: Generator, taken: Taken, head: Tensor) -> Iterator[np.ndarray]:
-    """Yield a video's frames, the first passing from those of its latents `head` into its own."""
-    decoded = list(islice(generate.decode_stream([head]), RAMP))
+def leading_into(frames: Iterator[np.ndarray], count: int, first: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield `count` frames, of which the last `LEAD` pass into a clip that begins with `first`.
+
+    Args:
+        frames: one more than `count`; the last shows what `first` shows.
+    """
+    yield from islice(frames, count - LEAD)
+    *last, same = islice(frames, LEAD + 1)
+    gap = first.astype(np.float32) - same
+    for number, frame in enumerate(last, 1):
+        yield (frame + gap * (number / (LEAD + 1))).round().clip(0, 255).astype(np.uint8)
+
+
+def resumed(taken: Taken, frames: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yield a video's frames, the first passing from the decoded `frames` of its beginning into its own."""
+    decoded = list(islice(frames, RAMP))
     for number, frame in enumerate(taken.read()):
         share = 1 - number / len(decoded)
         yield mixed(frame, decoded[number], share) if number < len(decoded) else frame

@@ -26,7 +26,7 @@ from soratrain.stages import sample
 from soratrain.stages.sample import Sample
 from soratrain.stages.sample_fit import FEATHER, cover, filled, inside, size_near
 from soratrain.stages.sample_joined import Connect, Extend, Loop
-from soratrain.stages.sample_joints import RAMP
+from soratrain.stages.sample_joints import LEAD, RAMP
 from soratrain.stages.sample_redrawn import Edit, Inpaint, Refine
 from soratrain.stages.sample_tasks import T2I, T2V, Animate, Order, Scene, Task
 
@@ -162,7 +162,14 @@ def test_extending_backwards_leads_into_the_video(chain: Chain, by: int) -> None
     assert np.array_equal(found.frames[new + RAMP :], after[RAMP:]) and len(found.frames) == new + FRAMES
     generate = Generator.load(chain.folder, chain.folder)
     assert torch.equal(found.parts[0][0].after[0].latent, generate.encoded(after[:5]))
-    assert np.array_equal(found.frames[:4], decoded(chain, [found.parts[-1][1]])[:4])
+    pieces = [decoded(chain, [latent]) for _, latent in reversed(found.parts)]
+    assert np.array_equal(found.frames[: len(pieces[0]) - 1 - LEAD], pieces[0][: -1 - LEAD])
+    ends, firsts = np.cumsum([len(piece) - 1 for piece in pieces]), [piece[0] for piece in pieces[1:]]
+    for end, piece, first in zip(
+        ends, pieces, [*firsts, decoded(chain, [generate.encoded(after[:1])])[0]], strict=True
+    ):
+        half = piece[-3].astype(float) + (first.astype(float) - piece[-1]) / 2  # the second of three frames
+        assert np.abs(found.frames[end - 2] - half.clip(0, 255)).max() <= 1
 
 
 def test_connecting_and_looping_bridge_from_an_end_to_a_beginning(chain: Chain) -> None:
