@@ -1,7 +1,8 @@
 """From a sample's latents to its segments and what the net should answer: where in time each segment stands.
 
-A prefix is a slice of the causal latent, which is exactly what encoding those frames alone gives. A suffix never is,
-since such a slice leaks what comes before: it is the clip's last frames, encoded standalone.
+A prefix is a slice of the causal latent: its start, which is exactly what encoding those frames alone gives, or a piece
+out of its middle, which knows what came before it, as that which a rolling window sees (rolling.py). A suffix never is
+one, since it would leak what comes before it: it is the clip's last frames, encoded standalone.
 
 Of a clip of 1 + 4K frames, with latent frames 0 to K, a suffix of 1 + 4j frames begins at frame 4(K - j), and its own
 latent frames 0 to j stand there and 4, 8, ... frames later. Noise are the latent frames up to K - j, the last of which
@@ -33,7 +34,8 @@ class Case:
     Attributes:
         mode: what of it is given; see conditioning.py.
         asked: the mode that was drawn; its clip may be too short for it, and is then shown as text to video.
-        prefix: latent frames given at the start.
+        prefix: latent frames before the noise.
+        skip: how many of these are cut off, less than all; the others are given.
         tail: frames given at the end, 1 + 4j, or 0 for none.
         known: the tokens that are given to paint in the others `[n]`, bool; or None.
         level: noise level of what is given.
@@ -42,6 +44,7 @@ class Case:
     mode: str
     asked: str
     prefix: int = 0
+    skip: int = 0
     tail: int = 0
     known: Tensor | None = None
     level: float = 0.0
@@ -108,14 +111,19 @@ def arrange(sample: Sample, case: Case, objective: Objective, patch: Patch, rope
         return Arranged([Segment(latent, sigma, fps, known=case.known)], patchify_target(target, patch))
     first, last = case.prefix, clean.shape[1] - (case.tail - 1) // TIME if case.tail else clean.shape[1]
     step = TIME / fps if rope_time == "seconds" else 1.0  # between latent frames
-    start = (first * step, 0.0, 0.0)
-    segments = [Segment(noised[:, first:last], sample.sigma, fps, origin=start, standalone=not first)]
+
+    def origin(frame: int) -> tuple[float, float, float]:
+        return ((frame - case.skip) * step, 0.0, 0.0)
+
+    segments = [Segment(noised[:, first:last], sample.sigma, fps, origin=origin(first), standalone=not first)]
     if first:
-        segments.insert(0, Segment(given(clean[:, :first], noise[:, :first]), level, fps, known=True))
+        there = slice(case.skip, first)
+        latent = given(clean[:, there], noise[:, there])
+        segments.insert(0, Segment(latent, level, fps, standalone=not case.skip, known=True))
     if case.tail:
         assert sample.tail is not None and sample.tail.shape[1] == 1 + (case.tail - 1) // TIME
         tail = given(sample.tail, keyed_normal(sample.draw, "tail noise", sample.tail.shape, clean.device))
-        segments.append(Segment(tail, level, fps, origin=((last - 1) * step, 0.0, 0.0), known=True))
+        segments.append(Segment(tail, level, fps, origin=origin(last - 1), known=True))
     aims = [target[:, first:last] if part.known is False else torch.zeros_like(part.latent) for part in segments]
     return Arranged(segments, torch.cat([patchify_target(aim, patch) for aim in aims]))
 

@@ -33,6 +33,7 @@ class Conditioning:
     Attributes:
         mix: share of the samples that each of `MODES` has; what is left is text to video.
         animate: of prefixes, also those of `connect`, the share that are one latent frame: an image.
+        rolled: of the longer ones, the share of which the first latent frames are cut off, as rolling windows see them.
         tail_frames: frames, each 1 + 4j, of the ends that are given, as stage=encode has stored them.
         ramp: share of the run over which the mix grows, linearly, from text to video alone to `mix`.
         known_noise: largest noise level of what is given; each sample draws its own up to it, and 0 leaves it clean.
@@ -45,13 +46,14 @@ class Conditioning:
 
     mix: Mapping[str, float] = field(default_factory=dict)
     animate: float = 0.5
+    rolled: float = 0.0
     tail_frames: Sequence[int] = ()
     ramp: float = 0.0
     known_noise: float = 0.0
     caption_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("animate", "ramp", "known_noise", "caption_dropout"):
+        for name in ("animate", "rolled", "ramp", "known_noise", "caption_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"conditioning.{name}={getattr(self, name)} must lie in [0, 1]")
         if not isinstance(self.mix, Mapping) or not isinstance(self.tail_frames, list | tuple):
@@ -135,7 +137,8 @@ class Conditioning:
         if mode == "rollout" and grid[0] > 1:
             return Case(mode, mode)
         if mode == "prefix" and frames > step:
-            return Case(mode, mode, prefix=self._prefix(draw, range(step, frames, step)), level=level)
+            prefix = self._prefix(draw, range(step, frames, step))
+            return Case(mode, mode, prefix=prefix, skip=self._skip(draw, prefix, step), level=level)
         if mode == "inpaint":
             known = known_tokens(keyed_uniform(draw, "inpaint", (NUMBERS,)), grid)
             if known is not None:
@@ -146,13 +149,19 @@ class Conditioning:
             if fitting:
                 tail = fitting[_pick(draw, "tail", len(fitting))]
                 prefix = self._prefix(draw, range(1, before[tail])) if mode == "connect" else 0
-                return Case(mode, mode, prefix=prefix, tail=tail, level=level)
+                return Case(mode, mode, prefix=prefix, skip=self._skip(draw, prefix, step), tail=tail, level=level)
         return Case("t2v", mode)
 
     def _prefix(self, draw: int, lengths: range) -> int:
         """Return one of the possible numbers of latent frames given at the start."""
         short = float(keyed_uniform(draw, "animate")) < self.animate
         return lengths[0] if short else lengths[_pick(draw, "prefix", len(lengths))]
+
+    def _skip(self, draw: int, prefix: int, step: int) -> int:
+        """Return how many of a prefix's latent frames are cut off."""
+        choices = range(step, prefix, step)
+        rolled = float(keyed_uniform(draw, "rolled")) < self.rolled
+        return choices[_pick(draw, "skip", len(choices))] if rolled and choices else 0
 
 
 def _pick(draw: int, stream: str, count: int) -> int:

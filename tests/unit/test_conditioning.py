@@ -13,6 +13,7 @@ from soratrain.diffusion.conditioning import MODES, Conditioning
 from soratrain.diffusion.flow import Flow
 from soratrain.diffusion.masks import NUMBERS, known_tokens
 from soratrain.diffusion.segments import KNOWN, STANDALONE, flatten
+from soratrain.diffusion.ways import bridging
 from soratrain.errors import ConfigError
 from soratrain.models.patchify import Patch, patchify_target
 
@@ -104,6 +105,27 @@ def test_what_is_given_leaves_something_to_draw_and_images_are_as_common_as_aske
         2,
         4,
     }
+
+
+def test_a_rolled_prefix_has_lost_its_first_latent_frames_in_the_share_asked() -> None:
+    for mode, patch in (("prefix", PATCH), ("prefix", (2, 2, 2)), ("connect", PATCH)):
+        found = [only(mode, rolled=0.3, animate=0.0).case(draw, (6, 2, 3), patch, (1, 5), 1.0) for draw in DRAWS]
+        longer = [case for case in found if case.prefix > patch[0]]
+        assert abs(sum(case.skip > 0 for case in longer) / len(longer) - 0.3) < 0.03
+        assert all(case.skip < case.prefix and case.skip % patch[0] == 0 for case in found)
+        assert {case.skip // patch[0] for case in longer} >= {0, 1, 2}
+
+
+@pytest.mark.parametrize("rope_time", ["seconds", "index"])
+def test_a_rolled_prefix_is_shown_as_a_rolling_window_shows_it(rope_time: str) -> None:
+    one = sample(frames=6, tail=5)
+    arranged, flat = shown(one, Case("connect", "connect", prefix=3, skip=1, tail=5), rope_time)
+    assert one.tail is not None
+    noised = Flow().noised(one.clean, one.noise, one.sigma)[:, 3:5]
+    layout = bridging(one.clean[:, 1:3], 2, one.tail, one.fps, standalone=False)
+    drawn = flatten([layout.segments(noised, float(one.sigma), PATCH, rope_time)], PATCH, rope_time)
+    for name in ("values", "coords", "flags", "sigma"):
+        assert torch.equal(getattr(flat.tokens, name), getattr(drawn.tokens, name)), name
 
 
 @pytest.mark.parametrize("rope_time", ["seconds", "index"])
@@ -229,6 +251,7 @@ def test_light_noise_on_what_is_given_is_told_to_the_net_and_stays_marked_as_kno
         ({"ramp": 1.5}, "conditioning.ramp=1.5"),
         ({"known_noise": -0.1}, "conditioning.known_noise=-0.1"),
         ({"animate": 2}, "conditioning.animate=2"),
+        ({"rolled": 2}, "conditioning.rolled=2"),
         ({"caption_dropout": 1.5}, "conditioning.caption_dropout=1.5"),
     ],
 )
