@@ -122,7 +122,9 @@ class Flow:
         """Return levels that are evenly spaced but for the shift, which is training's; see `Objective`."""
         shift = self.shift_at(tokens)
         begin = 1.0 if start == 1 else float(shifted(torch.tensor(start), 1 / shift))
-        return shifted(torch.linspace(begin, 0, steps + 1), shift)
+        levels = shifted(torch.linspace(begin, 0, steps + 1), shift)
+        levels[0] = start  # which a small shift's rounding misses, and of 1 it would go beyond pure noise
+        return levels
 
 
 def logit_normal_density(sigma: Tensor, mean: float, std: float) -> Tensor:

@@ -292,3 +292,11 @@ def test_strength_is_the_first_noise_level_whatever_the_shift(objective):
         for tokens in (80, 4000):
             first = float(Sampler(steps=20).levels(objective, tokens, strength)[0])
             assert first == pytest.approx(strength, abs=0.01), (objective, tokens)
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp"])
+def test_a_run_begins_at_pure_noise_exactly_however_small_the_shift(name: str) -> None:
+    sampler, objective = Sampler(name=name, steps=4), Flow(shift=3.0, shift_tokens=75_600)
+    for tokens in range(4, 4000, 40):  # an image's few tokens bring the shift far below 1
+        assert float(objective.grid(4, tokens)[0]) == 1.0 and sampler.guides(float(objective.grid(4, tokens)[0]))
+        assert sampler(lambda x, sigma: 0 * x, torch.ones(2), objective=objective, tokens=tokens).isfinite().all()
