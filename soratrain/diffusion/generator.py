@@ -192,7 +192,7 @@ class Generator:
             if not sampler.guides(sigma):
                 return self._predict(layouts, x, sigma, texts.prompts)
             out = self._predict([*layouts, *layouts], torch.cat((x, x)), sigma, texts.both)
-            return sampler.guided(out[: len(x)], out[len(x) :])
+            return sampler.guided(out[: len(x)], out[len(x) :], free)
 
         def fresh(step: int) -> Tensor:
             return torch.stack([keyed_normal(draw, f"{name} {step}", x.shape[1:], self.device) for draw in draws])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from soratrain.diffusion.objective import Objective
@@ -86,18 +87,20 @@ class Sampler:
         low, high = self.guidance_interval
         return self.guidance_scale != 1 and low < sigma <= high
 
-    def guided(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+    def guided(self, conditional: Tensor, unconditional: Tensor, free: Tensor | None = None) -> Tensor:
         """Return the prediction for samples `[B, ...]` where guidance acts.
 
         Raw predictions are mixed, which is mixing what they imply, since that is linear in them. They are rescaled as
         in Lin et al., 2023, algorithm 2: the mix times phi std(conditional) / std(mix) + 1 - phi, the deviations over
-        each sample's whole raw prediction.
+        each sample's raw prediction of what is drawn: of what is known the net has learned to predict nothing.
+
+        Args:
+            free: bool, broadcasts against the samples; what is drawn. None where it is all.
         """
         mixed = guided(conditional, unconditional, self.guidance_scale)
         if not self.guidance_rescale:
             return mixed
-        axes = tuple(range(1, mixed.dim()))
-        ratio = conditional.std(axes, keepdim=True) / mixed.std(axes, keepdim=True).clamp(min=1e-12)
+        ratio = _deviation(conditional, free) / _deviation(mixed, free).clamp(min=1e-12)
         return mixed * (self.guidance_rescale * ratio + 1 - self.guidance_rescale)
 
     def levels(self, objective: Objective, tokens: int, start: float = 1.0) -> Tensor:
@@ -141,3 +144,15 @@ class Sampler:
         """
         solve = SOLVERS[self.fitted(objective).name]
         return solve(predict, x, objective, self.levels(objective, tokens, start).tolist(), free, noise)
+
+
+def _deviation(x: Tensor, free: Tensor | None) -> Tensor:
+    """Return the standard deviation of each sample of `[B, ...]` over what is `free`, its dimensions kept."""
+    axes = tuple(range(1, x.dim()))
+    if free is None:
+        return x.std(axes, keepdim=True)
+    free = free.expand_as(x)
+    count = free.sum(axes, keepdim=True)
+    mean = torch.where(free, x, 0.0).sum(axes, keepdim=True) / count
+    squares = torch.where(free, x - mean, 0.0).square().sum(axes, keepdim=True)
+    return (squares / (count - 1).clamp(min=1)).sqrt()

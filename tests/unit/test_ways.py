@@ -180,6 +180,17 @@ def test_known_positions_come_back_to_the_bit_and_alter_the_rest() -> None:
     assert (changed - drawn)[:, ~layout.known].abs().max() > 1e-3
 
 
+def test_rescaled_guidance_heeds_what_is_drawn_alone() -> None:
+    """Of known positions the net has learned to predict nothing, so what it says there must not matter."""
+    generate, layout = generator(), LAYOUTS["inside"]
+    plain, sampler = generate._predict, Sampler(steps=2, guidance_scale=5.0, guidance_rescale=0.7)
+    (drawn,) = generate.draw([layout], ["a"], [1], sampler)
+    assert layout.known is not None
+    generate._predict = lambda *given: torch.where(layout.known, 1e3, plain(*given))  # type: ignore[method-assign]
+    (other,) = generate.draw([layout], ["a"], [1], sampler)
+    assert torch.equal(other, drawn)
+
+
 def test_the_less_the_strength_the_more_of_the_base_stays() -> None:
     generate, layout = generator(), over(torch.randn(4, 2, 2, 4), 8.0)
     assert layout.base is not None
