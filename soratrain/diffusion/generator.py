@@ -15,7 +15,7 @@ from torch import Tensor
 
 from soratrain.batch import draw_of, keyed_normal, to_pixels, to_uint8
 from soratrain.diffusion.flow import Flow
-from soratrain.diffusion.objective import Objective, rebuilt
+from soratrain.diffusion.objective import Objective, learned
 from soratrain.diffusion.sampler import Sampler
 from soratrain.diffusion.segments import flatten
 from soratrain.diffusion.sizes import check_prompt, check_size
@@ -82,7 +82,7 @@ class Generator:
             )
         if vae_net.stride[0] != STRIDE[0]:
             raise DataError(f"the VAE in {vae} has a stride of {vae_net.stride[0]} in time; the DiT counts {STRIDE[0]}")
-        objective = rebuilt(extra.get("objective", {"name": "flow"}))
+        objective = learned(extra)
         dropout = extra.get("caption_dropout")
         mix = extra.get("conditioning", {}).get("mix")
         return cls(vae_net, dit_net, text_net, objective=objective, caption_dropout=dropout, mix=mix, batch=batch)

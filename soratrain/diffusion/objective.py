@@ -28,6 +28,10 @@ class Objective(Protocol):
     def name(self) -> str:
         """What config and weights call it."""
 
+    @property
+    def prediction(self) -> str:
+        """What the net answers."""
+
     def levels(self, uniform: Tensor, tokens: Tensor) -> Tensor:
         """Return the noise level of each sample, from numbers in [0, 1) and the samples' token counts."""
 
@@ -71,3 +75,12 @@ def rebuilt(values: Mapping[str, Any]) -> Objective:
     if unknown:
         raise DataError(f"the weights' objective {name} has {unknown[0]}={given[unknown[0]]!r}; this version has none")
     return kind(**given)
+
+
+def learned(beside: Mapping[str, Any]) -> Objective:
+    """Return the objective that a DiT was trained for, from the values kept beside its weights.
+
+    Raises:
+        DataError: see `rebuilt`.
+    """
+    return rebuilt(beside.get("objective", {"name": "flow"}))

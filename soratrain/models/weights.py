@@ -91,17 +91,32 @@ def load_state(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[s
     Raises:
         DataError: they are not there, or damaged.
     """
-    place = resolve(folder, name)
-    path = place / f"{name}.yaml"
+    document, path = document_of(folder, name), resolve(folder, name) / f"{name}.safetensors"
+    try:
+        return load_file(str(path)), document
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+
+
+def document_of(folder: str | Path, name: str) -> dict[str, Any]:
+    """Return the YAML document beside the weights of network `name`: what rebuilds it, and what it is.
+
+    Raises:
+        DataError: they are not there, or it is damaged.
+    """
+    path = resolve(folder, name) / f"{name}.yaml"
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(document, dict):
             raise ValueError(f"it holds a {type(document).__name__}, not a mapping")
-        path = place / f"{name}.safetensors"
-        return load_file(str(path)), document
-    except (OSError, ValueError, yaml.YAMLError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"weights {path} cannot be read ({reason}); copy or train them again") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise _unreadable(path, error) from error
+    return document
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())
+    return DataError(f"weights {path} cannot be read ({reason}); copy or train them again")
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from soratrain.batch import LatentBatch, VideoBatch
 from soratrain.data.datamodule import LatentData
 from soratrain.diffusion.arrange import Case, Sample, arrange
 from soratrain.diffusion.conditioning import MODES, Conditioning
-from soratrain.diffusion.objective import Objective
+from soratrain.diffusion.objective import Objective, learned
 from soratrain.diffusion.segments import flatten
-from soratrain.errors import DataError
+from soratrain.errors import ConfigError, DataError
+from soratrain.models import weights
 from soratrain.models.attention import Packing
 from soratrain.models.dit import DiT
 from soratrain.models.frozen_text import FrozenText, TextEncoder
@@ -69,6 +71,23 @@ class DiTStage(TrainStage):
         self.cut = 0
         if text_init:
             self.start_from("text", text_init)
+
+    def start_from(self, name: str, folder: str | Path, stored_as: str = "") -> None:
+        """Let a net begin with the weights in `folder`.
+
+        Raises:
+            ConfigError: they are a DiT's that answers another question than this objective asks.
+            DataError: the folder does not hold them.
+        """
+        super().start_from(name, folder, stored_as)
+        if name == "dit":
+            theirs = learned(weights.document_of(folder, stored_as or name).get("extra", {}))
+            if (theirs.name, theirs.prediction) != (self.objective.name, self.objective.prediction):
+                raise ConfigError(
+                    f"init={folder}: its DiT was trained with objective={theirs.name} and"
+                    f" objective.prediction={theirs.prediction}, this run has objective={self.objective.name} and"
+                    f" objective.prediction={self.objective.prediction}; use those, or begin without init"
+                )
 
     def configure_model(self) -> None:
         """Build the nets, and load the VAE where latents are made live.

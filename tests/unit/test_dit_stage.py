@@ -141,6 +141,17 @@ def test_training_lowers_the_loss(objective: Objective) -> None:
     assert losses[-1] < 0.6 * losses[0]
 
 
+@pytest.mark.parametrize("objective", [DDPM(), Flow(prediction="balanced"), DDPM(prediction="x0")])
+def test_weights_of_another_objective_are_refused(tmp_path: Path, objective: Objective) -> None:
+    write_chain(tmp_path)
+    said = f"trained with objective=flow and .*=velocity, .*={objective.name} and .*={objective.prediction}; use those"
+    with pytest.raises(ConfigError, match=said):
+        stage(objective).start_from("dit", tmp_path)
+    module = stage(Flow(shift=7.0))
+    module.start_from("dit", tmp_path)
+    assert module.origins["dit"][0] == tmp_path
+
+
 def test_text_can_start_from_another_stages_encoder(tmp_path: Path) -> None:
     torch.manual_seed(5)
     tower = TEXT_FACTORY()
