@@ -18,17 +18,24 @@ import numpy as np
 from soratrain.errors import ConfigError
 
 SAME_ASPECT = 0.02  # ratios this near are the same: rounding a size to whole pixels moves them
+TRACE = 1e-3  # share of a pixel from which on it counts: an 8-bit colour shows no less
 FEATHER = 8  # pixels around a mask in which what was drawn passes into what was there
 
 
 def scaled(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Return a picture or a mask at another size: areas averaged where it shrinks, bicubic where it grows."""
+    """Return a picture or a mask at another size: areas averaged where it shrinks, bicubic where it grows.
+
+    A mask hides every pixel that anything it hides has gone into: a line too thin for the size is still hidden.
+    """
     if picture.shape[:2] == (height, width):
         return picture
     smaller = height * width < picture.shape[0] * picture.shape[1]
     how = cv2.INTER_AREA if smaller else cv2.INTER_CUBIC
     if picture.dtype == bool:
-        return cv2.resize(picture.astype(np.float32), (width, height), interpolation=how) > 0.5
+        share: np.ndarray = picture.astype(np.float32)
+        if not smaller:  # bicubic looks two pixels far, bilinear one: without its changes of sign, where it is 0
+            share, how = cv2.dilate(share, np.ones((3, 3))), cv2.INTER_LINEAR
+        return cv2.resize(share, (width, height), interpolation=how) > TRACE
     return cv2.resize(picture, (width, height), interpolation=how)
 
 

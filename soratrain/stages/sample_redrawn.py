@@ -112,8 +112,11 @@ class Inpainted(Scene):
             masks: Iterable[np.ndarray] = repeat(np.zeros((video.height, video.width), bool), self.frames)
         else:
             masks = self.taken.masks(self.mask, self.frames)
+        around = ~inside(np.ones((video.height, video.width), bool), self.height, self.width)
         for mask in masks:
-            yield ~inside(~mask, self.height, self.width) if self.framed else cover(mask, self.height, self.width)
+            yield (
+                inside(mask, self.height, self.width) | around if self.framed else cover(mask, self.height, self.width)
+            )
 
     def layout(self, generate: Generator) -> Layout:
         hidden = torch.from_numpy(np.stack(list(self.hidden())))

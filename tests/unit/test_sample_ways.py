@@ -223,6 +223,19 @@ def test_nothing_of_what_a_mask_hides_reaches_what_is_given(chain: Chain) -> Non
     assert np.array_equal(filled(np.where(mask[..., None], np.uint8(3), flat), mask), flat)
 
 
+@pytest.mark.parametrize("fit", [cover, inside])
+@pytest.mark.parametrize("size", [(20, 30), (47, 71), (96, 144)])
+def test_a_mask_hides_all_that_it_touches_at_any_size(fit: Any, size: tuple[int, int]) -> None:
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[5], mask[10:22, 17:29] = True, True  # a line one pixel high, and a box
+    one, other = np.full((HEIGHT, WIDTH, 3), 100, np.uint8), np.full((HEIGHT, WIDTH, 3), 100, np.uint8)
+    other[mask] = 220
+    hidden = fit(mask, *size)
+    assert np.array_equal(fit(one, *size)[~hidden], fit(other, *size)[~hidden])
+    assert hidden[:, -4].sum() <= 5 * max(size[0] / HEIGHT, 1)  # the line, and what it touches
+    assert not fit(np.zeros_like(mask), *size).any()
+
+
 def test_painting_around_a_video_keeps_it_in_the_middle(chain: Chain) -> None:
     task = Inpaint(video=chain.file("a.mp4"), fit="inside")
     found = drawn(chain, task, order(None, size=(32, 96)))
