@@ -17,6 +17,7 @@ import torch
 
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
+from soratrain.models.patchify import STRIDE
 from soratrain.models.published import KINDS, Published
 from soratrain.models.vae import VAE
 
@@ -124,6 +125,23 @@ def check(place: str, asked: Mapping[str, Any]) -> None:
             f"inputs.vae={place}: its latents have {channels} channels, and vae.latent_channels is"
             f" {asked['latent_channels']}; say vae.latent_channels={channels}"
         )
+
+
+def stride_at(place: str | Path) -> tuple[int, int, int]:
+    """Return the stride of the VAE in a folder from its config alone; the usual one where there is none (yet).
+
+    Raises:
+        ConfigError, DataError: its config cannot be read, or is of no VAE.
+    """
+    if find(place) is not None:
+        _, kind, config = describe(place)
+        return kind.stride_in(config)
+    try:
+        document = weights.document_of(place, "vae")
+    except DataError:
+        return STRIDE
+    with torch.device("meta"):
+        return tuple(weights.factory_of(document)().stride)  # type: ignore[return-value]
 
 
 def load_vae(place: str | Path, device: torch.device | str = "cpu") -> VAE:

@@ -28,6 +28,7 @@ from soratrain.diffusion.ways import Layout
 from soratrain.distributed.ranks import Ranks, deal
 from soratrain.errors import ConfigError
 from soratrain.models import weights
+from soratrain.models.autoencoders import stride_at
 from soratrain.stages.pace import Pace, progress
 from soratrain.stages.sample_files import clip_of, is_there, name_of, slug, write_sample
 from soratrain.stages.sample_memory import available, most_at_once
@@ -112,7 +113,8 @@ class Sample:
         if batch < 1:
             raise ConfigError(f"stage.job.batch={batch} must be at least 1")
         self.out, self.vae, self.dit, self.batch = Path(out), vae, dit, batch
-        self.task, self.sampler, self.patch, self.area = task, sampler, patch, parse_size(area)
+        self.task, self.sampler, self.area = task, sampler, parse_size(area)
+        self.patch, self.stride = tuple(patch), stride_at(vae)
         self.own = {"seed": seed, "samples": samples, "size": size, "frames": frames, "fps": fps}
         self.scenes: dict[tuple[Task, Order], Scene] = {}
         self.items = [item for wish in wishes(prompt, prompts_file, task) for item in self._items(wish)]
@@ -126,7 +128,7 @@ class Sample:
         if own["fps"] is not None and own["fps"] <= 0:
             raise ConfigError(f"fps={own['fps']} must be above 0")
         size = None if own["size"] is None else parse_size(own["size"])
-        order = Order(size, own["frames"], own["fps"], self.area[0] * self.area[1], tuple(self.patch))
+        order = Order(size, own["frames"], own["fps"], self.area[0] * self.area[1], self.patch, self.stride)
         scene = self.scenes.get((task, order)) or task.scene(order)
         self.scenes[task, order] = scene
         seeds = range(own["seed"], own["seed"] + own["samples"])

@@ -38,6 +38,7 @@ class Order:
         fps: None takes the input's.
         area: pixels of a frame whose size is taken off the input, about.
         patch: of the net.
+        stride: of the VAE in time, height and width.
     """
 
     size: tuple[int, int] | None
@@ -45,11 +46,12 @@ class Order:
     fps: float | None
     area: int
     patch: Sequence[int] = (1, 2, 2)
+    stride: Sequence[int] = STRIDE
 
     @property
     def unit(self) -> tuple[int, int]:
         """Rows and columns of pixels that sizes are multiples of."""
-        return STRIDE[1] * self.patch[1], STRIDE[2] * self.patch[2]
+        return self.stride[1] * self.patch[1], self.stride[2] * self.patch[2]
 
     def own_size(self, picture: Picture | Video) -> tuple[int, int]:
         """Return height and width: those asked for, or near those of an input."""
@@ -65,7 +67,7 @@ class Order:
 
     def checked(self, height: int, width: int, frames: int) -> None:
         """Refuse sizes that cannot be drawn."""
-        check_size(height, width, frames, self.patch)
+        check_size(height, width, frames, self.patch, self.stride)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from test_dit_stage import write_chain
+from tiny_dit import VAE_FACTORY
 from torch import Tensor
 
 from soratrain.diffusion.generator import Generator
@@ -22,6 +24,8 @@ from soratrain.diffusion.ways import Layout
 from soratrain.distributed.ranks import Ranks
 from soratrain.errors import ConfigError, DataError, UserError
 from soratrain.media import write_image, write_video
+from soratrain.models import weights
+from soratrain.models.autoencoders import stride_at
 from soratrain.stages import sample
 from soratrain.stages.sample import Sample
 from soratrain.stages.sample_fit import FEATHER, cover, filled, inside, size_near
@@ -198,6 +202,16 @@ def test_animating_begins_with_the_picture_fitted_to_the_size(chain: Chain) -> N
     assert "48x64 scaled by 1, 32 rows cropped" in found.scene.said[0]
     own_size = Animate(image=chain.file("picture.png")).scene(order(fps=8.0))
     assert (own_size.height, own_size.width) == (48, 32)  # 64x48 turned, at about 48x32 pixels
+
+
+def test_a_size_taken_off_an_input_fits_the_vae_whatever_its_stride(chain: Chain, tmp_path: Path) -> None:
+    coarse = partial(VAE_FACTORY, front_strides=[2, 8])
+    weights.save(tmp_path, "vae", coarse(), coarse, {})
+    task = Animate(image=chain.file("picture.png"))  # 48x64, at about 48x32 pixels
+    (item,) = chain.job(task, fps=8.0, vae=str(tmp_path)).items
+    assert (item.scene.height, item.scene.width) == (32, 32) and stride_at(tmp_path) == (4, 16, 16)
+    with pytest.raises(ConfigError, match="size=48x32: width 48 is no multiple of 32"):
+        chain.job(task, fps=8.0, size="48x32", vae=str(tmp_path))
 
 
 def test_inpainting_leaves_what_is_beside_the_mask(chain: Chain) -> None:
