@@ -2,8 +2,9 @@
 
 What is kept of the weights is exact arithmetic (Rajbhandari et al., 2020, section 3.1, for fp32 weights under
 autocast): 4 bytes a parameter each for weights, gradients, both moments of AdamW and the average; ZeRO divides by the
-ranks what its stage shards. What a forward pass keeps for the backward one is counted from the net's shape (DiT), or
-measured on a small clip and scaled by its pixels, since every operation of the VAE is local.
+ranks what its stage shards, and holds a copy of each rank's share of the weights, which its optimizer updates. What a
+forward pass keeps for the backward one is counted from the net's shape (DiT), or measured on a small clip and scaled by
+its pixels, since every operation of the VAE is local.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ class Kept:
     gradients: int
     optimizer: int
     average: int
+    master: int | None = None  # the copy that ZeRO updates
     activations: int | None = None  # None where nothing is known of them
 
     @property
     def total(self) -> int:
         """Return all of it that is known."""
-        return self.weights + self.gradients + self.optimizer + self.average + (self.activations or 0)
+        return (
+            self.weights + self.gradients + self.optimizer + self.average + (self.master or 0) + (self.activations or 0)
+        )
 
 
 def kept(
@@ -51,7 +55,8 @@ def kept(
     def share(stage: int) -> int:
         return -(-parameters // ranks) * FP32 if zero >= stage else parameters * FP32
 
-    return Kept(share(3), share(2), moments * share(1), share(1) if average else 0, activations)
+    master = share(1) if zero else None
+    return Kept(share(3), share(2), moments * share(1), share(1) if average else 0, master, activations)
 
 
 def dit_activations(

@@ -11,6 +11,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_training import train
 
+from soratrain.distributed.memory import kept
+
 PARALLEL = ("ddp", "zero1", "zero2", "zero3")
 SLOW = ("ddp", "zero1", "zero3")
 
@@ -81,3 +83,26 @@ def test_muon_under_zero_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_a_limit_that_follows_the_norms_is_refused_under_zero_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="ConfigError: optimizer.clip_adaptive: under ZeRO the engine clips"):
         run_ranks(outcome, 2, out=str(tmp_path), strategy="zero2", ranks=2, clip_adaptive=3.0)
+
+
+def held(out: str, **settings: Any) -> dict[str, float]:
+    """Train and return how many parameters there are, and the bytes of weights, copies, moments and averages here."""
+    trainer, module, _ = train(out, **settings)
+    strategy: Any = trainer.strategy
+    parameters = list(module.parameters())
+    own = [getattr(parameter, "ds_tensor", parameter) for parameter in parameters]
+    holders = [fragment.holder for fragment in strategy.fragments()]
+    states = [value for o in strategy.base_optimizers() for state in o.state.values() for value in state.values()]
+    tensors = [*own, *holders, *strategy.averages, *(value for value in states if value.dim())]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    count = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+    return {"parameters": count, "bytes": sum(storages.values())}
+
+
+@pytest.mark.parametrize("strategy", ["zero2", *(pytest.param(name, marks=pytest.mark.full) for name in SLOW)])
+def test_a_rank_holds_what_is_foretold(strategy: str, tmp_path: Path) -> None:
+    settings = {"strategy": strategy, "ranks": 2, "max_steps": 1, "ema": 0.9, "width": 128}
+    zero = int(strategy[4:]) if strategy.startswith("zero") else 0
+    for found in run_ranks(held, 2, out=str(tmp_path), **settings):
+        told = kept(int(found["parameters"]), zero=zero, ranks=2, moments=2, average=True)
+        assert found["bytes"] == pytest.approx(told.total - told.gradients, rel=0.02)

@@ -178,7 +178,8 @@ def test_zero_divides_what_its_stage_shards(zero: int) -> None:
     assert held.weights == (1000 if zero == 3 else 4000)
     assert held.gradients == (1000 if zero >= 2 else 4000)
     assert (held.optimizer, held.average) == ((2000, 1000) if zero else (8000, 4000))
-    assert held.total == held.weights + held.gradients + held.optimizer + held.average
+    assert held.master == (1000 if zero else None)
+    assert held.total == held.weights + held.gradients + held.optimizer + held.average + (held.master or 0)
 
 
 @pytest.mark.parametrize(("dim", "depth"), [(64, 4), (128, 6)])
