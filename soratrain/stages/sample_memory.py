@@ -6,10 +6,12 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from soratrain.amounts import memory
+from soratrain.distributed.memory import FP32, dit_activations, most_tokens
 from soratrain.errors import ConfigError
 from soratrain.models.dit import Block, DiT
 
@@ -18,17 +20,6 @@ CGROUPS = (  # limit and use of a container
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
-
-
-def token_bytes(dit: DiT) -> int:
-    """Return the bytes that a forward holds at once for each token, in fp32: an estimate of a block's widest place.
-
-    In widths: 16 around attention (the stream, its norm and that modulated, q, k and v together and apart, q and k
-    normalised and turned; 15.6 were measured at a width of 512), or 3 and twice the MLP's own.
-    """
-    block = dit.blocks[0]
-    assert isinstance(block, Block)
-    return 4 * max(16 * dit.dim, 3 * dit.dim + 2 * block.up.out_features)
 
 
 def available(device: torch.device) -> int:
@@ -57,15 +48,18 @@ def most_at_once(dit: DiT, positions: int, *, guided: bool, free: int, size: Seq
     Raises:
         ConfigError: not one; names the largest size of that shape that fits.
     """
-    tokens = positions // dit.patch_size
-    each = token_bytes(dit) * (2 if guided else 1)
-    fit = int(SPARE * free) // each
+    block, tokens, times = dit.blocks[0], positions // dit.patch_size, 2 if guided else 1
+    assert isinstance(block, Block)
+    ratio = block.up.out_features / dit.dim
+    net: dict[str, Any] = {"dim": dit.dim, "depth": dit.depth, "mlp_ratio": ratio, "itemsize": FP32, "training": False}
+    fit = most_tokens(int(SPARE * free), **net) // times
     if fit >= tokens:
         return fit // tokens
     smaller = math.sqrt(fit / tokens)
     height, width = (int(side * smaller) // step * step for side, step in zip(size, unit, strict=True))
     mend = f"the largest size that fits is about {width}x{height}" if height and width else "no size fits"
+    taken = dit_activations(tokens=times * tokens, **net)
     raise ConfigError(
-        f"size={size[1]}x{size[0]}: {tokens:,} tokens at once take about {memory(tokens * each)}, and"
-        f" {memory(free)} are free; {mend}; or draw fewer frames"
+        f"size={size[1]}x{size[0]}: {tokens:,} tokens at once take about {memory(taken)}, and {memory(free)} are free;"
+        f" {mend}; or draw fewer frames"
     )
