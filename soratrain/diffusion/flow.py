@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 import torch
@@ -125,9 +124,3 @@ class Flow:
         levels = shifted(torch.linspace(begin, 0, steps + 1), shift)
         levels[0] = start  # which a small shift's rounding misses, and of 1 it would go beyond pure noise
         return levels
-
-
-def logit_normal_density(sigma: Tensor, mean: float, std: float) -> Tensor:
-    """Return the density of logit-normal levels (Esser et al., 2024, eq. 19)."""
-    scale = std * math.sqrt(2 * math.pi) * sigma * (1 - sigma)
-    return torch.exp(-((torch.logit(sigma) - mean) ** 2) / (2 * std**2)) / scale

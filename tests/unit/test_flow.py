@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import Tensor
 
-from soratrain.diffusion.flow import EDGE, Flow, logit_normal_density, shifted
+from soratrain.diffusion.flow import EDGE, Flow, shifted
 from soratrain.errors import ConfigError
 
 LEVELS = torch.linspace(0.05, 0.95, 7)[:, None]
@@ -32,6 +35,12 @@ def test_shift_1_is_the_identity_and_the_ends_never_move() -> None:
     moved = shifted(sigma, 3.0)
     assert moved[0] == 0 and moved[-1] == 1 and (moved[1:-1] > sigma[1:-1]).all()
     torch.testing.assert_close(shifted(moved, 1 / 3), sigma)
+
+
+def logit_normal_density(sigma: Tensor, mean: float, std: float) -> Tensor:
+    """Return the density of logit-normal levels (Esser et al., 2024, eq. 19)."""
+    scale = std * math.sqrt(2 * math.pi) * sigma * (1 - sigma)
+    return torch.exp(-((torch.logit(sigma) - mean) ** 2) / (2 * std**2)) / scale
 
 
 def test_levels_are_logit_normal_and_follow_their_uniform_numbers() -> None:
