@@ -180,7 +180,7 @@ class Generator:
         """
         layouts = [layout.to(self.device) for layout in layouts]
         texts = Texts(self.text, prompts)
-        tokens = layouts[0].positions // self.dit.patch_size
+        tokens = layouts[0].duration * layouts[0].shape[2] * layouts[0].shape[3] // self.dit.patch_size
         start = float(sampler.levels(self.objective, tokens, strength)[0])
         pure = [keyed_normal(draw, name, layouts[0].shape, self.device) for draw in draws]
         x = torch.stack([self._begin(*pair, start) for pair in zip(layouts, pure, strict=True)])

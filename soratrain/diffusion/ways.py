@@ -75,6 +75,13 @@ class Layout:
         steps = self.shape[1] + sum(given.latent.shape[1] for given in self.given)
         return steps * self.shape[2] * self.shape[3]
 
+    @property
+    def duration(self) -> int:
+        """Latent frames of the clip that it shows, those that two stretches show counted once, as training counts."""
+        parts = [(self.frame, self.shape[1]), *((given.frame, given.latent.shape[1]) for given in self.given)]
+        last = max(frame + TIME * (steps - 1) for frame, steps in parts)
+        return 1 + (last - min(frame for frame, _ in parts)) // TIME
+
     def to(self, device: torch.device | str) -> Layout:
         """Return the same on a device."""
 

@@ -144,6 +144,20 @@ LAYOUTS = {
 }
 
 
+def test_the_shift_follows_the_tokens_of_the_clip_as_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame that two stretches show, or a known picture among those drawn, makes no clip longer."""
+    seen: list[int] = []
+    grid = Flow.grid
+    monkeypatch.setattr(
+        Flow, "grid", lambda self, steps, tokens, start: seen.append(tokens) or grid(self, steps, tokens)
+    )
+    for way, latents in {"text": 2, "after": 4, "before": 4, "between": 4, "inside": 2, "over": 2}.items():
+        assert LAYOUTS[way].duration == latents
+        generator().draw([LAYOUTS[way]], ["a"], [1], Sampler(steps=1))
+        assert set(seen) == {latents * 2}  # 2 x 4 positions a frame, 4 a token
+        seen.clear()
+
+
 @pytest.mark.parametrize("way", LAYOUTS)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_a_sample_is_the_same_alone_and_among_others(way: str, scale: float) -> None:
