@@ -277,7 +277,7 @@ def test_refining_makes_a_video_larger_or_draws_frames_between(chain: Chain) -> 
     finer = drawn(chain, Refine(video=file, scale=1.0, rate=2), order(None))
     layout, frames = finer.parts[0][0], own(chain, T2V(), "b, café 三.mp4")
     assert finer.frames.shape == (21, 32, 48, 3) and finer.scene.fps == 16
-    assert [given.frame for given in layout.before] == list(range(0, 21, 2))
+    assert layout.fps == 16 and [given.frame for given in layout.before] == list(range(0, 21, 2))
     generate = Generator.load(chain.folder, chain.folder)
     assert all(
         torch.equal(part.latent, generate.encoded([frame]))
@@ -354,6 +354,14 @@ def test_more_tokens_than_memory_are_refused_with_the_largest_size_that_fits(
     )
     chain.job(T2V(), size="48x32", fps=8.0, samples=5, out=chain.file("few"))()
     assert seen == [3, 2]
+
+
+def test_the_job_draws_from_the_strength_that_was_asked_for(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, draw = list[float](), Generator.draw
+    monkeypatch.setattr(Generator, "draw", lambda *a, **k: seen.append(k["strength"]) or draw(*a, **k))
+    for strength in (0.3, 0.8):
+        chain.job(Edit(video=chain.file("a.mp4"), strength=strength), out=chain.file("strengths"))()
+    assert seen == [0.3, 0.8]
 
 
 @pytest.mark.parametrize(("mix", "warned"), [({"suffix": 0.2}, True), ({"prefix": 0.2}, False), (None, False)])

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from soratrain.diffusion import generator as module
+from soratrain.diffusion.ddpm import DDPM
 from soratrain.diffusion.flow import Flow
 from soratrain.diffusion.generator import Generator
 from soratrain.diffusion.rolling import backwards, forwards
@@ -192,6 +194,31 @@ def test_known_positions_come_back_to_the_bit_and_alter_the_rest() -> None:
     other = within(torch.where(layout.known, -layout.base, layout.base), layout.known, 8.0)
     (changed,) = generate.draw([other], ["a"], [1], sampler)
     assert (changed - drawn)[:, ~layout.known].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("way", ["text", "inside"])
+def test_guidance_leads_from_the_empty_prompt_to_the_prompt(way: str) -> None:
+    generate, layouts = generator(), [LAYOUTS[way]] * 2
+
+    def drawn(scale: float, *prompts: str) -> Tensor:
+        return generate.draw(layouts, prompts, [1, 2], Sampler(steps=1, guidance_scale=scale))
+
+    prompt, empty = drawn(1.0, "a cat", "two dogs"), drawn(1.0, "", "")
+    torch.testing.assert_close(drawn(0.0, "a cat", "two dogs"), empty)
+    torch.testing.assert_close(drawn(3.0, "a cat", "two dogs"), empty + 3 * (prompt - empty), atol=1e-3, rtol=1e-3)
+    assert (prompt - empty).abs().max() > 0.1
+
+
+def test_each_window_has_noise_of_its_own_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate, streams = generator(), list[tuple[int, str]]()
+    generate.objective = DDPM()
+    normal = module.keyed_normal
+    monkeypatch.setattr(
+        module, "keyed_normal", lambda draw, name, *rest: streams.append((draw, name)) or normal(draw, name, *rest)
+    )
+    for name in ("noise", "window 1", "window 10"):
+        generate.draw([LAYOUTS["text"]] * 2, ["a", "b"], [1, 2], Sampler(name="ancestral", steps=12), name=name)
+    assert len(set(streams)) == len(streams) == 3 * 2 * 12  # the first noise, and one of each step but the last
 
 
 def test_rescaled_guidance_heeds_what_is_drawn_alone() -> None:
