@@ -35,6 +35,7 @@ class AdaptiveClip:
         if self.seen >= FIRST:
             mean, square = sums[1] / sums[0], sums[2] / sums[0]
             usual = mean + self.deviations * (square - mean**2).clamp(min=0).sqrt()
+            usual = torch.where(sums[0] > 0, usual, torch.inf)  # not one of them may have entered
             limit = usual if limit is None else torch.minimum(usual, limit)
         taken = value if limit is None else torch.minimum(value, limit)
         entered = DECAY * sums + (1 - DECAY) * torch.stack([torch.ones_like(taken), taken, taken**2])

@@ -137,6 +137,12 @@ def limits(clip: AdaptiveClip, norms: list[float], ceiling: float = 0.0) -> list
     return [math.inf if limit is None else float(limit) for limit in found]
 
 
+def test_gradients_after_nothing_but_spoilt_ones_are_left_alone() -> None:
+    norms = [float("nan")] * FIRST + [0.5]
+    assert limits(AdaptiveClip(3.0), norms)[-1] == float("inf")
+    assert limits(AdaptiveClip(3.0), norms, ceiling=1.0)[-1] == 1.0
+
+
 def test_an_adaptive_limit_is_the_mean_of_the_norms_and_so_many_deviations_and_follows_them() -> None:
     clip, norms = AdaptiveClip(3.0), [1.0, 2.0] * (FIRST // 2)
     assert limits(clip, norms) == [math.inf] * FIRST
