@@ -223,6 +223,9 @@ class Redrawn(Scene):
     taken: Taken
     rate: int = 1
 
+    def given_as(self) -> str:
+        return "prefix" if self.rate > 1 else ""  # a picture, as the first frame is in training
+
     def layout(self, generate: Generator) -> Layout:
         known = 1 + (self.frames - 1) // self.rate
         base = generate.encoded(between(self.taken.read(0, known), self.rate))

@@ -107,15 +107,20 @@ class Scene:
             ConfigError: a size off their stride, or a patch of several latents where some are given.
         """
         patch = generate.dit.patch
-        if patch[0] > 1 and type(self) is not Scene:
+        mode = self.given_as()
+        if patch[0] > 1 and mode:
             raise ConfigError(f"dit.patch={list(patch)}: holds {patch[0]} latents, of which some would be given; use 1")
-        if self.mode and generate.mix is not None and not generate.mix.get(self.mode):
+        if mode and generate.mix is not None and not generate.mix.get(mode):
             log.warning(
                 "the DiT was trained with conditioning.mix.%s=0 and has never been given what this starts from; it may"
                 " pass over it: train one with conditioning=segments",
-                self.mode,
+                mode,
             )
         check_size(self.height, self.width, 1 + TIME * (self.steps - 1), patch, generate.vae.stride)
+
+    def given_as(self) -> str:
+        """Return the mode of training in which the net is given parts as here; "" where it is given none."""
+        return self.mode
 
     def positions(self, generate: Generator) -> int:
         """Return the latent positions of the largest forward."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -339,6 +341,29 @@ def test_bad_input_is_one_line_before_a_net_is_read(
     with pytest.raises(UserError, match=said) as caught:
         chain.job(task(chain), vae="nowhere", dit="nowhere", **settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [
+        (lambda c: Edit(video=c.file("a.mp4")), False),
+        (lambda c: Refine(video=c.file("a.mp4"), scale=2.0), False),
+        (lambda c: Refine(video=c.file("a.mp4"), scale=1.0, rate=2), True),
+        (lambda c: Animate(image=c.file("picture.png")), True),
+    ],
+)
+def test_only_ways_that_give_parts_ask_for_a_net_that_has_been_given_some(
+    chain: Chain, caplog: pytest.LogCaptureFixture, task: Any, given: bool
+) -> None:
+    def net(patch: tuple[int, int, int]) -> Any:
+        nothing = {"prefix": 0.0, "suffix": 0.0, "connect": 0.0, "inpaint": 0.0, "rollout": 0.0}
+        return SimpleNamespace(dit=SimpleNamespace(patch=patch), mix=nothing, vae=SimpleNamespace(stride=(4, 8, 8)))
+
+    scene = task(chain).scene(order(13, fps=8.0 if type(task(chain)) is Animate else None))
+    scene.check(net((1, 2, 2)))
+    assert ("has never been given" in caplog.text) == given
+    with pytest.raises(ConfigError, match="holds 2 latents, of which some") if given else nullcontext():
+        scene.check(net((2, 2, 2)))
 
 
 def test_more_tokens_than_memory_are_refused_with_the_largest_size_that_fits(
