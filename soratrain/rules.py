@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from soratrain.errors import ConfigError
-from soratrain.schema import check_keys, locate
+from soratrain.schema import SEEDS, check_keys, locate
 
 PUBLISHED = "soratrain.models.published."  # VAEs that others have trained
 FROZEN_TEXT = "soratrain.models.frozen_text."
@@ -46,8 +46,8 @@ def check_across(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"target={config['target']}: only {stages} have one; leave it out")
     if not re.fullmatch(r"[\w.-]+", config["run"]) or config["run"].startswith("."):
         raise ConfigError(f"run={config['run']!r}: must be a folder name of letters, digits, '_', '-' and '.'")
-    if not 0 <= config["seed"] < 2**32:
-        raise ConfigError(f"seed={config['seed']}: must lie between 0 and {2**32 - 1}")
+    if not 0 <= config["seed"] < SEEDS:
+        raise ConfigError(f"seed={config['seed']}: must lie between 0 and {SEEDS - 1}")
     if config["optimizer"].get("name") == "muon" and config["strategy"].get("name") in ZERO:
         raise ConfigError(
             f"optimizer=muon with strategy={config['strategy']['name']}: ZeRO flattens gradients, which Muon needs as"

@@ -67,8 +67,9 @@ class Root:
 
 
 KINDS = {"size": "WIDTHxHEIGHT, such as 64x48"}
-# groups that others interpolate: checked first, so that they are blamed
-SOURCES = ("machine", "inputs", "validation", "trainer")
+SEEDS = 2**32
+# what others interpolate is checked first, so that it is blamed: these groups, the root's own values, the trainer
+SOURCES = ("machine", "inputs", "validation")
 OF_THE_ROOT = ("inputs", "fvd")  # plain groups of the root's own file
 ROOT_KEYS = tuple(field.name for field in fields(Root))
 
@@ -200,7 +201,12 @@ def check_keys(config: Mapping[str, Any]) -> None:
         ConfigError: names the key, its value, and the closest known key.
     """
     hints = typing.get_type_hints(Root)
-    for key, value in sorted(config.items(), key=lambda item: item[0] not in SOURCES):
+
+    def turn(key: str) -> tuple[bool, bool, bool]:
+        return key not in SOURCES, hints.get(key) is dict, key != "trainer"
+
+    for key in sorted(config, key=turn):
+        value = config[key]
         if key not in ROOT_KEYS:
             raise ConfigError(f"{key}={value!r}: no such key; {suggest(key, ROOT_KEYS)}")
         if hints[key] is dict:

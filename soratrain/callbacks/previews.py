@@ -18,7 +18,7 @@ from soratrain.callbacks.metrics import Metrics
 from soratrain.callbacks.step import StepCallback
 from soratrain.diffusion.generator import Generator
 from soratrain.diffusion.sampler import Sampler
-from soratrain.diffusion.sizes import check_prompt, check_size
+from soratrain.diffusion.sizes import check_fps, check_prompt, check_size
 from soratrain.distributed.checkpoint import gather
 from soratrain.errors import ConfigError, UserError
 from soratrain.media import write_image, write_video
@@ -78,13 +78,13 @@ class Previews(StepCallback):
         super().__init__()
         if every < 0:
             raise ConfigError(f"validation.sample_every={every}: must be at least 0; 0 draws nothing")
-        if fps <= 0:
-            raise ConfigError(f"fps={fps} must be above 0")
         self.prompts = [prompts] if isinstance(prompts, str) else [str(prompt) for prompt in prompts]
         self.every = every if self.prompts else 0
         with named("validation.size, validation.frames"):
             self.height, self.width = parse_size(size)
             check_size(self.height, self.width, frames, patch)
+        with named("validation.fps"):
+            check_fps(fps)
         with named("validation.prompts"):
             for prompt in self.prompts:
                 check_prompt(prompt, sampler.guidance_scale)

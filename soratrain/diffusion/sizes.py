@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from soratrain.errors import ConfigError
 from soratrain.models.patchify import STRIDE
 
+RATES = (0.1, 1000)  # frames a second that a file can say
 PROMPT_BYTES = 10_000  # a prompt longer than this is a mistake, a file's content say
 
 
@@ -16,6 +17,8 @@ def check_size(height: int, width: int, frames: int, patch: Sequence[int], strid
     Raises:
         ConfigError: names the nearest sizes that can be drawn.
     """
+    if min(patch) < 1:
+        raise ConfigError(f"dit.patch={list(patch)} must be three numbers of at least 1")
     for name, value, unit in (("width", width, stride[2] * patch[2]), ("height", height, stride[1] * patch[1])):
         if value < unit or value % unit:
             below = max(value // unit, 1) * unit
@@ -29,6 +32,16 @@ def check_size(height: int, width: int, frames: int, patch: Sequence[int], strid
         raise ConfigError(
             f"frames={frames} is not {least} + a multiple of {unit}; the nearest are {below} and {below + unit}"
         )
+
+
+def check_fps(fps: float) -> None:
+    """Refuse rates at which nothing plays.
+
+    Raises:
+        ConfigError: names those that do.
+    """
+    if not RATES[0] <= fps <= RATES[1]:
+        raise ConfigError(f"fps={fps:g} must lie between {RATES[0]:g} and {RATES[1]:g} frames a second")
 
 
 def check_prompt(prompt: str, guidance_scale: float) -> None:

@@ -23,12 +23,13 @@ import soratrain
 from soratrain.batch import draw_of
 from soratrain.diffusion.generator import Generator
 from soratrain.diffusion.sampler import Sampler
-from soratrain.diffusion.sizes import check_prompt
+from soratrain.diffusion.sizes import check_fps, check_prompt
 from soratrain.diffusion.ways import Layout
 from soratrain.distributed.ranks import Ranks, deal
-from soratrain.errors import ConfigError
+from soratrain.errors import ConfigError, UserError
 from soratrain.models import weights
 from soratrain.models.autoencoders import stride_at
+from soratrain.schema import SEEDS
 from soratrain.stages.pace import Pace, progress
 from soratrain.stages.sample_files import clip_of, is_there, name_of, slug, write_sample
 from soratrain.stages.sample_memory import available, most_at_once
@@ -117,7 +118,16 @@ class Sample:
         self.patch, self.stride = tuple(patch), stride_at(vae)
         self.own = {"seed": seed, "samples": samples, "size": size, "frames": frames, "fps": fps}
         self.scenes: dict[tuple[Task, Order], Scene] = {}
-        self.items = [item for wish in wishes(prompt, prompts_file, task) for item in self._items(wish)]
+        self.items = [item for wish in wishes(prompt, prompts_file, task) for item in self._placed(wish)]
+
+    def _placed(self, wish: Wish) -> list[Item]:
+        """Return the samples of one prompt; what is wrong with it is said with its place in a file."""
+        try:
+            return self._items(wish)
+        except UserError as error:
+            if not wish.place:
+                raise
+            raise type(error)(f"{wish.place}: {error}") from error
 
     def _items(self, wish: Wish) -> list[Item]:
         """Return the samples of one prompt."""
@@ -125,11 +135,14 @@ class Sample:
         check_prompt(wish.prompt, self.sampler.guidance_scale)
         if own["samples"] < 1:
             raise ConfigError(f"samples={own['samples']} must be at least 1")
-        if own["fps"] is not None and own["fps"] <= 0:
-            raise ConfigError(f"fps={own['fps']} must be above 0")
+        if not 0 <= own["seed"] < SEEDS:
+            raise ConfigError(f"seed={own['seed']} must lie between 0 and {SEEDS - 1}")
+        if own["fps"] is not None:
+            check_fps(own["fps"])
         size = None if own["size"] is None else parse_size(own["size"])
         order = Order(size, own["frames"], own["fps"], self.area[0] * self.area[1], self.patch, self.stride)
         scene = self.scenes.get((task, order)) or task.scene(order)
+        check_fps(scene.fps)
         self.scenes[task, order] = scene
         seeds = range(own["seed"], own["seed"] + own["samples"])
         return [self._item(wish.prompt, seed, task, order, scene) for seed in seeds]

@@ -29,6 +29,7 @@ class Wish:
     prompt: str
     own: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""  # in a file, for messages
 
     def of(self, task: Task) -> Task:
         """Return a task with what is overridden of it."""
@@ -52,7 +53,7 @@ def wishes(prompt: str | Sequence[str] | None, file: str | None, task: Task) -> 
 def of_file(file: Path, task: Task) -> list[Wish]:
     """Return what a file says; see above."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts at letters of a prompt too
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise DataError(f"prompts_file={file}: {reason}; give a text file, or JSON lines (.jsonl)") from error
@@ -60,7 +61,7 @@ def of_file(file: Path, task: Task) -> list[Wish]:
     if not numbered:
         raise DataError(f"prompts_file={file}: holds no prompt; write one a line")
     if file.suffix.lower() != ".jsonl":
-        return [Wish(line.strip()) for _, line in numbered]
+        return [Wish(line.strip(), place=place) for place, line in numbered]
     return [of_line(place, line, task) for place, line in numbered]
 
 
@@ -68,8 +69,9 @@ def of_line(place: str, line: str, task: Task) -> Wish:
     """Return what a line of JSON says."""
     try:
         row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{place} is not JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg}, at letter {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise DataError(f'{place} is not JSON ({reason}); write a whole object a line: {{"prompt": "…"}}') from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
         raise ConfigError(f'{place}: write an object with a text as its prompt: {{"prompt": "…"}}')
     hints = {name: kind for name, kind in typing.get_type_hints(type(task)).items() if name not in ("name", "files")}
@@ -80,4 +82,4 @@ def of_line(place: str, line: str, task: Task) -> Wish:
         if key != "prompt" and not fits(value, known[key]):
             raise ConfigError(f"{place}: {key}={value!r}: must be {in_words(known[key])}")
     own = {key: value for key, value in row.items() if key in OWN}
-    return Wish(row["prompt"], own, {key: value for key, value in row.items() if key in hints})
+    return Wish(row["prompt"], own, {key: value for key, value in row.items() if key in hints}, place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import repeat
-from math import gcd
+from math import gcd, inf
 from typing import ClassVar, Literal
 
 import cv2
@@ -23,7 +23,9 @@ from soratrain.stages.sample_tasks import Order, Scene, Task
 
 def trimmed(taken: Taken, order: Order, unit: int = TIME) -> tuple[int, str]:
     """Return how many frames are taken, 1 + a multiple of `unit` and at most `order.frames`, and that in words."""
-    frames = min(taken.frames, order.frames or taken.frames)
+    if order.frames is not None and order.frames < 1:
+        raise ConfigError(f"frames={order.frames} must be at least 1; leave it out to take all of the video's")
+    frames = taken.frames if order.frames is None else min(taken.frames, order.frames)
     frames -= (frames - 1) % unit
     return frames, f"the first {frames} of {taken.frames} frames" if frames < taken.frames else ""
 
@@ -187,16 +189,25 @@ class Refine(Task):
 
     def scene(self, order: Order) -> Scene:
         self.check_strength(self.strength)
-        if self.scale < 1 or self.rate < 1:
-            raise ConfigError(f"task.scale={self.scale:g} and task.rate={self.rate} must be at least 1")
+        if not 1 <= self.scale < inf or self.rate < 1:
+            raise ConfigError(f"task.scale={self.scale:g} and task.rate={self.rate} must be numbers of at least 1")
         if order.fps is not None:
             raise ConfigError(f"fps={order.fps:g}: task=refine takes the video's own, task.rate times; leave it out")
         video = open_video("task.video", self.video or "")
         area = round(video.height * video.width * self.scale**2)
         height, width = order.size or size_near(video.height, video.width, area, order.unit, grow=True)
         taken = replace(order, size=(height, width)).taken(video)
-        if order.size is None and self.scale == 1 and self.rate == 1:
-            raise ConfigError("task.scale=1 and task.rate=1: nothing is refined; raise one of them, or give a size")
+        least = size_near(video.height, video.width, video.height * video.width, order.unit, grow=True)
+        if max(height / least[0], width / least[1]) < 1:
+            raise ConfigError(
+                f"size={width}x{height}: {video.path} has {video.width}x{video.height}, and task=refine makes it"
+                " larger; give a larger size, or use task=edit"
+            )
+        if (height, width) == least and self.rate == 1:
+            raise ConfigError(
+                f"task.scale={self.scale:g} and task.rate=1 come to {width}x{height}, the video's own: nothing is"
+                " refined; raise one of them, or give a larger size"
+            )
         known, cut = trimmed(taken, order, TIME // gcd(TIME, self.rate))
         frames = 1 + self.rate * (known - 1)
         if self.rate > 1 and known == 1:

@@ -94,7 +94,7 @@ def test_a_run_that_could_draw_nothing_ends_before_it_begins(latents: Path, vae:
         ({"size": "large"}, "validation.size"),
         ({"frames": 4}, "frames=4"),
         ({"prompts": [" "]}, "validation.prompts: prompt is empty"),
-        ({"fps": 0.0}, "fps=0.0"),
+        ({"fps": 0.0}, "validation.fps: fps=0 must lie"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_built(

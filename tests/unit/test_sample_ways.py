@@ -319,12 +319,26 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (lambda c: Inpaint(video=c.file("a.mp4"), mask=c.file("masks.mp4")), {}, "has 7 frames, the video 23"),
     (lambda c: Inpaint(video=c.file("a.mp4"), fit="inside"), {}, "task.fit=inside: the video fills all of the size"),
     (lambda c: Edit(video=c.file("a.mp4"), strength=0.0), {}, r"task.strength=0 must lie in \(0, 1\]"),
-    (lambda c: Refine(video=c.file("a.mp4"), scale=0.5), {}, "task.scale=0.5 and task.rate=1 must be at least 1"),
+    (
+        lambda c: Refine(video=c.file("a.mp4"), scale=0.5),
+        {},
+        "task.scale=0.5 .*numbers of at least 1",
+    ),
     (lambda c: Refine(video=c.file("a.mp4"), scale=1.0), {}, "nothing is refined"),
     (lambda c: Refine(video=c.file("picture.png"), scale=1.0, rate=2), {}, "more are needed"),
     (lambda c: T2I(), {"size": "48x32", "fps": 8.0}, "frames=9: task=t2i draws one"),
     (lambda c: T2V(), {"fps": 8.0}, "size is not set"),
-    (lambda c: T2V(), {"size": "48x32", "fps": 0.0}, "fps=0.0 must be above 0"),
+    (lambda c: T2V(), {"size": "48x32", "fps": 0.0}, "fps=0 must lie between 0.1 and 1000"),
+    (lambda c: T2V(), {"size": "48x32", "fps": 1e9}, "fps=1e.09 must lie between 0.1 and 1000"),
+    (lambda c: Refine(video=c.file("a.mp4"), scale=1.0, rate=1000), {"frames": None}, "fps=8000 must lie between"),
+    (lambda c: Refine(video=c.file("a.mp4"), scale=float("inf")), {}, "task.scale=inf .*numbers of at least 1"),
+    (lambda c: Refine(video=c.file("a.mp4"), scale=1.01), {}, "scale=1.01 and task.rate=1 come to 48x32.*nothing is"),
+    (
+        lambda c: Refine(video=c.file("a.mp4")),
+        {"size": "32x16"},
+        "size=32x16: .*has 48x32.*a larger size, or use task=",
+    ),
+    (lambda c: Edit(video=c.file("a.mp4")), {"frames": 0}, "frames=0 must be at least 1"),
     (lambda c: T2V(), {"size": "48x32", "fps": 8.0, "samples": 0}, "samples=0 must be at least 1"),
     (
         lambda c: T2V(),
@@ -364,6 +378,33 @@ def test_only_ways_that_give_parts_ask_for_a_net_that_has_been_given_some(
     assert ("has never been given" in caplog.text) == given
     with pytest.raises(ConfigError, match="holds 2 latents, of which some") if given else nullcontext():
         scene.check(net((2, 2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "x",', "is not JSON .*at letter 16"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"prompt": "x", "size": "50x32"}', "size=50x32: width 50"),
+        ('{"prompt": "x", "seed": -1}', "seed=-1 must lie between"),
+        ('{"prompt": "x", "fps": NaN}', "fps=nan: must be a number"),
+        ('{"prompt": "x", "fps": Infinity}', "fps=inf must lie between"),
+        ('{"prompt": "  "}', "prompt is empty"),
+    ],
+)
+def test_what_is_wrong_in_a_file_of_prompts_is_said_with_its_line(chain: Chain, line: str, said: str) -> None:
+    file = chain.folder / "prompts.jsonl"
+    file.write_text('{"prompt": "one"}\n\n' + line + "\n")
+    with pytest.raises(UserError, match=f"prompts.jsonl: line 3:? {said}"):
+        chain.job(T2V(), prompts_file=str(file), size="48x32", fps=8.0)
+
+
+def test_a_line_of_prompts_ends_at_a_newline_and_nowhere_else(chain: Chain) -> None:
+    texts = ["one\u2028two", "three\x85four", "five\x0csix"]
+    for name, lines in (("a.txt", texts), ("a.jsonl", [json.dumps({"prompt": t}, ensure_ascii=False) for t in texts])):
+        (chain.folder / name).write_bytes("\r\n".join(lines).encode())
+        job = chain.job(T2V(), prompts_file=chain.file(name), size="48x32", fps=8.0)
+        assert [item.prompt for item in job.items] == texts
 
 
 def test_more_tokens_than_memory_are_refused_with_the_largest_size_that_fits(
