@@ -23,6 +23,8 @@ WORLD = "data/world"  # where the embedded world lies by default
 HELD = {"shards": "a complete dataset.json", "latents": "a complete dataset.json", "captions": "captions/*/*.parquet"}
 MAKERS = {"captions": "recaption", "vae": "vae", "captioner": "captioner", "latents": "encode", "dit": "dit"}
 PASSED_ON = ("run", "seed", "machine", "upstream", "inputs", "vae", "captioner", "dit", "text", "lpips", "logger")
+NETS = {"vae": ("vae",), "dit": ("vae", "captioner", "text", "objective")}  # that a stage's folder comes from
+OWN_TEXT = ("captioner", "recaption")  # stages that train a text encoder of their own, beside a frozen one for the DiT
 ALSO = {"latents": ("buckets",), "dit": ("buckets", "objective", "latents")}  # buckets: of cached latents
 
 
@@ -84,6 +86,8 @@ def command(key: str, place: str, config: Mapping[str, Any], overrides: Sequence
             f"world.clips={clips}",
         ]
     groups_passed = PASSED_ON + ALSO.get(key, ())
+    if MAKERS[key] in OWN_TEXT and is_frozen(config):
+        groups_passed = tuple(group for group in groups_passed if group != "text")
     passed = [item for item in overrides if split_override(item)[0].split(".")[0] in groups_passed]
     passed = [item for item in passed if split_override(item)[0] != f"inputs.{key}" and item != "upstream=fail"]
     passed += of_experiment(Path(place)).split()
@@ -168,17 +172,21 @@ def check_nets(place: str, config: Mapping[str, Any], given: set[str]) -> None:
         DataError: names the net and the two ways out.
     """
     old = outputs.stored_config(Path(place)) or {}
-    of_dit = ("objective",) if old.get("stage", {}).get("name") == "dit" else ()
-    of_latents = old.get("stage", {}).get("name") == "encode"
-    for net in ("vae", "captioner", "text", *of_dit):
+    stage = old.get("stage", {}).get("name")
+    for net in NETS.get(stage, ("vae", "captioner", "text")):
         asked = any(key == net or key.startswith(net + ".") for key in given)
-        if net == "text" and of_latents and str(config.get(net, {}).get("_target_")).startswith(FROZEN_TEXT):
-            continue  # the folder itself says what it holds, and features are made live where it holds none
+        if net == "text" and stage in ("encode", *OWN_TEXT) and is_frozen(config):
+            continue  # latents say themselves what they hold, and features are made live where they hold none
         if asked and net in old and made_by(old[net]) != made_by(config[net]):
             raise DataError(
                 f"{net}: {place} was made with another one than you ask for; give run=NAME for a run beside it, or"
                 f" leave {net}= out"
             )
+
+
+def is_frozen(config: Mapping[str, Any]) -> bool:
+    """Return whether the text encoder asked for is a frozen one."""
+    return str(config.get("text", {}).get("_target_")).startswith(FROZEN_TEXT)
 
 
 def made_by(net: Mapping[str, Any]) -> dict[str, Any]:

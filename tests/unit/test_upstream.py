@@ -193,6 +193,18 @@ def test_latents_with_another_text_do_for_a_frozen_encoder_which_looks_for_itsel
         upstream.check_nets(str(tmp_path), config(tmp_path, text=frozen | {"folder": "umt5"}), {"text.folder"})
 
 
+def test_a_frozen_text_encoder_of_the_dit_is_none_of_the_vaes_and_of_the_captioners_business(tmp_path):
+    frozen = {"_target_": "soratrain.models.frozen_text.FrozenText", "folder": "t5"}
+    for stage in ("vae", "captioner", "recaption"):
+        (tmp_path / "config.yaml").write_text(f"stage: {{name: {stage}}}\ntext: {{dim: 1}}\n")
+        upstream.check_nets(str(tmp_path), config(tmp_path, text=frozen), {"text"})
+    words = ["text=t5", "text.folder=t5", "machine=laptop"]
+    for key in ("captions", "captioner"):
+        assert upstream.command(key, "", config(tmp_path, text=frozen), words)[4:] == ["machine=laptop"]
+        assert upstream.command(key, "", config(tmp_path, text={"dim": 2}), words)[4:] == words
+    assert upstream.command("latents", "", config(tmp_path, text=frozen), words)[4:] == words
+
+
 def test_another_s_vae_is_seen_to_be_the_one_asked_for_and_never_made(tmp_path, calls):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", "z_dim": 16}))
