@@ -19,7 +19,12 @@ def quote_value(value: str) -> str:
         return value
     escaped = re.sub(r'(\\*)"', lambda match: match.group(1) * 2 + '\\"', value)
     escaped = re.sub(r"(\\+)$", lambda match: match.group(1) * 2, escaped)
-    return '"' + re.sub(r"(\\*)\$\{", lambda match: match.group(1) * 2 + "\\${", escaped) + '"'
+    return f'"{literal(escaped)}"'
+
+
+def literal(text: str) -> str:
+    """Return a text that OmegaConf reads as `text` itself, though it may hold `${`."""
+    return re.sub(r"(\\*)\$\{", lambda match: match.group(1) * 2 + "\\${", text)
 
 
 def quote_list(value: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 from soratrain import outputs, upstream
 from soratrain.compose import compose, split_override
 from soratrain.errors import ConfigError, DataError, UserError
+from soratrain.quoting import literal
 from soratrain.rules import validate
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,18 @@ def log_to(path: Path) -> None:
     logging.getLogger("soratrain").addHandler(file)
 
 
+def plain(node: Any) -> Any:
+    """Return a resolved node in which Hydra finds nothing more to resolve: a prompt may hold `${`.
+
+    Hydra resolves a node in place and then reads it, which resolves it again; so a text is escaped twice.
+    """
+    if isinstance(node, Mapping):
+        return {key: plain(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [plain(value) for value in node]
+    return literal(literal(node)) if isinstance(node, str) else node
+
+
 def instantiate(node: Mapping[str, Any]) -> Any:
     """Build the object that a config node describes; nets come as factories (`_partial_`).
 
@@ -106,7 +119,7 @@ def instantiate(node: Mapping[str, Any]) -> Any:
     from hydra.utils import instantiate as hydra_instantiate
 
     try:
-        return hydra_instantiate(dict(node), _convert_="all")
+        return hydra_instantiate(plain(node), _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):
@@ -198,6 +211,22 @@ def shown(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def check_nets(factories: Mapping[str, Callable[[], Any]]) -> None:
+    """Build every net once without memory, so that sizes that cannot be are found before a folder is touched.
+
+    Raises:
+        ConfigError: names the net and what does not go together.
+    """
+    import torch
+
+    for name, factory in factories.items():
+        try:
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                factory()
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from error
+
+
 def training(config: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
     """Build a training run; calling it trains, from the newest checkpoint if there is one, to the last metrics."""
     import lightning as L
@@ -206,6 +235,7 @@ def training(config: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
 
     L.seed_everything(config["seed"], verbose=False)
     module = instantiate(config["stage"]["module"])
+    check_nets(module.factories)
     data = instantiate(config["stage"]["data"])
     trainer = instantiate(config["trainer"])()
 

@@ -181,8 +181,12 @@ class DiT(nn.Module):
         super().__init__()
         if recompute not in RECOMPUTE:
             raise ConfigError(f"dit.recompute={recompute!r} is unknown; use one of {', '.join(RECOMPUTE)}")
+        if min(dim, depth, num_heads, *patch) < 1:
+            raise ValueError(
+                f"dim={dim}, depth={depth}, num_heads={num_heads} and patch={list(patch)} must be at least 1"
+            )
         if dim % num_heads:
-            raise ValueError(f"{num_heads} heads do not divide a width of {dim}")
+            raise ValueError(f"num_heads={num_heads} do not divide dim={dim}")
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation {activation!r} is unknown; use one of {', '.join(ACTIVATIONS)}")
         if rope_time not in ("seconds", "index"):

@@ -13,7 +13,7 @@ from soratrain.compose import LIST_KEYS, TEXT_KEYS, compose
 from soratrain.errors import ConfigError
 from soratrain.quoting import quote
 from soratrain.rules import PUBLISHED, validate
-from soratrain.run import instantiate, prepare
+from soratrain.run import instantiate, prepare, run
 from soratrain.schema import CONF, groups
 
 STAGES = groups()["stage"]
@@ -214,7 +214,7 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
         (["stage=dit", "sampler=ddim"], "sampler=ddim does not fit objective=flow; .*euler, heun, dpmpp"),
         (["stage=vae", "inputs.shards=[a,b]", "data.mix=[0.7]"], r"data.mix=\[0.7\]: .*inputs.shards \(here 2\)"),
         (["stage=vae", "data.mix=[0.7,0.3]"], r"data.mix=\[0.7, 0.3\]: .*inputs.shards \(here 1\)"),
-        (["stage=vae", "inputs.shards=[a,b]", "data.mix=[1,x]"], "data.mix=.*one positive number"),
+        (["stage=vae", "inputs.shards=[a,b]", "data.mix=[1,x]"], "data.mix=.*a list of numbers"),
         (["stage=plan", "inputs.shards=[a,b]", "data.mix=[1,0]"], "data.mix=.*one positive number"),
         (["stage=vae", "inputs.shards=[a,b]", "data.mix=[1,inf]"], "data.mix=.*one positive number"),
         (["stage=dit", "inputs.latents=[a,b]", "data.mix=[1]"], r"data.mix=\[1\]: .*inputs.latents \(here 2\)"),
@@ -233,6 +233,13 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
         ),
         (["stage=dit", "conditioning.mix.prefx=0.1"], "conditioning.mix.prefx: no such key; did you mean 'prefix'"),
         (["stage=dit", "conditioning=segments", "conditioning.ramp=long"], "ramp='long': must be a number"),
+        (["stage=sample", "sampler.guidance_interval=0.5"], "guidance_interval=0.5: must be a list of numbers"),
+        (["stage=sample", "sampler.guidance_interval=[a,b]"], "guidance_interval=.*: must be a list of numbers"),
+        (["stage=dit", "dit.patch=[2,2]"], r"dit.patch=\[2, 2\]: must be a list of 3 whole numbers"),
+        (["stage=dit", "conditioning.mix.prefix=many"], "conditioning.mix.*: must be "),
+        (["stage=dit", "optimizer.lr=nan"], "optimizer.lr=nan: must be a number"),
+        (["stage=sample", "fps=nan"], "^fps=nan: must be a number or null"),
+        (["stage=dit", "seed=1.5"], "^seed=1.5: must be a whole number"),
         (["stage"], "is not an override; write key=value"),
         (["stage=dit", "run=(a"], "cannot be read"),
         (["run=a"], "stage is missing"),
@@ -242,6 +249,32 @@ def test_what_is_mistyped_is_named_with_the_mend(overrides, said):
     with pytest.raises(ConfigError, match=said) as caught:
         prepare(overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (["dit.num_heads=5"], "dit: num_heads=5 do not divide dim=192"),
+        (["dit.depth=0"], "dit: .*depth=0.* must be at least 1"),
+        (["dit.rope_time=frames"], "dit: rope_time 'frames' is unknown"),
+        (["dit.patch=[1,0,2]"], r"dit: .*patch=\[1, 0, 2\] must be at least 1"),
+    ],
+)
+def test_nets_that_cannot_be_built_are_refused_before_a_folder_is_touched(values, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["stage=dit", "machine=laptop", *values]
+    with pytest.raises(ConfigError, match=said):
+        run(*prepare(words))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_text_reaches_its_stage_as_it_was_typed():
+    text = "it costs ${5}, ${ and \\${seed}"
+    words = quote(["stage=sample", f"prompt={text}", f"validation.prompts=[{text}]"], TEXT_KEYS, LIST_KEYS)
+    config, _ = prepare([*words, "machine=laptop"])
+    target = {"_target_": "builtins.dict"}
+    built = instantiate({**target, "prompt": config["prompt"], "inner": {**target, "texts": [config["prompt"]]}})
+    assert built == {"prompt": text, "inner": {"texts": [text]}}
 
 
 def test_the_command_line_reports_a_mistake_in_one_line_with_exit_code_2(tmp_path):
