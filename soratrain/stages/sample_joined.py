@@ -150,8 +150,9 @@ class Loop(Connect):
     """
 
     name: ClassVar[str] = "loop"
-    files: ClassVar[tuple[str, ...]] = ("video",)
 
     def ends(self, order: Order) -> tuple[Taken, Taken]:
+        if self.video2 is not None:
+            raise ConfigError(f"task.video2={self.video2}: task=loop takes one video; leave it out, or task=connect")
         taken = order.taken(open_video("task.video", self.video or ""))
         return taken, taken

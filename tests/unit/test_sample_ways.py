@@ -16,6 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import yaml
 from test_dit_stage import write_chain
 from tiny_dit import VAE_FACTORY
 from torch import Tensor
@@ -28,6 +29,7 @@ from soratrain.errors import ConfigError, DataError, UserError
 from soratrain.media import write_image, write_video
 from soratrain.models import weights
 from soratrain.models.autoencoders import stride_at
+from soratrain.schema import CONF
 from soratrain.stages import sample
 from soratrain.stages.sample import Sample
 from soratrain.stages.sample_fit import FEATHER, cover, filled, inside, size_near
@@ -313,6 +315,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (lambda c: Extend(video=c.file("a.mp4")), {"frames": 10}, "frames=10 is not .*the nearest are 9 and 13"),
     (lambda c: Extend(video=c.file("a.mp4")), {"size": "40x32"}, "width 40 is no multiple of 16.*32 and 48"),
     (lambda c: Connect(video=c.file("a.mp4")), {}, "task.video2 is not set"),
+    (lambda c: Loop(video=c.file("a.mp4"), video2="b.mp4"), {}, "task.video2=b.mp4: task=loop takes one video"),
     (lambda c: Inpaint(video=c.file("a.mp4")), {}, "task.mask is not set"),
     (lambda c: Inpaint(video=c.file("a.mp4"), mask=c.file("black.png")), {}, "task.mask=.*: no white in it"),
     (lambda c: Inpaint(video=c.file("a.mp4"), mask=c.file("tall.png")), {}, "is 32x48, the video 48x32; .*aspect"),
@@ -397,6 +400,13 @@ def test_what_is_wrong_in_a_file_of_prompts_is_said_with_its_line(chain: Chain, 
     file.write_text('{"prompt": "one"}\n\n' + line + "\n")
     with pytest.raises(UserError, match=f"prompts.jsonl: line 3:? {said}"):
         chain.job(T2V(), prompts_file=str(file), size="48x32", fps=8.0)
+
+
+def test_every_option_that_is_noted_is_a_key_of_the_tasks_group() -> None:
+    for task in (T2V, T2I, Animate, Extend, Connect, Loop, Inpaint, Edit, Refine):
+        keys = yaml.safe_load((CONF / "task" / f"{task.name}.yaml").read_text())
+        keys = keys.get("task", keys)
+        assert set(task().options()) <= set(keys), task.name
 
 
 def test_a_line_of_prompts_ends_at_a_newline_and_nowhere_else(chain: Chain) -> None:
