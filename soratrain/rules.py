@@ -46,6 +46,8 @@ def check_across(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"target={config['target']}: only {stages} have one; leave it out")
     if not re.fullmatch(r"[\w.-]+", config["run"]) or config["run"].startswith("."):
         raise ConfigError(f"run={config['run']!r}: must be a folder name of letters, digits, '_', '-' and '.'")
+    if not config["out"].strip():
+        raise ConfigError("out is empty: it names the folder of what a stage makes; leave it out, or give out=FOLDER")
     if not 0 <= config["seed"] < SEEDS:
         raise ConfigError(f"seed={config['seed']}: must lie between 0 and {SEEDS - 1}")
     if config["optimizer"].get("name") == "muon" and config["strategy"].get("name") in ZERO:

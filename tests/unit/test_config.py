@@ -240,6 +240,7 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
         (["stage=dit", "optimizer.lr=nan"], "optimizer.lr=nan: must be a number"),
         (["stage=sample", "fps=nan"], "^fps=nan: must be a number or null"),
         (["stage=dit", "seed=1.5"], "^seed=1.5: must be a whole number"),
+        (["stage=sample", 'out=""'], "^out is empty"),
         (["stage"], "is not an override; write key=value"),
         (["stage=dit", "run=(a"], "cannot be read"),
         (["run=a"], "stage is missing"),
