@@ -242,7 +242,10 @@ def training(config: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
     def train() -> dict[str, Any]:
         if config["init"]:
             for name in module.factories.keys() - set(module.helpers):
-                module.start_from(name, config["init"])
+                try:
+                    module.start_from(name, config["init"])
+                except DataError as error:
+                    raise DataError(f"init={config['init']}: {error}") from error
         return engine.fit(trainer, module, data) or last_row(Path(config["out"]) / "metrics.csv")
 
     return train

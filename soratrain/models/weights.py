@@ -78,7 +78,10 @@ def save(
     document = yaml.safe_dump({**spec_of(factory), "extra": dict(extra)}, sort_keys=False, allow_unicode=True)
     try:
         with replacing(folder / f"{name}.safetensors") as path:
+            path.touch()
+            mode = path.stat().st_mode
             save_file(tensors, str(path))
+            path.chmod(mode)  # safetensors lets nobody else read it
         with replacing(folder / f"{name}.yaml") as path:
             path.write_text(document, encoding="utf-8")
     except (OSError, SafetensorError) as error:

@@ -152,6 +152,12 @@ def test_weights_of_another_objective_are_refused(tmp_path: Path, objective: Obj
     assert module.origins["dit"][0] == tmp_path
 
 
+def test_weights_can_be_read_by_whom_other_files_can(tmp_path: Path) -> None:
+    write_chain(tmp_path)
+    files = sorted((tmp_path / "weights").iterdir())
+    assert len({file.stat().st_mode for file in files}) == 1 and len(files) == 6
+
+
 def test_text_can_start_from_another_stages_encoder(tmp_path: Path) -> None:
     torch.manual_seed(5)
     tower = TEXT_FACTORY()
