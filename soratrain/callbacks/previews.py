@@ -43,6 +43,7 @@ class Previews(StepCallback):
         out: the stage's folder; clips and a contact sheet go to `samples/`.
         metrics: whose clock is set back: the time is not counted in the training's speed.
         ema: the average, if any.
+        precision: `32-true` or `bf16-mixed`.
         every: steps; 0 never draws.
         prompts: what to draw.
         size: `WIDTHxHEIGHT` in pixels.
@@ -64,6 +65,7 @@ class Previews(StepCallback):
         out: Path,
         metrics: Metrics,
         ema: EMA | None,
+        precision: str,
         every: int,
         prompts: str | Sequence[str],
         size: str,
@@ -88,7 +90,7 @@ class Previews(StepCallback):
         with named("validation.prompts"):
             for prompt in self.prompts:
                 check_prompt(prompt, sampler.guidance_scale)
-        self.folder, self.metrics, self.ema = Path(out) / "samples", metrics, ema
+        self.folder, self.metrics, self.ema, self.precision = Path(out) / "samples", metrics, ema, precision
         self.frames, self.fps, self.seed = frames, fps, seed
         self.sampler, self.vae, self.batch = sampler, vae, batch
 
@@ -132,10 +134,14 @@ class Previews(StepCallback):
 
     def generator(self, stage: DiTStage) -> Generator:
         """Return what draws with the weights that the stage has now."""
-        vae = load_vae(self.vae, stage.device)
-        dropout = stage.conditioning.caption_dropout
         return Generator(
-            vae, stage.dit, stage.text, objective=stage.objective, caption_dropout=dropout, batch=self.batch
+            load_vae(self.vae, stage.device),
+            stage.dit,
+            stage.text,
+            objective=stage.objective,
+            caption_dropout=stage.conditioning.caption_dropout,
+            batch=self.batch,
+            precision=self.precision,
         )
 
     def draw(self, stage: DiTStage) -> list[np.ndarray]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +46,8 @@ class Generator:
         caption_dropout: share of captions that it was trained without; None where that is not known.
         mix: shares of the ways in which it was given parts of clips in training; None where that is not known.
         batch: most clips drawn at once.
+        precision: `bf16-mixed` runs the nets under autocast, `32-true` does not; noise levels, steps and latents are
+            fp32 in both.
     """
 
     def __init__(
@@ -56,16 +60,15 @@ class Generator:
         caption_dropout: float | None = None,
         mix: Mapping[str, float] | None = None,
         batch: int = 16,
+        precision: str = "32-true",
     ) -> None:
-        self.vae, self.dit, self.text, self.batch = vae, dit, text, batch
+        self.vae, self.dit, self.text, self.batch, self.precision = vae, dit, text, batch, precision
         self.objective: Objective = Flow() if objective is None else objective
         self.caption_dropout, self.mix = caption_dropout, mix
 
     @classmethod
-    def load(
-        cls, vae: str | Path, dit: str | Path, *, device: torch.device | str = "cpu", batch: int = 16
-    ) -> Generator:
-        """Return a generator from the folders of a trained VAE and a trained DiT.
+    def load(cls, vae: str | Path, dit: str | Path, *, device: torch.device | str = "cpu", **options: Any) -> Generator:
+        """Return a generator from the folders of a trained VAE and a trained DiT; `options`: batch, precision.
 
         Raises:
             DataError: weights are missing, do not fit each other, or are of an unknown objective; or the frozen text
@@ -83,14 +86,31 @@ class Generator:
         if vae_net.stride[0] != STRIDE[0]:
             raise DataError(f"the VAE in {vae} has a stride of {vae_net.stride[0]} in time; the DiT counts {STRIDE[0]}")
         objective = learned(extra)
-        dropout = extra.get("caption_dropout")
-        mix = extra.get("conditioning", {}).get("mix")
-        return cls(vae_net, dit_net, text_net, objective=objective, caption_dropout=dropout, mix=mix, batch=batch)
+        known = {"caption_dropout": extra.get("caption_dropout"), "mix": extra.get("conditioning", {}).get("mix")}
+        return cls(vae_net, dit_net, text_net, objective=objective, **known, **options)
 
     @property
     def device(self) -> torch.device:
         """Where the nets are."""
         return self.dit.head.weight.device
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Return a context in which nets run in the generator's precision.
+
+        Weights are cast at each use: each is used once in a forward, and kept ones would take half as much again.
+        """
+        half = self.precision.startswith("bf16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+
+    def _each(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Yield the pieces, each made in the generator's precision; what the caller does between is not."""
+        pieces = iter(pieces)
+        while True:
+            with self.autocast():
+                piece = next(pieces, None)
+            if piece is None:
+                return
+            yield piece
 
     def shape(self, height: int, width: int, frames: int) -> tuple[int, int, int, int]:
         """Return (C, t, h, w) of a clip's latent."""
@@ -179,7 +199,8 @@ class Generator:
             name: tells apart what is drawn from one seed.
         """
         layouts = [layout.to(self.device) for layout in layouts]
-        texts = Texts(self.text, prompts)
+        with self.autocast():
+            texts = Texts(self.text, prompts)
         tokens = layouts[0].duration * layouts[0].shape[2] * layouts[0].shape[3] // self.dit.patch_size
         start = float(sampler.levels(self.objective, tokens, strength)[0])
         pure = [keyed_normal(draw, name, layouts[0].shape, self.device) for draw in draws]
@@ -211,14 +232,16 @@ class Generator:
         patch, rope_time = self.dit.patch, self.dit.rope_time
         samples = [layout.segments(drawn, sigma, patch, rope_time) for layout, drawn in zip(layouts, x, strict=True)]
         flat = flatten(samples, patch, rope_time)
-        out = flat.unflatten(self.dit(flat.tokens, *text).float())
-        return torch.stack([parts[len(layout.before)] for layout, parts in zip(layouts, out, strict=True)])
+        with self.autocast():
+            out = self.dit(flat.tokens, *text)
+        parts_of = flat.unflatten(out.float())
+        return torch.stack([parts[len(layout.before)] for layout, parts in zip(layouts, parts_of, strict=True)])
 
     @torch.inference_mode()
     def encode(self, frames: Iterable[np.ndarray]) -> Iterator[Tensor]:
         """Yield the latent `[C, any, h, w]` of a clip of 1 + 4k frames, uint8 `[H, W, 3]` each, as one stream."""
         pixels = (to_pixels(torch.from_numpy(frame)[None, None].to(self.device)) for frame in frames)
-        for latent in self.vae.encode_stream(pixels, pixels_per_step=max(DECODED, LEAST)):
+        for latent in self._each(self.vae.encode_stream(pixels, pixels_per_step=max(DECODED, LEAST))):
             yield latent[0]
 
     def encoded(self, frames: Iterable[np.ndarray]) -> Tensor:
@@ -228,13 +251,14 @@ class Generator:
     @torch.inference_mode()
     def decode_stream(self, latents: Iterable[Tensor]) -> Iterator[np.ndarray]:
         """Yield the frames, uint8 `[H, W, 3]`, of latents `[C, any, h, w]` that follow each other, as one stream."""
-        for piece in self.vae.decode_stream((latent[None] for latent in latents), pixels_per_step=DECODED):
+        pieces = self.vae.decode_stream((latent[None] for latent in latents), pixels_per_step=DECODED)
+        for piece in self._each(pieces):
             yield from to_uint8(piece)[0].cpu().numpy()
 
     @torch.inference_mode()
     def decode(self, latent: Tensor) -> np.ndarray:
         """Return the clip, uint8 `[T, H, W, 3]`, of a latent `[C, t, h, w]`, made piece by piece."""
-        pieces = self.vae.decode_stream([latent[None]], latent.shape[1], DECODED)
+        pieces = self._each(self.vae.decode_stream([latent[None]], latent.shape[1], DECODED))
         return np.concatenate([to_uint8(piece)[0].cpu().numpy() for piece in pieces])
 
 

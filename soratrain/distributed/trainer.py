@@ -128,8 +128,8 @@ def build_trainer(
         keep: checkpoints that stay.
         title: what the progress bar calls it.
         logger: called with `out`, returns further loggers.
-        validation, previews: called with `out`, the metrics and the weight average; each returns the callback that
-            measures, or draws, as training goes. What they report is in the row of the same step.
+        validation, previews: called with `out`, the metrics, the weight average and the precision; each returns the
+            callback that measures, or draws, as training goes. What they report is in the row of the same step.
         callbacks: further ones, called after the built-in ones but before checkpoints.
 
     Raises:
@@ -157,7 +157,7 @@ def build_trainer(
     metrics = Metrics(out / "metrics.csv", every=log_every)
     average = EMA(ema) if ema else None
     checkpoint = Checkpoint(out / "checkpoints", every=checkpoint_every, keep=keep)
-    beside = {"out": out, "metrics": metrics, "ema": average}
+    beside = {"out": out, "metrics": metrics, "ema": average, "precision": precision}
     chosen = build_strategy(options, device_type=device_type, precision=precision)
     return L.Trainer(
         accelerator=device_type,
@@ -172,7 +172,7 @@ def build_trainer(
         logger=(logger(out=out) if logger else []) or False,
         callbacks=[
             *([average] if average else []),
-            *([validation(**beside, precision=precision)] if validation else []),
+            *([validation(**beside)] if validation else []),
             *([previews(**beside)] if previews else []),
             metrics,
             Progress(metrics, title=title),

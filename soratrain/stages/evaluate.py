@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from data_prep.world import Prompt, Seen, World, agreement, cut_off, measure, read_caption, render
-from soratrain.batch import to_pixels, to_uint8
+from soratrain.batch import to_pixels
 from soratrain.data.atomic import replacing
 from soratrain.diffusion.generator import Generator
 from soratrain.diffusion.sampler import Sampler
 from soratrain.media import write_video
 from soratrain.models import weights
 from soratrain.models.captioner import Captioner
-from soratrain.models.vae import VAE
 from soratrain.sheet import Row, contact_sheet
 
 log = logging.getLogger(__name__)
@@ -61,6 +60,8 @@ class Evaluate:
         prompts: prompts of each split, drawn from scenes that no training clip shows.
         clips: clips of each split for reconstructions and captions.
         sampler: how samples are drawn.
+        precision: `bf16-mixed` runs the nets under autocast, `32-true` does not.
+        device: `auto`, `cpu` or `cuda`.
     """
 
     def __init__(
@@ -76,17 +77,20 @@ class Evaluate:
         clips: int,
         seed: int,
         sampler: Sampler,
+        precision: str = "32-true",
+        device: str = "auto",
     ) -> None:
         self.out = Path(out)
         self.vae, self.captioner, self.dit = vae, captioner, dit
         self.world = World(preset=preset, seed=world_seed)
         self.prompts, self.clips = prompts, clips
-        self.seed, self.sampler = seed, sampler
+        self.seed, self.sampler, self.precision = seed, sampler, precision
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
     def __call__(self) -> dict[str, Any]:
         """Return and store every figure: the share of clips that is right, by part, split and attribute."""
-        generate = Generator.load(self.vae, self.dit)
-        captioner = weights.load(self.captioner, "captioner")[0]
+        generate = Generator.load(self.vae, self.dit, device=self.device, precision=self.precision)
+        captioner = weights.load(self.captioner, "captioner", self.device)[0]
         assert isinstance(captioner, Captioner)
         report: dict[str, Any] = {"chance": self.world.chance()}
         for split in SPLITS:
@@ -95,8 +99,9 @@ class Evaluate:
             frames = [render(scene) for scene in scenes]
             ceiling = mean_agreement(self.see(frames), truth)
             report.setdefault("ceiling", {})[split] = {**ceiling, "cut_off": self.cut_off(frames)}
-            report.setdefault("reconstruction", {})[split] = self.reconstruct(generate.vae, frames, truth)
-            report.setdefault("captioner", {})[split] = self.caption(captioner, frames, truth)
+            report.setdefault("reconstruction", {})[split] = self.reconstruct(generate, frames, truth)
+            with generate.autocast():
+                report.setdefault("captioner", {})[split] = self.caption(captioner, frames, truth)
         sections = []
         for split in SPLITS:
             prompts = self.world.prompts(self.prompts, split)
@@ -123,13 +128,9 @@ class Evaluate:
         """Return the share of clips in which the frame's edge cuts an object, which no true clip has."""
         return float(np.mean([cut_off(clip, preset=self.world.preset) for clip in clips]))
 
-    @torch.inference_mode()
-    def reconstruct(self, vae: VAE, frames: Sequence[np.ndarray], truth: Sequence[Seen]) -> dict[str, float]:
+    def reconstruct(self, generate: Generator, frames: Sequence[np.ndarray], truth: Sequence[Seen]) -> dict[str, float]:
         """Return what the oracle reads from the autoencoder's reconstructions, and their PSNR in dB."""
-        decoded = []
-        for clip in frames:
-            pixels = to_pixels(torch.from_numpy(clip)[None])
-            decoded.append(to_uint8(vae.decode(vae.encode(pixels)))[0].numpy())
+        decoded = [generate.decode(generate.encoded(clip)) for clip in frames]
         quality = float(np.mean([psnr(a, b) for a, b in zip(frames, decoded, strict=True)]))
         return {**mean_agreement(self.see(decoded), truth), "psnr": quality, "cut_off": self.cut_off(decoded)}
 
@@ -138,8 +139,8 @@ class Evaluate:
         """Return how far the captioner's short captions agree with the truth."""
         texts = [""] * len(frames)
         for same in by_shape(frames):
-            pixels = to_pixels(torch.from_numpy(np.stack([frames[index] for index in same])))
-            fps = torch.full((len(same),), self.world.scene(0).fps)
+            pixels = to_pixels(torch.from_numpy(np.stack([frames[index] for index in same])).to(self.device))
+            fps = torch.full((len(same),), self.world.scene(0).fps, device=self.device)
             for index, text in zip(same, captioner.generate(pixels, fps, "short"), strict=True):
                 texts[index] = text
         return mean_agreement([read_caption(text) for text in texts], truth)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from data_prep.world import World
@@ -48,6 +49,8 @@ class EvaluateWays:
         edit, refine: how much is drawn anew, in (0, 1].
         shown: clips of each way and split on the sheet.
         sampler: how clips are drawn.
+        precision: `bf16-mixed` runs the nets under autocast, `32-true` does not.
+        device: `auto`, `cpu` or `cuda`.
 
     Raises:
         ConfigError: a value out of range.
@@ -72,6 +75,8 @@ class EvaluateWays:
         shown: int,
         seed: int,
         sampler: Sampler,
+        precision: str = "32-true",
+        device: str = "auto",
     ) -> None:
         for name, value, least in (("clips", clips, 1), ("trajectories", trajectories, 0), ("shown", shown, 0)):
             if value < least:
@@ -98,11 +103,12 @@ class EvaluateWays:
         self.ways, self.clips, self.trajectories = list(ways), clips, trajectories
         self.given, self.after, self.window = list(given), list(after), window
         self.edit, self.refine, self.shown = edit, refine, shown
-        self.seed, self.sampler = seed, sampler
+        self.seed, self.sampler, self.precision = seed, sampler, precision
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
     def __call__(self) -> dict[str, Any]:
         """Draw, score and write everything; return the chief figures."""
-        generate = Generator.load(self.vae, self.dit)
+        generate = Generator.load(self.vae, self.dit, device=self.device, precision=self.precision)
         strengths = {"edit": self.edit, "refine": self.refine}
         maker = Maker(self.world, self.out / "inputs", self.window, patch=generate.dit.patch, **strengths)
         ways = {(way, split): maker.cases(way, split, self.clips) for way in self.ways for split in SPLITS}
@@ -127,6 +133,7 @@ class EvaluateWays:
             {
                 "vae": self.vae,
                 "dit": self.dit,
+                "precision": self.precision,
                 "sampler": {"steps": self.sampler.steps, "guidance_scale": self.sampler.guidance_scale},
                 "ways": [{"way": way, "split": split, **score(some, rebuild)} for (way, split), some in clips.items()],
                 "trajectories": trajectories,

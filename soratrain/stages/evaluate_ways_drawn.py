@@ -53,7 +53,9 @@ class Watched(Generator):
     """A generator that keeps the latents that it decodes, stream by stream."""
 
     def __init__(self, generate: Generator) -> None:
-        super().__init__(generate.vae, generate.dit, generate.text, objective=generate.objective, batch=generate.batch)
+        nets = generate.vae, generate.dit, generate.text
+        batch, precision = generate.batch, generate.precision
+        super().__init__(*nets, objective=generate.objective, batch=batch, precision=precision)
         self.streams: list[list[Tensor]] = []
 
     def decode_stream(self, latents: Iterable[Tensor]) -> Iterator[np.ndarray]:

@@ -86,6 +86,7 @@ class Sample:
         area: `WIDTHxHEIGHT` with the area of frames whose size is taken off an input.
         patch: latent positions of a token, so that a wrong size is refused before the weights are read.
         batch: most clips drawn at once; fewer where memory is short.
+        precision: `bf16-mixed` draws under autocast, `32-true` does not.
 
     Raises:
         ConfigError: a value, or an input, that cannot be drawn from.
@@ -110,10 +111,11 @@ class Sample:
         area: str = "832x480",
         patch: Sequence[int] = (1, 2, 2),
         batch: int = 16,
+        precision: str = "32-true",
     ) -> None:
         if batch < 1:
             raise ConfigError(f"stage.job.batch={batch} must be at least 1")
-        self.out, self.vae, self.dit, self.batch = Path(out), vae, dit, batch
+        self.out, self.vae, self.dit, self.batch, self.precision = Path(out), vae, dit, batch, precision
         self.task, self.sampler, self.area = task, sampler, parse_size(area)
         self.patch, self.stride = tuple(patch), stride_at(vae)
         self.own = {"seed": seed, "samples": samples, "size": size, "frames": frames, "fps": fps}
@@ -167,6 +169,7 @@ class Sample:
             generate = self._load(ranks)
             made_by = {
                 "sampler": asdict(self.sampler.fitted(generate.objective)),
+                "precision": self.precision,
                 "weights": {name: weights.digest(getattr(generate, name))[:16] for name in ("vae", "dit", "text")},
                 "versions": {"soratrain": soratrain.__version__, "torch": torch.__version__},
             }
@@ -191,7 +194,7 @@ class Sample:
         """Return the nets, and see that they can draw what is asked for."""
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", ranks.local % torch.cuda.device_count()) if cuda else torch.device("cpu")
-        generate = Generator.load(self.vae, self.dit, device=device)
+        generate = Generator.load(self.vae, self.dit, device=device, precision=self.precision)
         for scene in self.scenes.values():
             scene.check(generate)
         if ranks.first:

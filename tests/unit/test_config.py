@@ -141,7 +141,7 @@ def test_what_is_validated_is_held_out_and_what_is_drawn_is_of_the_experiments_s
     for machine in groups()["machine"]:
         config, _ = prepare([*words, f"machine={machine}"])
         assert config["stage"]["data"]["held_out"]["clips"] == 7
-        drawn = instantiate(config["trainer"]["previews"])(out=tmp_path, metrics=None, ema=None)
+        drawn = instantiate(config["trainer"]["previews"])(out=tmp_path, metrics=None, ema=None, precision="32-true")
         size = config["machine"]["tuned"].get(experiment, {}).get("size", config["machine"]["size"])
         assert f"{drawn.width}x{drawn.height}" == size and drawn.every > 0
 

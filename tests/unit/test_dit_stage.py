@@ -22,6 +22,7 @@ from soratrain.diffusion.flow import Flow
 from soratrain.diffusion.generator import Generator
 from soratrain.diffusion.objective import Objective
 from soratrain.diffusion.sampler import Sampler
+from soratrain.diffusion.ways import Layout
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
 from soratrain.models.dit import DiT
@@ -212,6 +213,54 @@ def test_a_clip_depends_on_seed_and_prompt_and_not_on_its_batch(trained: Path) -
     assert not np.array_equal(together[0], draw(trained, prompts[:1], seed=4)[0])
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_nets_run_in_the_precision_asked_for_and_levels_steps_and_latents_in_fp32(
+    trained: Path, precision: str
+) -> None:
+    net_dtype = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    generate, dtypes, steps = Generator.load(trained, trained, precision=precision), {}, []
+    for name in ("dit", "text", "vae"):
+        for place, module in getattr(generate, name).named_modules():
+            if isinstance(module, torch.nn.Linear | torch.nn.Conv3d | torch.nn.Conv2d):
+                note = partial(dtypes.__setitem__, f"{name}.{place}")
+                module.register_forward_hook(lambda module, inputs, out, note=note: note(out.dtype))
+    for block in generate.dit.blocks:
+        attend = block.attention.attend
+        block.attention.attend = lambda q, *rest, attend=attend: dtypes.__setitem__("q", q.dtype) or attend(q, *rest)
+    layouts = [Layout(generate.shape(16, 32, 5), 8.0)] * 2
+    noised = Flow.to_velocity
+
+    def watched(self: Flow, x: Tensor, prediction: Tensor, sigma: Tensor) -> Tensor:
+        assert not torch.is_autocast_enabled("cpu")
+        steps.append({x.dtype, prediction.dtype, sigma.dtype})
+        return noised(self, x, prediction, sigma)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flow, "to_velocity", watched)
+        drawn = generate.draw(layouts, ["a cat", TOKYO], [1, 2], THREE)
+    assert drawn.dtype == torch.float32 and steps and all(step == {torch.float32} for step in steps)
+    for latent in generate.encode(generate.decode(drawn[0])):
+        assert latent.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    for _ in generate.decode_stream(drawn[:1]):
+        assert not torch.is_autocast_enabled("cpu")  # for it is the caller's turn
+    wide = {name for name in dtypes if "embed_sigma" in name or name == "dit.condition"}
+    assert len(wide) == 3 and all(dtypes[name] == torch.float32 for name in wide)
+    assert {dtypes[name] for name in dtypes.keys() - wide} == {net_dtype}
+    assert {name.split(".")[0] for name in dtypes} == {"dit", "text", "vae", "q"}
+
+
+def test_bf16_draws_near_what_fp32_draws_whatever_the_batch(trained: Path) -> None:
+    found = {}
+    for precision, count in (("32-true", 2), ("bf16-mixed", 2), ("bf16-mixed", 1)):
+        generate = Generator.load(trained, trained, precision=precision)
+        layouts = [Layout(generate.shape(16, 32, 5), 8.0)] * count
+        found[precision, count] = generate.draw(layouts, ["a cat", TOKYO][:count], [1, 2][:count], THREE)[0]
+    fp32 = found["32-true", 2]
+    for precision, count in (("bf16-mixed", 2), ("bf16-mixed", 1)):
+        gap = (found[precision, count] - fp32).abs().mean() / fp32.abs().mean()
+        assert 0 < gap < 0.05, (precision, count, gap)
+
+
 @pytest.mark.parametrize("objective", [FLOW, *DDPMS])
 def test_the_objective_is_kept_beside_the_weights_and_they_draw_by_it(tmp_path: Path, objective: Objective) -> None:
     export(tmp_path, stage(objective))
@@ -309,8 +358,12 @@ def test_the_job_writes_a_clip_a_picture_and_how_to_repeat_it(trained: Path) -> 
         assert path.suffix == ".mp4" and path.stat().st_size > 0 and path.with_suffix(".png").stat().st_size > 0
         notes = json.loads(path.with_suffix(".json").read_text())
         assert notes["prompt"] == prompt and notes["seed"] == 0 and set(notes["weights"]) == {"vae", "dit", "text"}
+        assert notes["precision"] == "32-true"
     assert job(trained, prompt=[TOKYO, "三只猫"])()["drawn"] == 0
     assert job(trained, prompt=TOKYO, seed=1)()["drawn"] == 1
+    half = job(trained, prompt=TOKYO, precision="bf16-mixed")()  # is another sample, beside the first
+    notes = json.loads(Path(half["files"][0]).with_suffix(".json").read_text())
+    assert half["drawn"] == 1 and half["files"][0] != result["files"][0] and notes["precision"] == "bf16-mixed"
     assert Path(job(trained, frames=1)()["files"][0]).suffix == ".png"
 
 

@@ -89,9 +89,11 @@ def test_what_a_perfect_model_draws_scores_full_marks(
     assert found["clips"] == 2 * 2 * (len(WAYS) + 4)
 
 
-def test_every_way_is_drawn_and_nothing_that_is_given_changes(nets: Path, tmp_path: Path) -> None:
-    found = job(nets, tmp_path)()
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_every_way_is_drawn_and_nothing_that_is_given_changes(nets: Path, tmp_path: Path, precision: str) -> None:
+    found = job(nets, tmp_path, precision=precision)()
     report = json.loads((tmp_path / "report.json").read_text())
+    assert report["precision"] == precision
     clean = {row["way"]: row["clean"] for row in report["ways"]}
     assert {way for way, row in clean.items() if row["latent"] is None} == {"t2v", "edit", "refine"}
     assert all(not row["latent"] and not row["pixels"] for row in clean.values()) and not found["clean_latents_change"]

@@ -45,13 +45,14 @@ def drawn(monkeypatch: Any) -> list[list[np.ndarray]]:
     return found
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_what_is_drawn_at_the_last_step_is_what_stage_sample_draws(
-    latents: Path, vae: str, tmp_path: Path, monkeypatch: Any
+    latents: Path, vae: str, tmp_path: Path, monkeypatch: Any, precision: str
 ) -> None:
     found = drawn(monkeypatch)
-    train(tmp_path, latents, vae=vae)
+    train(tmp_path, latents, vae=vae, precision=precision)
     monkeypatch.undo()
-    generate = Generator.load(vae, tmp_path)
+    generate = Generator.load(vae, tmp_path, precision=precision)
     size = {"height": 32, "width": 32, "frames": 5, "seed": 0}
     true = generate(PROMPTS, sampler=Sampler(steps=2, guidance_scale=2.0), **size)  # type: ignore[arg-type]
     assert len(found) == 2 and all(np.array_equal(a, b) for a, b in zip(found[1], true, strict=True))

@@ -128,12 +128,12 @@ class Texts(torch.nn.Module):
         return torch.tensor([[float(len(text) + 1)] * 8 for text in prompts]), Packing.of([1] * len(prompts))
 
 
-def generator() -> Generator:
+def generator(precision: str = "32-true") -> Generator:
     torch.manual_seed(0)
     net = DiT(channels=4, dim=32, depth=1, num_heads=2, text_dim=8).eval()
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    return Generator(None, net, Texts(), objective=Flow())  # type: ignore[arg-type]
+    return Generator(None, net, Texts(), objective=Flow(), precision=precision)  # type: ignore[arg-type]
 
 
 LAYOUTS = {
@@ -185,8 +185,9 @@ def test_what_is_given_alters_what_is_drawn(way: str) -> None:
             assert (generate.draw([changed], ["a"], [1], sampler) - drawn).abs().max() > 1e-3
 
 
-def test_known_positions_come_back_to_the_bit_and_alter_the_rest() -> None:
-    generate, sampler, layout = generator(), Sampler(steps=4), LAYOUTS["inside"]
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_known_positions_come_back_to_the_bit_and_alter_the_rest(precision: str) -> None:
+    generate, sampler, layout = generator(precision), Sampler(steps=4), LAYOUTS["inside"]
     assert layout.base is not None and layout.known is not None
     (drawn,) = generate.draw([layout], ["a"], [1], sampler)
     assert torch.equal(drawn[:, layout.known], layout.base[:, layout.known])
