@@ -74,9 +74,11 @@ def dit_activations(
     Counted in widths of a token. Each block keeps 17 and twice its MLP's (input, norm, q, k, v, q and k turned, result
     and product of attention, the same across, the MLP's input, hidden, activated and result); with `selective` 12
     (products and attention, but for the MLP's hidden); with `full` its input. Beside them: what one block computes
-    again, the gradients that pass through it, and 4 before and after the blocks. In 16 bits five more of each block are
-    fp32 (norms). Text, noise levels and what a back end keeps for itself are left out, and so is, with blocks compiled,
-    what the compiler need not keep.
+    again, the gradients that pass through it, and 4 before and after the blocks. In 16 bits one more of each block is
+    fp32 (what a GPU's norm before cross-attention keeps), and four where one works (queries and keys, normed and
+    turned). A forward alone holds most around attention, or the stream, its norm and twice the MLP's own. Text, noise
+    levels and what a back end keeps for itself are left out, and so is, with blocks compiled, what the compiler need
+    not keep.
 
     Args:
         tokens: of all clips.
@@ -85,13 +87,13 @@ def dit_activations(
         training: whether there is a backward pass; else only what one block holds at once counts.
     """
     block, hidden = 17 + 2 * mlp_ratio, mlp_ratio
-    wide = 5 * FP32 if itemsize < FP32 else 0
+    wide = FP32 if itemsize < FP32 else 0
     if not training:
-        return int(tokens * dim * (max(5 + 2 * hidden, 11) * itemsize + wide))
+        return int(tokens * dim * max(3 + 2 * hidden, 19 if wide else 10) * itemsize)
     each = {"none": block, "selective": 12, "full": 1}[recompute]
     again = {"none": 0, "selective": 1 + 2 * hidden, "full": block}[recompute]
     blocks = depth if recompute == "none" else 1
-    return int(tokens * dim * ((depth * each + again + 2 + hidden + 4) * itemsize + blocks * wide))
+    return int(tokens * dim * ((depth * each + again + 2 + hidden + 4) * itemsize + (blocks + 4) * wide))
 
 
 def most_tokens(budget: int, **net: Any) -> int:

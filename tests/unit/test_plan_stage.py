@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from test_dit import run as forward
 from torch.utils.flop_counter import FlopCounterMode
 
 from soratrain.amounts import memory
+from soratrain.diffusion.segments import Segment
 from soratrain.distributed.memory import dit_activations, kept, measured_activations, most_tokens
 from soratrain.errors import ConfigError
 from soratrain.models.vae import VAE
@@ -194,19 +196,28 @@ def test_the_dits_activations_are_near_what_a_forward_pass_keeps(dim: int, depth
 RATIO = 3.0  # of the MLP
 
 
-def peak(path: str, recompute: str, depth: int, training: bool) -> None:
+def peak(path: str, recompute: str, depth: int, training: bool, rows: bool, half: bool) -> None:
     """Write how many bytes a process of its own adds while a DiT works on one pack."""
     torch.set_num_threads(1)
     net = build(dim=192, depth=depth, num_heads=3, mlp_ratio=RATIO, recompute=recompute)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     segments, (text, packing) = clips([(4, 5, 48, 48)] * 2), texts(2)
+    if rows:
+        levels = torch.arange(5 * 24 * 24) % 2 / 2
+        segments = [replace(segment, sigma=levels) for segment in segments]
+
+    def work(segments: list[Segment]) -> None:
+        with torch.set_grad_enabled(training):
+            with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+                out = forward(net, segments, text, packing)
+            if training:
+                out.float().square().mean().backward()
+
+    work(clips([(4, 1, 8, 8)] * 2))  # what a process sets up once is none of a pack's
     Path("/proc/self/clear_refs").write_text("5")
     before = high_water()
-    with torch.set_grad_enabled(training):
-        out = forward(net, segments, text, packing)
-        if training:
-            out.square().mean().backward()
+    work(segments)
     Path(path).write_text(str(high_water() - before))
 
 
@@ -217,19 +228,23 @@ def high_water() -> int:
 
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak")
-@pytest.mark.parametrize("depth", [2, 6])
+@pytest.mark.parametrize(
+    ("depth", "rows", "half"), [(2, False, False), (6, False, False), (6, True, False), (6, True, True)]
+)
 @pytest.mark.parametrize(
     ("recompute", "training"), [("none", True), ("selective", True), ("full", True), ("none", False)]
 )
 def test_the_memory_a_dit_adds_at_its_peak_is_near_what_is_foretold(
-    recompute: str, training: bool, depth: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recompute: str, training: bool, depth: int, rows: bool, half: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """`rows`: tokens of a clip are at two noise levels in turn, so that nothing of a row stands together."""
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "262144")  # what is freed is gone, and not kept in the heap's holes
     file = tmp_path / "bytes"
-    process = multiprocessing.get_context("spawn").Process(target=peak, args=(str(file), recompute, depth, training))
+    arguments = (str(file), recompute, depth, training, rows, half)
+    process = multiprocessing.get_context("spawn").Process(target=peak, args=arguments)
     process.start()
     process.join()
-    sizes = {"dim": 192, "depth": depth, "mlp_ratio": RATIO, "itemsize": 4, "recompute": recompute}
+    sizes = {"dim": 192, "depth": depth, "mlp_ratio": RATIO, "itemsize": 2 if half else 4, "recompute": recompute}
     guess = dit_activations(tokens=2 * 5 * 24 * 24, training=training, **sizes)
     assert guess == pytest.approx(int(file.read_text()), rel=0.15)
 
