@@ -94,13 +94,17 @@ class Generator:
         """Where the nets are."""
         return self.dit.head.weight.device
 
+    @property
+    def half(self) -> bool:
+        """Whether nets run in 16 bits."""
+        return self.precision.startswith("bf16")
+
     def autocast(self) -> AbstractContextManager[None]:
         """Return a context in which nets run in the generator's precision.
 
         Weights are cast at each use: each is used once in a forward, and kept ones would take half as much again.
         """
-        half = self.precision.startswith("bf16")
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half, cache_enabled=False)
 
     def _each(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """Yield the pieces, each made in the generator's precision; what the caller does between is not."""

@@ -219,6 +219,7 @@ class Sample:
                 generate.dit,
                 scene.positions(generate),
                 guided=self.sampler.guidance_scale != 1,
+                half=generate.half,
                 free=free,
                 size=(scene.height, scene.width),
                 unit=[step * part for step, part in zip(generate.vae.stride[1:], generate.dit.patch[1:], strict=True)],

@@ -36,11 +36,14 @@ def available(device: torch.device) -> int:
     return max(min(free), 0)
 
 
-def most_at_once(dit: DiT, positions: int, *, guided: bool, free: int, size: Sequence[int], unit: Sequence[int]) -> int:
+def most_at_once(
+    dit: DiT, positions: int, *, guided: bool, half: bool, free: int, size: Sequence[int], unit: Sequence[int]
+) -> int:
     """Return how many clips of so many latent positions, given and drawn, can go through the net at once.
 
     Args:
         guided: whether each goes twice, with and without its prompt.
+        half: whether the net runs in 16 bits.
         free: bytes.
         size: height and width.
         unit: their multiples.
@@ -51,7 +54,8 @@ def most_at_once(dit: DiT, positions: int, *, guided: bool, free: int, size: Seq
     block, tokens, times = dit.blocks[0], positions // dit.patch_size, 2 if guided else 1
     assert isinstance(block, Block)
     ratio = block.up.out_features / dit.dim
-    net: dict[str, Any] = {"dim": dit.dim, "depth": dit.depth, "mlp_ratio": ratio, "itemsize": FP32, "training": False}
+    net: dict[str, Any] = {"dim": dit.dim, "depth": dit.depth, "mlp_ratio": ratio, "training": False}
+    net["itemsize"] = FP32 // 2 if half else FP32
     fit = most_tokens(int(SPARE * free), **net) // times
     if fit >= tokens:
         return fit // tokens

@@ -421,7 +421,7 @@ def test_more_tokens_than_memory_are_refused_with_the_largest_size_that_fits(
     chain: Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample, "available", lambda device: 100_000)
-    with pytest.raises(ConfigError, match="size=960x640: 7,200 tokens at once take about 11.4 MiB.*about 80x48"):
+    with pytest.raises(ConfigError, match="size=960x640: 7,200 tokens at once take about 9.67 MiB.*about 80x48"):
         chain.job(T2V(), size="960x640", fps=8.0)()
     seen: list[int] = []
     draw = Generator.draw
