@@ -178,8 +178,12 @@ class Sample:
             }
             missing = ranks.together(lambda: [path for path, item in items.items() if not is_there(path, item.notes)])
             todo = {path: items[path] for path in missing[0]}
-            batches = ranks.together(lambda: self._batches(generate, todo))[0]
-            ranks.together(lambda: self._draw(generate, todo, batches, ranks))
+            if ranks.first and len(todo) < len(items):
+                there = "all" if not todo else f"{len(items) - len(todo)} of the"
+                log.info("%s %d samples are in %s already", there, len(items), self.out / "samples")
+            if todo:
+                batches = ranks.together(lambda: self._batches(generate, todo))[0]
+                ranks.together(lambda: self._draw(generate, todo, batches, ranks))
             return {
                 "samples": len(items),
                 "drawn": len(todo),

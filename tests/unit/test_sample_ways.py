@@ -452,15 +452,18 @@ def test_a_way_that_a_net_has_not_learned_is_warned_of(
     assert ["conditioning.mix.prefix=0" in record.message for record in caplog.records] == [True] * warned
 
 
-def test_samples_of_a_prompt_have_seeds_of_their_own_and_only_what_is_missing_is_drawn(chain: Chain) -> None:
+def test_samples_of_a_prompt_have_seeds_of_their_own_and_only_what_is_missing_is_drawn(
+    chain: Chain, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     settings = {"size": "48x32", "fps": 8.0, "out": chain.file("seeds")}
     result = chain.job(T2V(), samples=3, seed=7, **settings)()
     notes = [json.loads(Path(file).with_suffix(".json").read_text()) for file in result["files"]]
     assert [note["seed"] for note in notes] == [7, 8, 9] and result["drawn"] == 3
-    assert chain.job(T2V(), samples=1, seed=8, **settings)()["drawn"] == 0
+    assert chain.job(T2V(), samples=1, seed=8, **settings)()["drawn"] == 0 and "all 1 samples are in" in caplog.text
     before = Path(result["files"][1]).read_bytes()
     Path(result["files"][1]).unlink()
-    assert chain.job(T2V(), samples=4, seed=7, **settings)()["drawn"] == 2
+    assert chain.job(T2V(), samples=4, seed=7, **settings)()["drawn"] == 2 and "2 of the 4 samples" in caplog.text
     assert Path(result["files"][1]).read_bytes() == before
 
 
