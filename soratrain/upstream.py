@@ -242,7 +242,7 @@ def make(
     words = command(key, place, config, overrides)
     if config["upstream"] == "fail":
         raise DataError(f"{called}={place}: missing or unfinished; make it first: {shown(words)}")
-    log.info("%s is missing: making it with  %s", key, shown(words))
+    log.info("%s=%s is missing: making it with  %s", called, place, shown(words))
     code = run_child(words)
     if code or not ready(key, place):
         raise DataError(f"{called}={place}: could not be made (exit code {code}); run it alone: {shown(words)}")

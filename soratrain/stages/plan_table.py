@@ -51,7 +51,7 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
     total = in_memory(memory["total_gib"] * GIB)
     listed = ", ".join(f"{name} {in_memory(value * GIB)}" for name, value in memory["gib"].items())
     console.print(
-        f"memory of a rank under strategy={memory['strategy']}, an estimate: {total} ({listed};"
+        f"memory of a rank's tensors under strategy={memory['strategy']}, an estimate: {total} ({listed};"
         f" {memory['parameters'] / 1e6:.4g} M parameters, largest micro-batch {memory['largest']})",
     )
     if "activations" not in memory["gib"]:
