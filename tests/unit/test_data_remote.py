@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 
 import pytest
@@ -84,7 +83,6 @@ def test_the_wait_doubles(store):
 
 
 def test_a_store_that_does_not_answer_is_said_once_however_many_reads_wait_for_it(store, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("soratrain"), "propagate", True)
     monkeypatch.setattr("soratrain.data.remote.SAID", {})
     monkeypatch.setattr("soratrain.data.remote.SAY_EVERY", float("inf"))  # however long a busy machine takes
     store.faults = [503] * 3

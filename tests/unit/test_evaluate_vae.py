@@ -271,8 +271,7 @@ def test_lpips_is_measured_where_its_weights_are_given(tmp_path, known, monkeypa
         job(tmp_path, shards, lpips={"vgg": "a.pth", "lin": None})
 
 
-def test_what_is_off_is_said_in_one_line(tmp_path, known, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("soratrain"), "propagate", True)
+def test_what_is_off_is_said_in_one_line(tmp_path, known, caplog):
     caplog.set_level(logging.INFO, "soratrain")
     job(tmp_path, str(write_clips(tmp_path / "shards", [(32, 32, 9)])))()
     assert {record.message for record in caplog.records if "off" in record.message} == {
