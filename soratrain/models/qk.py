@@ -25,7 +25,7 @@ def prepared(x_NSHK: Tensor, weight: Tensor, rotation: Tensor | None) -> tuple[T
     Args:
         x_NSHK: queries, keys or both.
         weight: scale `[S, 1, K]` for a norm over each head, or `[S, H, K]` for one over the full width, fp32.
-        rotation: unit complex numbers `[N, 1, K/2]`, or None.
+        rotation: cosines and sines `[N, 1, K/2, 2]`, or None.
     """
     if not torch.compiler.is_compiling():
         return _Prepared.apply(x_NSHK, weight, rotation)  # type: ignore[no-any-return, no-untyped-call]
@@ -46,9 +46,10 @@ def _inverse(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     return (square * (square.numel() / x.numel()) + EPS).rsqrt()
 
 
-def _turn(x: Tensor, rotation: Tensor) -> None:
-    """Turn each pair of adjacent channels of `x`, fp32, in place."""
-    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(rotation)
+def _turn(x: Tensor, rotation: Tensor, *, back: bool = False) -> None:
+    """Turn each pair of adjacent channels of `x`, fp32, in place, or back."""
+    turn = torch.view_as_complex(rotation)[:, None]
+    torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(turn.conj() if back else turn)
 
 
 class _Prepared(torch.autograd.Function):
@@ -60,7 +61,7 @@ class _Prepared(torch.autograd.Function):
         inverse = _inverse(wide, _dims(weight))
         y = (wide * inverse).mul_(weight)
         if rotation is not None:
-            _turn(y, rotation[:, None])
+            _turn(y, rotation)
         ctx.save_for_backward(x, weight, inverse, rotation)
         return y.to(x.dtype).unbind(1)
 
@@ -70,7 +71,7 @@ class _Prepared(torch.autograd.Function):
         x, weight, inverse, rotation = ctx.saved_tensors
         grad = torch.stack(grads, dim=1).float()
         if rotation is not None:
-            _turn(grad, rotation[:, None].conj())
+            _turn(grad, rotation, back=True)
         normed = x.float() * inverse
         product = grad * normed
         weight_grad = product.sum(0).sum_to_size(weight.shape)

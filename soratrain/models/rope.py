@@ -26,7 +26,7 @@ def split_axes(head_dim: int) -> tuple[int, int, int]:
 
 
 def rotations(coords_NA: Tensor, channels: Sequence[int], theta: float = THETA) -> Tensor:
-    """Return the unit complex numbers `[N, 1, K/2]` that each pair of channels is multiplied by.
+    """Return the cosine and sine `[N, 1, K/2, 2]` of the angle by which each pair of channels turns.
 
     The fastest pair of an axis turns by 1 rad per unit of its coordinate.
 
@@ -39,10 +39,18 @@ def rotations(coords_NA: Tensor, channels: Sequence[int], theta: float = THETA) 
         steps = torch.arange(0, count, 2, device=coords_NA.device, dtype=torch.float32) / count
         angles.append(coords_NA[:, axis, None].float() * theta**-steps)
     angle = torch.cat(angles, dim=1)[:, None]
-    return torch.complex(angle.cos(), angle.sin())
+    return torch.stack((angle.cos(), angle.sin()), dim=-1)
 
 
 def rotate(x_NHK: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair of adjacent channels in fp32 and return the result in `x_NHK`'s dtype."""
-    pairs = torch.view_as_complex(x_NHK.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(x_NHK.dtype)
+    """Turn each pair of adjacent channels in fp32 and return the result in `x_NHK`'s dtype.
+
+    As complex numbers, which is fewer passes over memory; a compiler, which knows none, gets it in real ones.
+    """
+    pairs = x_NHK.float().unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():
+        (x, y), (cos, sin) = pairs.unbind(-1), rotation.unbind(-1)
+        turned = torch.stack((x * cos - y * sin, x * sin + y * cos), dim=-1)
+    else:
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(rotation))
+    return turned.flatten(-2).to(x_NHK.dtype)
