@@ -31,6 +31,7 @@ FREE = (
     "trainer.logger",
     "trainer.devices",
     "trainer.num_nodes",
+    "trainer.sequence",
     "trainer.accelerator",
     "trainer.log_every",
     "trainer.checkpoint_every",

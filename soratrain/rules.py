@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from soratrain.distributed.mesh import check_heads
 from soratrain.errors import ConfigError
 from soratrain.schema import SEEDS, check_keys, locate
 
@@ -14,6 +15,7 @@ PUBLISHED = "soratrain.models.published."  # VAEs that others have trained
 FROZEN_TEXT = "soratrain.models.frozen_text."
 ZERO = ("zero1", "zero2", "zero3")
 AIMED = ("evaluate", "plan")  # stages that have targets
+SHARES_TOKENS = ("dit", "plan target=dit")  # stages in which processes can share the tokens of a clip
 
 
 def check_latents(config: Mapping[str, Any]) -> None:
@@ -31,6 +33,33 @@ def check_latents(config: Mapping[str, Any]) -> None:
             "data.batching=pack with latents=live: clips are encoded in batches of one size; use data.batching=bucket,"
             " or latents=cached"
         )
+
+
+def check_parallel(config: Mapping[str, Any]) -> None:
+    """Refuse tokens shared where there are none, by one process, or by so many that heads cannot be dealt out.
+
+    Raises:
+        ConfigError: names the mend.
+    """
+    sequence, stage = config["parallel"].get("sequence"), config["stage"]
+    if type(sequence) is not int or sequence < 1:
+        raise ConfigError(f"parallel.sequence={sequence}: must be a whole number of at least 1")
+    if sequence == 1:
+        return
+    said = stage["name"] + (f" target={config['target']}" if stage["name"] in AIMED else "")
+    if said not in SHARES_TOKENS:
+        stages = ", ".join(f"stage={name}" for name in SHARES_TOKENS)
+        raise ConfigError(
+            f"parallel.sequence={sequence}: processes share the tokens of a DiT's clips in {stages}, and not in"
+            f" stage={said}; leave it out"
+        )
+    if stage["kind"] == "fit" and config["strategy"].get("name") == "single":
+        raise ConfigError(
+            f"parallel.sequence={sequence} with strategy=single: tokens are shared by several processes; use"
+            " strategy=ddp, zero1, zero2 or zero3"
+        )
+    if "dit" in (stage.get("module") or {}) or stage["name"] == "plan":
+        check_heads(sequence, config["dit"]["num_heads"], "dit.num_heads")
 
 
 def check_across(config: Mapping[str, Any]) -> None:
@@ -139,5 +168,7 @@ def validate(config: Mapping[str, Any]) -> None:
         ConfigError: the first thing found, in one line.
     """
     check_latents(config)  # its keys are of stage=dit alone
+    if isinstance(config.get("parallel"), Mapping):
+        check_parallel(config)  # what it is interpolated into would be blamed
     check_keys(config)
     check_across(config)

@@ -49,6 +49,7 @@ class Root:
     lpips: dict
     logger: dict
     inputs: dict
+    parallel: dict
     fvd: dict
     out: str
     seed: int = 0
@@ -69,8 +70,8 @@ class Root:
 KINDS = {"size": "WIDTHxHEIGHT, such as 64x48"}
 SEEDS = 2**32
 # what others interpolate is checked first, so that it is blamed: these groups, the root's own values, the trainer
-SOURCES = ("machine", "inputs", "validation")
-OF_THE_ROOT = ("inputs", "fvd")  # plain groups of the root's own file
+SOURCES = ("machine", "inputs", "parallel", "validation")
+OF_THE_ROOT = ("inputs", "parallel", "fvd")  # plain groups of the root's own file
 ROOT_KEYS = tuple(field.name for field in fields(Root))
 
 

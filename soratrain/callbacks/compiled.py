@@ -6,7 +6,6 @@ import lightning as L
 import torch
 from torch import nn
 
-from soratrain.models.attention import attend
 from soratrain.models.dit import Block, DiT
 
 
@@ -19,7 +18,8 @@ def compile_blocks(net: nn.Module) -> int:
     blocks = [block for module in net.modules() if isinstance(module, DiT) for block in module.blocks]
     for block in blocks:
         assert isinstance(block, Block)
-        block.attention.attend = block.cross.attend = torch.compiler.disable(attend)
+        for layer in (block.attention, block.cross):
+            layer.attend = torch.compiler.disable(layer.attend)
         block.compile(dynamic=True)
     return len(blocks)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from soratrain.callbacks.step import StepCallback
 from soratrain.data.atomic import replacing
+from soratrain.distributed.mesh import Mesh
 from soratrain.errors import DivergedError
 from soratrain.stages.base import CAPTIONS, COUNTS, MODES_SHOWN, SHARES, SHOWN, TrainStage, summed
 
@@ -47,6 +48,7 @@ class Metrics(StepCallback):
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}  # steps that each of the sums is of
         self.steps = 0
+        self.mesh = Mesh(0, 1)
         self.row: dict[str, float] = {}
         self.rows: list[dict[str, str]] = []
         self.began = 0.0
@@ -57,6 +59,9 @@ class Metrics(StepCallback):
         if trainer.is_global_zero:
             self.rows = [row for row in read_rows(self.file) if float(row["step"]) <= self.step]
             write_rows(self.file, self.rows)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.mesh = Mesh.of(trainer)
 
     def on_step(self, trainer: L.Trainer, stage: TrainStage) -> None:
         values = stage.take_reported()
@@ -105,12 +110,17 @@ class Metrics(StepCallback):
             append_row(self.file, self.rows)
 
     def reduced(self, device: torch.device) -> dict[str, float]:
-        """Return the means over steps of this row so far: counts summed over ranks, the rest averaged."""
+        """Return the means over steps of this row so far: counts summed over ranks, the rest averaged.
+
+        Ranks that share their micro-batches count each sample once.
+        """
         keys = sorted(self.sums)
         if not keys:
             return {}
         values = torch.stack([self.sums[key].to(device) for key in keys])
         if dist.is_initialized() and dist.get_world_size() > 1:
+            own = [self.mesh.counts or not summed(key) for key in keys]
+            values = values.masked_fill(~torch.tensor(own, device=values.device), 0.0)
             dist.all_reduce(values)
             ranks = dist.get_world_size()
             values = values / torch.tensor([1 if summed(key) else ranks for key in keys], device=values.device)
@@ -141,7 +151,7 @@ class Metrics(StepCallback):
         return {"means": means, "steps": self.steps, "counts": dict(self.counts)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        ranks = self.mesh.data_ranks
         self.steps, self.counts = state_dict["steps"], dict(state_dict["counts"])
         self.sums = {
             key: torch.tensor(mean * (self.steps / ranks if summed(key) else self.counts[key]), dtype=torch.float64)

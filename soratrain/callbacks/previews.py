@@ -20,6 +20,7 @@ from soratrain.diffusion.generator import Generator
 from soratrain.diffusion.sampler import Sampler
 from soratrain.diffusion.sizes import check_fps, check_prompt, check_size
 from soratrain.distributed.checkpoint import gather
+from soratrain.distributed.mesh import Mesh
 from soratrain.errors import ConfigError, UserError
 from soratrain.media import write_image, write_video
 from soratrain.models.autoencoders import load_vae
@@ -37,7 +38,7 @@ class Previews(StepCallback):
     """Draws every `every` steps and at the last, with the averaged weights where there is an average.
 
     A prompt's clip is what stage=sample would draw with these weights. Rank 0 draws alone, except under ZeRO-3, where
-    no rank has the whole net. The VAE is in memory only while clips are drawn.
+    no rank has the whole net, and where ranks share their tokens. The VAE is in memory only while clips are drawn.
 
     Args:
         out: the stage's folder; clips and a contact sheet go to `samples/`.
@@ -121,7 +122,7 @@ class Previews(StepCallback):
         if self.every and (self.step % self.every == 0 or self.step >= stage.max_steps):
             assert isinstance(stage, DiTStage)
             began = time.monotonic()
-            together = bool(getattr(trainer.strategy, "zero_stage_3", False))
+            together = getattr(trainer.strategy, "zero_stage_3", False) or Mesh.of(trainer).sequence > 1
             clips: list[np.ndarray] = []
             with self.ema.in_place(trainer) if self.ema else nullcontext():
                 if trainer.is_global_zero or together:

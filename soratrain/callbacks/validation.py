@@ -30,6 +30,7 @@ from soratrain.data.held_clips import HeldClips
 from soratrain.data.planned import PlannedData
 from soratrain.diffusion.arrange import Case
 from soratrain.distributed.checkpoint import gather
+from soratrain.distributed.mesh import Mesh
 from soratrain.distributed.turns import Turn, deal
 from soratrain.errors import ConfigError, DataError
 from soratrain.heatmap import draw
@@ -46,7 +47,8 @@ class Validation(StepCallback):
 
     Every figure goes to `validation.csv`, and a picture of each table to `validation/`; the mean over clips and levels,
     of the average where there is one, is reported as `val_loss`. Ranks share the clips and make equally many calls of
-    the net, as ZeRO-3 needs it. The time that it takes is not counted in the training's speed.
+    the net, as ZeRO-3 needs it; those that share their tokens have the same clips. The time that it takes is not
+    counted in the training's speed.
 
     Args:
         out: the stage's folder.
@@ -74,11 +76,13 @@ class Validation(StepCallback):
         self.held: HeldClips | None = None
         self.room = 0  # tokens that are computed at once: as many as are trained on at once
         self.damaged: set[int] = set()
+        self.mesh = Mesh(0, 1)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if not self.every:
             return
+        self.mesh = Mesh.of(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, PlannedData)
         self.held, self.room = data.held(), data.plan().blocks.largest[0]
@@ -122,7 +126,7 @@ class Validation(StepCallback):
         Raises:
             DataError: none can be read.
         """
-        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+        ranks, rank = self.mesh.data_ranks, self.mesh.data_rank
         while True:
             left = {number: size.tokens for number, size in enumerate(held.buckets) if number not in self.damaged}
             if not left:
@@ -159,7 +163,7 @@ class Validation(StepCallback):
                     asked = repeated(clip, len(piece))
                     text = stage.text(stage.text.tokenize(asked.captions, asked.text))
                     answer, _ = stage.losses_at(levels[piece], asked, [ASKED] * len(piece), text)
-                    if turn.counts and call < turn.parts:
+                    if turn.counts and self.mesh.counts and call < turn.parts:
                         found[0, turn.clip, piece] = levels[piece].to(found)
                         found[1, turn.clip, piece] = answer.to(found)
         if dist.is_initialized() and dist.get_world_size() > 1:

@@ -32,6 +32,7 @@ from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
 from soratrain.data.summary import remarks, summarise, table
 from soratrain.distributed.agree import agree
+from soratrain.distributed.mesh import Mesh
 from soratrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,10 @@ class PlannedData(L.LightningDataModule, ABC):
     def _world(self) -> tuple[int, int]:
         if self.seat is not None:
             return self.seat
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+        if self.trainer is None:
+            return 0, 1
+        mesh = Mesh.of(self.trainer)
+        return mesh.data_rank, mesh.data_ranks
 
     @property
     def manifest(self) -> Manifest:

@@ -67,6 +67,7 @@ def dit_activations(
     mlp_ratio: float,
     itemsize: int,
     recompute: str = "none",
+    shared: bool = False,
     training: bool = True,
 ) -> int:
     """Return the bytes that a DiT holds at its peak beside weights and their gradients, for all tokens of a pack.
@@ -76,20 +77,21 @@ def dit_activations(
     (products and attention, but for the MLP's hidden); with `full` its input. Beside them: what one block computes
     again, the gradients that pass through it, and 4 before and after the blocks. In 16 bits one more of each block is
     fp32 (what a GPU's norm before cross-attention keeps), and four where one works (queries and keys, normed and
-    turned). A forward alone holds most around attention, or the stream, its norm and twice the MLP's own. Text, noise
-    levels and what a back end keeps for itself are left out, and so is, with blocks compiled, what the compiler need
-    not keep.
+    turned). Where ranks share the tokens, each block keeps two more: v and attention's result, as they were received. A
+    forward alone holds most around attention, or the stream, its norm and twice the MLP's own. Text, noise levels and
+    what a back end keeps for itself are left out, and so is, with blocks compiled, what the compiler need not keep.
 
     Args:
-        tokens: of all clips.
+        tokens: of all clips; where ranks share them, of one rank.
         dim, depth, mlp_ratio, recompute: as the DiT has them.
         itemsize: bytes of a number: 4, or 2 under bf16.
+        shared: whether ranks share the tokens.
         training: whether there is a backward pass; else only what one block holds at once counts.
     """
-    block, hidden = 17 + 2 * mlp_ratio, mlp_ratio
+    block, hidden = 17 + 2 * mlp_ratio + (2 if shared else 0), mlp_ratio
     wide = FP32 if itemsize < FP32 else 0
     if not training:
-        return int(tokens * dim * max(3 + 2 * hidden, 19 if wide else 10) * itemsize)
+        return int(tokens * dim * max(3 + 2 * hidden, (19 if wide else 10) + (3 if shared else 0)) * itemsize)
     each = {"none": block, "selective": 12, "full": 1}[recompute]
     again = {"none": 0, "selective": 1 + 2 * hidden, "full": block}[recompute]
     blocks = depth if recompute == "none" else 1

@@ -72,6 +72,7 @@ class Restorable:
 
     lightning_module: Any
     optimizers: list[Any]
+    sequence = 1  # ranks that share the tokens of a micro-batch
     skips = True  # whether a stage can leave out an update, and have more than one optimizer
     averages: list[Tensor] | None = None  # flat averages of the trained fragments, in their order
 

@@ -7,6 +7,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -19,8 +20,10 @@ from soratrain.callbacks.ema import EMA
 from soratrain.callbacks.export import Export
 from soratrain.callbacks.metrics import Metrics
 from soratrain.callbacks.progress import Progress
+from soratrain.callbacks.sequence import ShareTokens
 from soratrain.distributed.checkpoint import latest_checkpoint, read_state
-from soratrain.distributed.strategy import StrategyOptions, build_strategy
+from soratrain.distributed.mesh import Mesh, check_ranks
+from soratrain.distributed.strategy import Restorable, StrategyOptions, build_strategy
 from soratrain.errors import ConfigError
 from soratrain.stages.base import TrainStage
 from soratrain.stages.manual import ManualStage
@@ -95,6 +98,7 @@ def build_trainer(
     accelerator: str = "auto",
     devices: int | str = "auto",
     num_nodes: int = 1,
+    sequence: int = 1,
     precision: str = "32-true",
     compile: str = "none",
     accumulate: int = 1,
@@ -118,6 +122,7 @@ def build_trainer(
         accelerator: `auto`, `cpu` or `cuda`.
         devices: processes on each node; `auto` is every GPU, or one process on CPUs.
         num_nodes: nodes.
+        sequence: ranks that share the tokens of each micro-batch of the DiT (Ulysses); they divide all ranks.
         precision: `32-true` or `bf16-mixed`.
         compile: `none`, or `blocks`: those of the DiT run compiled.
         accumulate: micro-batches of a rank in an optimizer step.
@@ -158,10 +163,15 @@ def build_trainer(
     average = EMA(ema) if ema else None
     checkpoint = Checkpoint(out / "checkpoints", every=checkpoint_every, keep=keep)
     beside = {"out": out, "metrics": metrics, "ema": average, "precision": precision}
+    count = resolve_devices(devices, options, device_type)
+    check_ranks(sequence, count * num_nodes, f"trainer.devices={count}, trainer.num_nodes={num_nodes}")
     chosen = build_strategy(options, device_type=device_type, precision=precision)
+    assert isinstance(chosen, Restorable)
+    chosen.sequence = sequence
+    shared = [ShareTokens(timedelta(minutes=options.timeout_minutes))] if sequence > 1 else []
     return L.Trainer(
         accelerator=device_type,
-        devices=resolve_devices(devices, options, device_type),
+        devices=count,
         num_nodes=num_nodes,
         strategy=chosen,
         precision=None if options.zero else precision,  # type: ignore[arg-type]
@@ -176,6 +186,7 @@ def build_trainer(
             *([previews(**beside)] if previews else []),
             metrics,
             Progress(metrics, title=title),
+            *shared,
             *([CompileBlocks()] if compile == "blocks" else []),
             *callbacks,
             Export(out / "weights", average),
@@ -238,4 +249,4 @@ def settle_accumulation(trainer: L.Trainer, data: L.LightningDataModule, start: 
         stored = read_state(start).get(type(data).__qualname__)
         if stored:
             data.load_state_dict(stored)
-    trainer.accumulate_grad_batches = ask(trainer.world_size)
+    trainer.accumulate_grad_batches = ask(Mesh.of(trainer).data_ranks)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,20 @@ from soratrain.models.tokens import FLAGS, FREQUENCIES, Spread, Tokens, sinusoid
 
 RECOMPUTE = ("none", "selective", "full")
 ACTIVATIONS = {"gelu_tanh": nn.GELU(approximate="tanh"), "gelu": nn.GELU(), "silu": nn.SiLU()}
+
+
+class Sharing(Protocol):
+    """How ranks share the tokens of a pack; see soratrain/distributed/sequence.py, which also takes over attention."""
+
+    def part_of(
+        self, tokens: Tokens, text_ME: Tensor, text_packing: Packing, sigma_RD: Tensor
+    ) -> tuple[Tokens, Tensor, Packing, Tensor]:
+        """Return this rank's tokens, their clips' texts and their rows' conditions."""
+        ...
+
+    def whole(self, x_nP: Tensor, packing: Packing) -> Tensor:
+        """Return all ranks' tokens again."""
+        ...
 
 
 class QKNorm(nn.Module):
@@ -48,7 +63,8 @@ class SelfAttention(nn.Module):
 
     def __init__(self, *, dim: int, num_heads: int, qk_norm_full: bool) -> None:
         super().__init__()
-        self.heads, self.attend = (num_heads, dim // num_heads), attend
+        self.heads = (num_heads, dim // num_heads)
+        self.attend: Callable[..., Tensor] = attend
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.norm_q = QKNorm(dim=dim, num_heads=num_heads, full=qk_norm_full)
         self.norm_k = QKNorm(dim=dim, num_heads=num_heads, full=qk_norm_full)
@@ -64,7 +80,8 @@ class CrossAttention(nn.Module):
 
     def __init__(self, *, dim: int, num_heads: int, qk_norm_full: bool) -> None:
         super().__init__()
-        self.heads, self.attend = (num_heads, dim // num_heads), attend
+        self.heads = (num_heads, dim // num_heads)
+        self.attend: Callable[..., Tensor] = attend
         self.q, self.kv, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.norm_q = QKNorm(dim=dim, num_heads=num_heads, full=qk_norm_full)
         self.norm_k = QKNorm(dim=dim, num_heads=num_heads, full=qk_norm_full)
@@ -217,6 +234,7 @@ class DiT(nn.Module):
         )
         self.modulation = nn.Parameter(torch.zeros(2, dim))
         self.head = nn.Linear(dim, width)
+        self.sharing: Sharing | None = None
         self._initialize()
 
     def _initialize(self) -> None:
@@ -244,11 +262,14 @@ class DiT(nn.Module):
             text_ME: text features of all clips, in the clips' order.
             text_packing: text tokens of each clip.
         """
+        clips = len(tokens.packing)
+        assert len(text_packing) == clips, f"{len(text_packing)} texts for {clips} clips"
+        sigma_RD = self._embed_condition(tokens, text_ME, text_packing)
+        if self.sharing is not None:
+            tokens, text_ME, text_packing, sigma_RD = self.sharing.part_of(tokens, text_ME, text_packing, sigma_RD)
         packing = tokens.packing
-        assert len(text_packing) == len(packing), f"{len(text_packing)} texts for {len(packing)} clips"
         rotation = rotations(tokens.coords, self.axes)
         spread = Spread.of(tokens, self.dim)
-        sigma_RD = self._embed_condition(tokens, text_ME, text_packing)
         with torch.autocast(sigma_RD.device.type, enabled=False):
             condition_R6D = self.condition(F.silu(sigma_RD)).float().unflatten(-1, (6, -1))
         text_MD = self.embed_text(text_ME)
@@ -258,7 +279,8 @@ class DiT(nn.Module):
             run = partial(again, block) if self.recompute == "full" and torch.is_grad_enabled() else block
             x_ND = run(x_ND, condition_R6D, text_MD, spread, packing, text_packing, rotation)
         shift_RD, scale_RD = (sigma_RD.float()[:, None] + self.modulation).unbind(1)
-        return self.head(spread.norm(x_ND, shift_RD, scale_RD))
+        out_NP = self.head(spread.norm(x_ND, shift_RD, scale_RD))
+        return out_NP if self.sharing is None else self.sharing.whole(out_NP, packing)
 
     def _embed_condition(self, tokens: Tokens, text_ME: Tensor, text_packing: Packing) -> Tensor:
         """Return each row's condition `[R, D]`: its noise level and perhaps its clip's mean text; never autocast."""

@@ -25,6 +25,7 @@ from soratrain.data.fitting import GRID, TIME
 from soratrain.data.held_out import HeldOut
 from soratrain.data.plan import Plan
 from soratrain.distributed.memory import GIB, Kept, dit_activations, kept, measured_activations
+from soratrain.distributed.mesh import check_ranks
 from soratrain.distributed.strategy import StrategyOptions
 from soratrain.errors import ConfigError
 from soratrain.models.vae import VAE
@@ -42,7 +43,8 @@ class PlanStage:
     Args:
         out: folder of `plan.json`.
         target: the stage to plan for: `vae`, `captioner` or `dit`.
-        ranks: data-parallel ranks.
+        ranks: of the run, all of them.
+        sequence: of these, how many share the tokens of a micro-batch.
         shards: folder or URL of the clips, or several.
         buckets: how sizes are chosen.
         nets: factory of each net that a target trains, by name.
@@ -75,6 +77,7 @@ class PlanStage:
         optimizer: str,
         average: bool,
         precision: str,
+        sequence: int = 1,
         clip: str | None = None,
         batching: str = "bucket",
         accumulate_blocks: int = 1,
@@ -94,10 +97,11 @@ class PlanStage:
             raise ConfigError(f"stage.job.target={target} is not there; use one of {', '.join(TARGETS)}")
         if ranks < 1:
             raise ConfigError(f"stage.job.ranks={ranks} must be at least 1")
+        check_ranks(sequence, ranks, f"stage.job.ranks={ranks}")
         if batching == "pack" and target != "dit":
             raise ConfigError(f"data.batching=pack: stage={target} takes clips of one size; packs are of latents")
         self.clip = parse_clip(clip) if clip else None
-        self.out, self.target, self.ranks = Path(out), target, ranks
+        self.out, self.target, self.ranks, self.sequence = Path(out), target, ranks, sequence
         self.nets, self.strategy, self.optimizer, self.average = nets, strategy, optimizer, average
         self.crop = int(tuned[target].get("crop", 0))  # pixels: stage=vae trains on squares cut from its clips
         self.steps, self.half = max_steps or int(steps[target]), precision.startswith("bf16")
@@ -111,7 +115,7 @@ class PlanStage:
             max_batch_size=max_batch_size or tuned[target].get("batch"),
             batching=batching,
             accumulate_blocks=accumulate_blocks,
-            canonical_ranks=ranks,
+            canonical_ranks=ranks // sequence,
             gamma=gamma,
             quadratic=quadratic,
             window=window,
@@ -123,7 +127,7 @@ class PlanStage:
 
     def __call__(self) -> dict[str, Any]:
         """Print the plan, write `plan.json` and return its chief figures."""
-        plan, summary = self.data.plan(self.ranks), self.data.summary()
+        plan, summary = self.data.plan(self.ranks // self.sequence), self.data.summary()
         with torch.device("meta"):
             parts = {name: factory() for name, factory in self.nets.items() if name in self.trained}
         run = self.run_figures(plan)
@@ -133,9 +137,10 @@ class PlanStage:
         document = {
             "target": self.target,
             "ranks": self.ranks,
+            "sequence": self.sequence,
             "run": run,
             "data": summary,
-            "balance": balance(plan, self.ranks),
+            "balance": balance(plan, self.ranks // self.sequence),
             "memory": memory,
             "cache": self.cache(plan, parts),
             "clip": self.cost(self.clip, parts) if self.clip else None,
@@ -196,9 +201,11 @@ class PlanStage:
             net, shape = parts["dit"], self.nets["dit"].keywords
             rows, columns = stride_of(self.nets["vae"])[1:]
             tokens = tokens * GRID**2 // (rows * columns * math.prod(net.patch))  # type: ignore[arg-type]
+            tokens = -(-tokens // self.sequence)
             sizes = {name: shape[name] for name in ("dim", "depth", "mlp_ratio")}
             again = shape.get("recompute", "none")
-            return dit_activations(tokens=tokens, itemsize=itemsize, recompute=again, **sizes)
+            shared = self.sequence > 1
+            return dit_activations(tokens=tokens, itemsize=itemsize, recompute=again, shared=shared, **sizes)
         if self.target == "vae":
             example = torch.zeros(EXAMPLE)
             pixels = max(

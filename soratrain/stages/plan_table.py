@@ -19,7 +19,9 @@ OFTEN = 20  # epochs of one data set in a mix beyond which a small one is rather
 def show(console: Console, document: Mapping[str, Any]) -> None:
     """Print the plan."""
     data, run, memory = document["data"], document["run"], document["memory"]
-    table = Table(title=f"plan of stage={document['target']} on {document['ranks']} ranks", title_justify="left")
+    ranks, sequence = document["ranks"], document["sequence"]
+    split = f" ({ranks // sequence} x {sequence} that share their tokens)" if sequence > 1 else ""
+    table = Table(title=f"plan of stage={document['target']} on {ranks} ranks{split}", title_justify="left")
     shared = "of tokens" if data["batching"] == "pack" else "of blocks"
     sets = data["sets"]
     if sets:

@@ -40,6 +40,7 @@ def one_rank(rank: int, count: int, port: int, pipe: Any, function: Callable[...
     import torch
 
     torch.set_num_threads(1)
+    os.cpu_count = lambda: count  # or a trainer refuses more ranks than there are cores
     if count > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
     try:

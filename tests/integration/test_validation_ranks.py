@@ -13,6 +13,7 @@ from tiny_dit import SHAPES, train, write_vae
 
 from soratrain.callbacks.metrics import read_rows
 
+SLOW = [("zero1", 1), ("zero3", 1), ("ddp", 2), ("zero3", 2)]
 COMMON = {"clips": 3, "max_steps": 3, "every": 2}  # three clips: the second rank has nothing left in the last turn
 
 
@@ -21,13 +22,15 @@ def trained(out: str, **settings: Any) -> float:
 
 
 @pytest.mark.parametrize(
-    "strategy", ["ddp", pytest.param("zero1", marks=pytest.mark.full), pytest.param("zero3", marks=pytest.mark.full)]
+    ("strategy", "sequence"),
+    [("ddp", 1), ("zero2", 2), *(pytest.param(*way, marks=pytest.mark.full) for way in SLOW)],
 )
-def test_two_ranks_write_the_table_and_the_samples_of_one(strategy: str, tmp_path: Path) -> None:
+def test_two_ranks_write_the_table_and_the_samples_of_one(strategy: str, sequence: int, tmp_path: Path) -> None:
     latents, vae = write_latents(tmp_path / "latents", SHAPES), write_vae(tmp_path / "vae")
     common = COMMON | {"latents": str(latents), "vae": str(vae)}
     (alone,) = run_ranks(trained, 1, out=str(tmp_path / "one"), accumulate=2, **common)
-    both = run_ranks(trained, 2, out=str(tmp_path / "two"), strategy=strategy, ranks=2, **common)
+    settings = {"strategy": strategy, "ranks": 2, "sequence": sequence}
+    both = run_ranks(trained, 2, out=str(tmp_path / "two"), **settings, **common)
     assert both == pytest.approx([alone, alone], rel=1e-4)
     one, two = (read_rows(tmp_path / name / "validation.csv") for name in ("one", "two"))
     assert len(one) == len(two) > 0

@@ -89,6 +89,23 @@ def test_it_needs_no_gpu_and_plans_for_one(tmp_path: Path) -> None:
         assert ("activations" in memory["gib"]) is known
 
 
+def test_ranks_that_share_their_tokens_have_one_micro_batch_and_a_part_of_its_activations(
+    tmp_path: Path, capsys
+) -> None:
+    write_shards(tmp_path / "shards")
+    words = ("target=dit", "strategy=zero3", "dit.num_heads=4", "trainer.max_steps=10")
+    pairs = planned(tmp_path, "stage.job.ranks=4", "parallel.sequence=2", *words)
+    said = capsys.readouterr().out
+    apart, two = (planned(tmp_path, f"stage.job.ranks={ranks}", *words) for ranks in (4, 2))
+    assert "on 4 ranks (2 x 2 that share their tokens)" in said
+    assert pairs["run"] == two["run"] and pairs["data"] == two["data"] and pairs["run"] != apart["run"]
+    parts = [found["memory"]["gib"] for found in (pairs, apart, two)]
+    assert parts[0]["weights"] == parts[1]["weights"] < parts[2]["weights"]  # ZeRO shards over all ranks
+    assert 0.5 < parts[0]["activations"] / parts[2]["activations"] < 0.6
+    with pytest.raises(ConfigError, match=r"parallel.sequence=2: 3 ranks \(stage.job.ranks=3\) make no whole groups"):
+        planned(tmp_path, "stage.job.ranks=3", "parallel.sequence=2", *words)
+
+
 def test_a_plan_for_another_machine_binds_no_later_one(tmp_path: Path) -> None:
     write_shards(tmp_path / "shards")
     planned(tmp_path, "machine=gpu", "stage.job.clip=null")

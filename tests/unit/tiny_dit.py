@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from soratrain.callbacks.previews import Previews
 from soratrain.callbacks.validation import Validation
 from soratrain.data.datamodule import LatentData
 from soratrain.data.held_out import HeldOut
+from soratrain.diffusion.conditioning import Conditioning
 from soratrain.diffusion.flow import Flow
 from soratrain.diffusion.objective import Objective
 from soratrain.diffusion.sampler import Sampler
@@ -71,26 +73,28 @@ def train(
     objective: Objective = FLOW,
     vae: str | None = None,
     beside: str | None = None,
+    net: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    conditioning: Conditioning | None = None,
+    optimizer: OptimizerFactory | None = None,
     **trainer: Any,
 ) -> tuple[L.Trainer, DiTStage, dict[str, float]]:
-    """Train; return trainer, stage and last row of metrics. `stop_at` ends early, as a kill would."""
+    """Train; return trainer, stage and last row of metrics. `stop_at` ends early, as a kill would.
+
+    `net` and `data` are further options of the DiT and of the data.
+    """
     L.seed_everything(1, verbose=False)
     stage = DiTStage(
-        dit=partial(DiT, channels=4, dim=16, depth=1, num_heads=2, text_dim=8),
+        dit=partial(DiT, **{"channels": 4, "dim": 16, "depth": 1, "num_heads": 2, "text_dim": 8} | dict(net or {})),
         text=partial(ByteTextEncoder, dim=8, depth=1, num_heads=2, table=32, max_tokens=12),
         objective=objective,
-        optimizer=OptimizerFactory(lr=1e-2),
+        optimizer=optimizer or OptimizerFactory(lr=1e-2),
+        conditioning=conditioning,
         schedule=Schedule(warmup_steps=0),
         max_steps=max_steps,
     )
-    data = LatentData(
-        latents=str(latents),
-        seed=3,
-        max_steps=max_steps,
-        batch_size=2,
-        canonical_ranks=2,
-        held_out=HeldOut(clips=clips, latents=beside),
-    )
+    usual: dict[str, Any] = {"batch_size": 2, "canonical_ranks": 2, "held_out": HeldOut(clips=clips, latents=beside)}
+    module = LatentData(latents=str(latents), seed=3, max_steps=max_steps, **usual | dict(data or {}))
     built = build_trainer(
         out=out,
         max_steps=stop_at or max_steps,
@@ -102,4 +106,4 @@ def train(
         validation=partial(Validation, every=every, levels=levels),
         **{"checkpoint_every": 1, "previews": previews(vae) if vae else None} | trainer,  # type: ignore[arg-type]
     )
-    return built, stage, fit(built, stage, data)
+    return built, stage, fit(built, stage, module)
