@@ -15,7 +15,7 @@ PUBLISHED = "soratrain.models.published."  # VAEs that others have trained
 FROZEN_TEXT = "soratrain.models.frozen_text."
 ZERO = ("zero1", "zero2", "zero3")
 AIMED = ("evaluate", "plan")  # stages that have targets
-SHARES_TOKENS = ("dit", "plan target=dit")  # stages in which processes can share the tokens of a clip
+SHARES_TOKENS = ("dit", "sample", "plan target=dit")  # stages in which processes can share the tokens of a clip
 
 
 def check_latents(config: Mapping[str, Any]) -> None:

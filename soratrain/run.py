@@ -142,6 +142,8 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     once = stage.get("once", True)
     start_logging()
     check_machine(config)
+    shared = stage["kind"] != "fit" and stage.get("shared", False)
+    together = sharing(config, overrides) if shared else nullcontext()
     work = training(config) if stage["kind"] == "fit" else instantiate(stage["job"])
     if first:
         log.info("machine: %s", config["machine"]["chosen"])
@@ -151,7 +153,6 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         if once:
             first_weights = upstream.begun_from(config)
             outputs.bind_upstream(out, upstream.needed(config) + ([("init", first_weights)] if first_weights else []))
-    shared = stage["kind"] != "fit" and stage.get("shared", False)
     done = outputs.stored_result(out) if once and (first or not config["fresh"]) else None  # fresh: about to be removed
     if done is not None:
         log.info("stage=%s is done in %s (fresh=true would start it over)", stage["name"], out)
@@ -160,7 +161,7 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         return {}  # such a job is one process's work
     began = time.monotonic()
     try:
-        with sharing(config, overrides) if shared else nullcontext():
+        with together:
             metrics = work()
     except UserError:
         if first and once:
@@ -179,14 +180,29 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return result
 
 
-def sharing(config: Mapping[str, Any], overrides: Sequence[str]) -> AbstractContextManager[None]:
-    """Return a context in which this node's processes share a job, as many as would train."""
-    from soratrain.distributed.ranks import started
+def processes(config: Mapping[str, Any]) -> int:
+    """Return how many processes of this node share a job: as many as would train."""
     from soratrain.distributed.trainer import resolve_device, resolve_devices
 
     trainer = config["trainer"]
     device = resolve_device(trainer["accelerator"])
-    return started(resolve_devices(trainer["devices"], instantiate(config["strategy"]), device), overrides)
+    return resolve_devices(trainer["devices"], instantiate(config["strategy"]), device)
+
+
+def sharing(config: Mapping[str, Any], overrides: Sequence[str]) -> AbstractContextManager[None]:
+    """Return a context in which this node's processes share a job.
+
+    Raises:
+        ConfigError: they are too few, or too many, to share the tokens of each clip as is asked.
+    """
+    from soratrain.distributed.mesh import check_ranks
+    from soratrain.distributed.ranks import number, started
+
+    launched = number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS") or 1  # by torchrun or srun, which count then
+    said = f"trainer.devices={config['trainer']['devices']}, strategy={config['strategy']['name']}"
+    count = launched if launched > 1 else processes(config)
+    check_ranks(config["parallel"]["sequence"], count, "as they were launched" if launched > 1 else said)
+    return started(count, overrides)
 
 
 def check_machine(config: Mapping[str, Any]) -> None:

@@ -25,13 +25,15 @@ from soratrain.diffusion.generator import Generator
 from soratrain.diffusion.sampler import Sampler
 from soratrain.diffusion.sizes import check_fps, check_prompt
 from soratrain.diffusion.ways import Layout
-from soratrain.distributed.ranks import Ranks, deal
+from soratrain.distributed.mesh import Mesh, check_ranks
+from soratrain.distributed.ranks import LONGEST, Ranks, deal
+from soratrain.distributed.sequence import Ulysses, share
 from soratrain.errors import ConfigError, UserError
 from soratrain.models import weights
 from soratrain.models.autoencoders import stride_at
 from soratrain.schema import SEEDS
 from soratrain.stages.pace import Pace, progress
-from soratrain.stages.sample_files import clip_of, is_there, name_of, slug, write_sample
+from soratrain.stages.sample_files import Writer, clip_of, is_there, name_of, slug
 from soratrain.stages.sample_memory import available, most_at_once
 from soratrain.stages.sample_prompts import Wish, wishes
 from soratrain.stages.sample_tasks import Order, Scene, Task
@@ -87,6 +89,7 @@ class Sample:
         patch: latent positions of a token, so that a wrong size is refused before the weights are read.
         batch: most clips drawn at once; fewer where memory is short.
         precision: `bf16-mixed` draws under autocast, `32-true` does not.
+        sequence: processes that draw each clip together, sharing its tokens.
 
     Raises:
         ConfigError: a value, or an input, that cannot be drawn from.
@@ -112,12 +115,14 @@ class Sample:
         patch: Sequence[int] = (1, 2, 2),
         batch: int = 16,
         precision: str = "32-true",
+        sequence: int = 1,
     ) -> None:
         if batch < 1:
             raise ConfigError(f"stage.job.batch={batch} must be at least 1")
         self.out, self.vae, self.dit, self.batch, self.precision = Path(out), vae, dit, batch, precision
         self.task, self.sampler, self.area = task, sampler, parse_size(area)
         self.patch, self.stride = tuple(patch), stride_at(vae)
+        self.sequence = sequence
         self.own = {"seed": seed, "samples": samples, "size": size, "frames": frames, "fps": fps}
         self.scenes: dict[tuple[Task, Order], Scene] = {}
         self.items = [item for wish in wishes(prompt, prompts_file, task) for item in self._placed(wish)]
@@ -166,7 +171,10 @@ class Sample:
         """Draw every sample that is not drawn yet; return how many, and where the clips are."""
         with Ranks.joined() as ranks:
             began = time.monotonic()
+            mesh = Mesh(ranks.rank, ranks.size, self.sequence)
+            check_ranks(mesh.sequence, mesh.size, "the processes of this job")
             generate = self._load(ranks)
+            group = self._group(generate, mesh)
             made_by = {
                 "sampler": asdict(self.sampler.fitted(generate.objective)),
                 "precision": self.precision,
@@ -183,7 +191,7 @@ class Sample:
                 log.info("%s %d samples are in %s already", there, len(items), self.out / "samples")
             if todo:
                 batches = ranks.together(lambda: self._batches(generate, todo))[0]
-                ranks.together(lambda: self._draw(generate, todo, batches, ranks))
+                ranks.together(lambda: self._draw(generate, todo, batches, ranks, mesh, group))
             return {
                 "samples": len(items),
                 "drawn": len(todo),
@@ -207,6 +215,14 @@ class Sample:
                 log.info("%s", line)
         return generate
 
+    def _group(self, generate: Generator, mesh: Mesh) -> Ulysses | None:
+        """Let the net share its tokens where processes draw each clip together."""
+        if mesh.sequence == 1:
+            return None
+        group = Ulysses.joined(mesh, LONGEST, "nccl" if generate.device.type == "cuda" else "gloo")
+        share(generate.dit, group)
+        return group
+
     def _batches(self, generate: Generator, todo: Mapping[Path, Item]) -> list[list[Path]]:
         """Return what is drawn together: samples of one shape, as many as memory holds.
 
@@ -227,30 +243,41 @@ class Sample:
                 free=free,
                 size=(scene.height, scene.width),
                 unit=[step * part for step, part in zip(generate.vae.stride[1:], generate.dit.patch[1:], strict=True)],
+                sequence=self.sequence,
             )
             step = 1 if scene.rolls else min(self.batch, most)
             found += [paths[start : start + step] for start in range(0, len(paths), step)]
         return found
 
     def _draw(
-        self, generate: Generator, todo: Mapping[Path, Item], batches: Sequence[Sequence[Path]], ranks: Ranks
+        self,
+        generate: Generator,
+        todo: Mapping[Path, Item],
+        batches: Sequence[Sequence[Path]],
+        ranks: Ranks,
+        mesh: Mesh,
+        group: Ulysses | None,
     ) -> None:
-        """Draw this rank's batches."""
+        """Draw the batches of this rank, or of its group, whose first writes them."""
         costs = [sum(todo[path].scene.cost(generate) for path in batch) for batch in batches]
-        share = deal(costs, ranks.size)[ranks.rank]
-        clips = sum(len(batches[number]) for number in share)
-        pace = Pace(clips, sum(costs[number] for number in share), ranks.size)
+        own = deal(costs, mesh.data_ranks)[mesh.data_rank]
+        clips = sum(len(batches[number]) for number in own)
+        pace = Pace(clips, sum(costs[number] for number in own), mesh.data_ranks)
+        write = Writer(writes=mesh.counts, goes_on=group is not None)
         with progress(shown=ranks.first) as bar:
-            runs = sum(todo[path].scene.runs for number in share for path in batches[number])
+            runs = sum(todo[path].scene.runs for number in own for path in batches[number])
             line = bar.add_task(f"sample (rank 0 of {ranks.size})" if ranks.size > 1 else "sample", total=runs)
-            for number in share:
+            for number in own:
                 ranks.check()
+                if group is not None and group.any(write.failure is not None, generate.device):
+                    break
                 batch = {path: todo[path] for path in batches[number]}
                 for path, frames in self._drawn(generate, batch, lambda: bar.advance(line)):
-                    write_sample(path, frames, todo[path].notes)
-                    log.info("%s: %s", clip_of(path, todo[path].notes), todo[path].prompt[:80])
+                    write(path, frames, todo[path].notes)
                 if (said := pace.step(costs[number])) and ranks.first:
                     log.info("%s", said)
+        if write.failure is not None:
+            raise write.failure
 
     def _drawn(
         self, generate: Generator, batch: Mapping[Path, Item], step: Callable[[], None]

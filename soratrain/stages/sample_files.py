@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,7 +14,10 @@ from typing import Any
 import numpy as np
 
 from soratrain.data.atomic import replacing
+from soratrain.errors import UserError
 from soratrain.media import write_image, write_video
+
+log = logging.getLogger(__name__)
 
 STRIP = 8  # frames of the still picture that goes with a video
 
@@ -71,3 +75,31 @@ def write_sample(notes: Path, frames: Iterable[np.ndarray], document: Mapping[st
     write_image(notes.with_suffix(".png"), np.concatenate(strip, axis=1))
     with replacing(notes) as temporary:
         temporary.write_text(json.dumps(document, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+class Writer:
+    """Writes samples on the first rank of a group; the others only make the frames, which all draw together.
+
+    Args:
+        writes: whether this rank does.
+        goes_on: whether others draw along, so that a failure waits in `failure` until all can stop.
+    """
+
+    def __init__(self, *, writes: bool, goes_on: bool) -> None:
+        self.writes, self.goes_on = writes, goes_on
+        self.failure: UserError | OSError | None = None
+
+    def __call__(self, notes: Path, frames: Iterable[np.ndarray], document: Mapping[str, Any]) -> None:
+        """Write a sample, or have its frames made."""
+        frames = iter(frames)
+        if self.writes and self.failure is None:
+            try:
+                write_sample(notes, frames, document)
+            except (UserError, OSError) as error:
+                if not self.goes_on:
+                    raise
+                self.failure = error
+            else:
+                log.info("%s: %s", clip_of(notes, document), document["prompt"][:80])
+        for _ in frames:
+            pass

@@ -37,7 +37,15 @@ def available(device: torch.device) -> int:
 
 
 def most_at_once(
-    dit: DiT, positions: int, *, guided: bool, half: bool, free: int, size: Sequence[int], unit: Sequence[int]
+    dit: DiT,
+    positions: int,
+    *,
+    guided: bool,
+    half: bool,
+    free: int,
+    size: Sequence[int],
+    unit: Sequence[int],
+    sequence: int = 1,
 ) -> int:
     """Return how many clips of so many latent positions, given and drawn, can go through the net at once.
 
@@ -47,6 +55,7 @@ def most_at_once(
         free: bytes.
         size: height and width.
         unit: their multiples.
+        sequence: ranks that share the tokens, each with memory of its own.
 
     Raises:
         ConfigError: not one; names the largest size of that shape that fits.
@@ -55,14 +64,15 @@ def most_at_once(
     assert isinstance(block, Block)
     ratio = block.up.out_features / dit.dim
     net: dict[str, Any] = {"dim": dit.dim, "depth": dit.depth, "mlp_ratio": ratio, "training": False}
+    net["shared"] = sequence > 1
     net["itemsize"] = FP32 // 2 if half else FP32
-    fit = most_tokens(int(SPARE * free), **net) // times
+    fit = sequence * most_tokens(int(SPARE * free), **net) // times
     if fit >= tokens:
         return fit // tokens
     smaller = math.sqrt(fit / tokens)
     height, width = (int(side * smaller) // step * step for side, step in zip(size, unit, strict=True))
     mend = f"the largest size that fits is about {width}x{height}" if height and width else "no size fits"
-    taken = dit_activations(tokens=times * tokens, **net)
+    taken = dit_activations(tokens=-(-times * tokens // sequence), **net)
     raise ConfigError(
         f"size={size[1]}x{size[0]}: {tokens:,} tokens at once take about {memory(taken)}, and {memory(free)} are free;"
         f" {mend}; or draw fewer frames"
