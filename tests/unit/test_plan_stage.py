@@ -93,7 +93,7 @@ def test_ranks_that_share_their_tokens_have_one_micro_batch_and_a_part_of_its_ac
     tmp_path: Path, capsys
 ) -> None:
     write_shards(tmp_path / "shards")
-    words = ("target=dit", "strategy=zero3", "dit.num_heads=4", "trainer.max_steps=10")
+    words = ("target=dit", "strategy=zero3", "optimizer=adamw", "dit.num_heads=4", "trainer.max_steps=10")
     pairs = planned(tmp_path, "stage.job.ranks=4", "parallel.sequence=2", *words)
     said = capsys.readouterr().out
     apart, two = (planned(tmp_path, f"stage.job.ranks={ranks}", *words) for ranks in (4, 2))
