@@ -11,9 +11,14 @@ from soratrain.errors import ConfigError
 class Trained(Protocol):
     """What a mesh is asked of: a trainer."""
 
-    global_rank: int
-    world_size: int
-    strategy: Any
+    @property
+    def global_rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def strategy(self) -> Any: ...
 
 
 @dataclass(frozen=True)

@@ -102,8 +102,7 @@ def train(
         accelerator="cpu",
         devices=ranks,
         ema=ema,
-        log_every=1,
         validation=partial(Validation, every=every, levels=levels),
-        **{"checkpoint_every": 1, "previews": previews(vae) if vae else None} | trainer,  # type: ignore[arg-type]
+        **{"checkpoint_every": 1, "log_every": 1, "previews": previews(vae) if vae else None} | trainer,  # type: ignore[arg-type]
     )
     return built, stage, fit(built, stage, module)
