@@ -31,6 +31,7 @@ from soratrain.data.plan import Plan
 from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
 from soratrain.data.summary import remarks, summarise, table
+from soratrain.distributed import halt
 from soratrain.distributed.agree import agree
 from soratrain.distributed.mesh import Mesh
 from soratrain.errors import ConfigError
@@ -194,7 +195,7 @@ class PlannedData(L.LightningDataModule, ABC):
         """Return this rank's micro-batches, by number; the same object each time, so that its cache is warm."""
         if self._items is None:
             plan, (rank, world_size) = self.plan(), self._world()
-            if rank == 0:
+            if rank == 0 and halt.speaks():  # of ranks that share their tokens, the first
                 found = summarise(plan, self.manifest)
                 for line in remarks(found):
                     log.info("%s", line)

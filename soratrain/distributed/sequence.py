@@ -43,6 +43,15 @@ class Part(Packing):
     whole: Packing
 
 
+def group_of(mesh: Mesh, timeout: timedelta | None = None, backend: str | None = None) -> Any:
+    """Return a process group of this rank's group; collective over all ranks, of which each calls it as often."""
+    firsts = range(0, mesh.size, mesh.sequence)
+    groups = [
+        dist.new_group(list(range(first, first + mesh.sequence)), timeout=timeout, backend=backend) for first in firsts
+    ]
+    return groups[mesh.data_rank]
+
+
 class Ulysses:
     """One rank's side of a group that shares packs.
 
@@ -58,11 +67,7 @@ class Ulysses:
     @classmethod
     def joined(cls, mesh: Mesh, timeout: timedelta | None = None, backend: str | None = None) -> Ulysses:
         """Return this rank's side; collective over all ranks, of which each calls it once."""
-        groups = [
-            dist.new_group(list(range(first, first + mesh.sequence)), timeout=timeout, backend=backend)
-            for first in range(0, mesh.size, mesh.sequence)
-        ]
-        return cls(groups[mesh.data_rank], mesh.place, mesh.sequence)
+        return cls(group_of(mesh, timeout, backend), mesh.place, mesh.sequence)
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Return whether `flag` is true on any rank of the group; `device` is one on which the group can exchange."""

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch import Tensor
 
+from soratrain.callbacks.compiled import compile_blocks
 from soratrain.diffusion.segments import Segment, flatten
 from soratrain.distributed.mesh import Mesh
 from soratrain.distributed.sequence import Ulysses, share
@@ -62,7 +63,12 @@ def computed(net: DiT, flat: Any, half: bool) -> tuple[Tensor, dict[str, Tensor]
 
 
 def compare(
-    shapes: list[tuple[int, int, int]], heads: int = 4, rows: bool = False, half: bool = False, **options: Any
+    shapes: list[tuple[int, int, int]],
+    heads: int = 4,
+    rows: bool = False,
+    half: bool = False,
+    compiled: bool = False,
+    **options: Any,
 ) -> dict[str, float]:
     """Return how far outputs and gradients of shared packs are from those of whole ones, as a share of the largest."""
     rank, size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
@@ -70,6 +76,8 @@ def compare(
     net, flat = built(heads, **options), pack(shapes, rows)
     out, gradients = computed(net, flat, half)
     share(net, Ulysses.joined(Mesh(rank, size, size)))
+    if compiled:
+        compile_blocks(net)
     ours, own = computed(net, flat, half)
     found = {"out": float((ours - out).abs().max() / out.abs().max())}
     for name, expected in gradients.items():
@@ -79,8 +87,8 @@ def compare(
     return found
 
 
-def check(ranks: int, bound: float, **settings: Any) -> None:
-    for found in run_ranks(compare, ranks, **settings):
+def check(ranks: int, bound: float, timeout: float = 120, **settings: Any) -> None:
+    for found in run_ranks(compare, ranks, timeout, **settings):
         worst = max(found, key=lambda name: found[name])
         assert found[worst] <= bound, f"{worst} is {found[worst]:.2g} off"
 
@@ -115,6 +123,12 @@ def test_it_goes_with_every_option_of_the_net(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("recompute", ["none", "selective"])
 def test_in_bf16_it_is_within_rounding(recompute: str) -> None:
     check(2, 0.03, shapes=SHAPES["mixed"], half=True, recompute=recompute)
+
+
+@pytest.mark.full  # the compiler takes its time
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_it_goes_with_compiled_blocks(recompute: str) -> None:
+    check(2, 1e-4, timeout=500, shapes=SHAPES["mixed"], compiled=True, recompute=recompute)
 
 
 def isolated(shapes: list[tuple[int, int, int]], spoil: int) -> list[bool]:
