@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from soratrain.errors import UserError
 
+LINGER = 3.0  # seconds for the first rank to say what all have found, before a launcher hears that one has ended
 USAGE = """\
 python -m soratrain stage=STAGE [+experiment=NAME] [GROUP=OPTION …] [KEY=VALUE …]   one stage
 python -m soratrain -m stage=STAGE KEY=A,B …                                        a sweep (Hydra multirun)
@@ -56,16 +58,31 @@ def dispatch(argv: Sequence[str]) -> int:
     return 0
 
 
-def main() -> int:
-    """Return the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+def ending(work: Callable[[], int]) -> int:
+    """Return the exit code: what `work` returns, 2 for what the user can mend, 130 after Ctrl-C."""
     try:
-        return dispatch(sys.argv[1:])
+        return work()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if error.alike and other_rank():
+            time.sleep(LINGER)
+        else:
+            sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: the same command goes on from here\n")
         return 130
+
+
+def other_rank() -> bool:
+    """Return whether this is a rank of a run, and not the first."""
+    from soratrain.run import global_rank
+
+    return global_rank() > 0
+
+
+def main() -> int:
+    """Do what the command line says; return the exit code."""
+    return ending(lambda: dispatch(sys.argv[1:]))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """Something the user can mend. The command line prints it as one line and exits with code 2."""
+    """Something the user can mend. The command line prints it as one line and exits with code 2.
+
+    Attributes:
+        alike: whether every rank of a run raises it at the same place, so that the first alone says it.
+    """
+
+    alike = False
 
 
 class ConfigError(UserError, ValueError):
@@ -21,3 +27,9 @@ class DivergedError(UserError):
 
 class StoreError(UserError):
     """A store of data that cannot be reached or read: the run stops, since no other sample would do better."""
+
+
+def on_all_ranks(error: UserError) -> UserError:
+    """Return `error`, marked as one that every rank raises."""
+    error.alike = True
+    return error

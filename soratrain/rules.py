@@ -116,6 +116,13 @@ def check_across(config: Mapping[str, Any]) -> None:
                 "trainer.compile=blocks with dit.recompute=selective: the compiler itself chooses what to keep; use"
                 " dit.recompute=none or full"
             )
+    if stage["kind"] == "fit" and config["trainer"].get("keep_best"):
+        validation = config["trainer"].get("validation") or {}
+        if not validation.get("every"):
+            raise ConfigError(
+                f"trainer.keep_best={config['trainer']['keep_best']}: stage={stage['name']} measures no val_loss here;"
+                " set validation.every (stage=dit), or leave keep_best 0"
+            )
     check_mix(config)
     for key, least in (("max_steps", 0), ("num_nodes", 1)):
         value = config["trainer"].get(key)

@@ -38,7 +38,8 @@ def holds(key: str, place: str) -> bool:
     if key in ("shards", "latents"):
         file = path / "dataset.json"
         return file.is_file() and json.loads(file.read_text()).get("complete", True)
-    return any((folder / f"{key}.safetensors").is_file() for folder in (path / "weights", path))
+    files = (f"{key}.safetensors", f"{key}.safetensors.index.json")
+    return any((folder / file).is_file() for folder in (path / "weights", path) for file in files)
 
 
 def ready(key: str, place: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import signal
 import threading
@@ -14,48 +15,178 @@ import torch
 import torch.distributed as dist
 
 from soratrain.callbacks.step import StepCallback
-from soratrain.distributed.checkpoint import folder_of, saved_checkpoints
-from soratrain.errors import ConfigError
+from soratrain.distributed.checkpoint import (
+    folder_of,
+    gather,
+    read_state,
+    remove_parts,
+    saved_checkpoints,
+    step_of,
+)
+from soratrain.distributed.saving import Saver
+from soratrain.errors import ConfigError, DataError, on_all_ranks
 from soratrain.stages.base import TrainStage
 
 log = logging.getLogger(__name__)
 
+SCORE = "score"  # what a checkpoint calls the loss on held-out clips
+
 
 class Checkpoint(StepCallback):
-    """Saves every `every` steps and at the last one, and keeps the newest `keep`.
+    """Saves every `every` steps and at the last one; keeps the newest `keep` and those of the lowest losses.
+
+    What a stage measures on held-out clips (`TrainStage.score`) goes into the checkpoint of its step, and a step that
+    is among the best so far is saved whenever it comes.
 
     Args:
         folder: where the checkpoints lie.
         every: steps between two; 0 saves at the end only.
-        keep: how many stay.
+        keep: how many of the newest stay.
+        keep_best: how many of the lowest losses stay beside them.
+        beside: write while training goes on, where there is memory for a copy.
+
+    Attributes:
+        scores: the loss of each step that has a checkpoint with one.
     """
 
-    def __init__(self, folder: Path, *, every: int, keep: int) -> None:
+    def __init__(self, folder: Path, *, every: int, keep: int, keep_best: int = 0, beside: bool = True) -> None:
         super().__init__()
-        if every < 0 or keep < 1:
-            raise ConfigError(f"trainer.checkpoint_every={every} must be at least 0 and trainer.keep={keep} at least 1")
-        self.folder, self.every, self.keep = Path(folder), every, keep
+        if every < 0 or keep < 1 or keep_best < 0:
+            raise ConfigError(
+                f"trainer.checkpoint_every={every} and trainer.keep_best={keep_best} must be at least 0, and"
+                f" trainer.keep={keep} at least 1"
+            )
+        self.folder, self.every, self.keep, self.keep_best = Path(folder), every, keep, keep_best
+        self.saver = Saver(beside=beside, after=self.tidy)
         self.saved = -1
+        self.scores: dict[int, float] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.saver.open()
+        said = None
+        if trainer.is_global_zero:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for name in remove_parts(self.folder):
+                    log.info("what there was of %s, whose writing was cut short, is removed", name)
+            except OSError as error:
+                said = f"{self.folder}: cannot be written ({error.strerror}); give run=NAME or out=FOLDER elsewhere"
+        if problem := gather(said)[0]:
+            raise on_all_ranks(DataError(problem))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if len(set(gather(self.step))) > 1:
+            raise on_all_ranks(
+                DataError(f"ranks do not see the same checkpoints in {self.folder}; is it shared by all nodes?")
+            )
+        if self.step:
+            self.saved = self.step
+        if self.keep_best:
+            found = scores_of(self.folder) if trainer.is_global_zero else {}
+            self.scores = {step: score for step, score in gather(found)[0].items() if step <= self.step}
 
     def on_step(self, trainer: L.Trainer, stage: TrainStage) -> None:
-        if self.every and self.step % self.every == 0 and self.step < stage.max_steps:
+        self.saver.poll()
+        if self.step >= stage.max_steps:
+            return
+        if (self.every and self.step % self.every == 0) or self.is_among_best(stage):
             self.save(trainer)
+
+    def is_among_best(self, stage: TrainStage) -> bool:
+        """Return whether the present step's loss is one of the lowest so far."""
+        score = score_at(stage, self.step)
+        if not self.keep_best or score is None:
+            return False
+        best = self.best()
+        return len(best) < self.keep_best or score < self.scores[best[-1]]
+
+    def best(self) -> list[int]:
+        """Return the steps of the lowest losses, the lowest first."""
+        return sorted(self.scores, key=lambda step: (self.scores[step], step))[: self.keep_best]
+
+    def best_folder(self, trainer: L.Trainer) -> Path | None:
+        """Return the whole checkpoint of the lowest loss, None where that is the present step's or there is none."""
+        self.saver.wait()
+        stage, step = trainer.lightning_module, trainer.global_step
+        assert isinstance(stage, TrainStage)
+        present = score_at(stage, step)
+        best = self.best()[:1]
+        if not best or best[0] == step or (present is not None and present < self.scores[best[0]]):
+            return None
+        return folder_of(self.folder, best[0])
+
+    def told(self) -> dict[str, float]:
+        """Return what a run's result says of its best checkpoint; nothing where none is kept."""
+        best = self.best()
+        return {"best_step": best[0], "best_val_loss": self.scores[best[0]]} if best else {}
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, TrainStage)
+        checkpoint[SCORE] = score_at(pl_module, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainStage)
         if trainer.global_step >= pl_module.max_steps:
-            self.save(trainer)
+            self.save(trainer, wait=True)
+        self.saver.wait()
+        self.saver.close()
 
-    def save(self, trainer: L.Trainer) -> None:
-        """Save the present step, once."""
-        step = trainer.global_step
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):  # it is urgent
+            self.saver.give_up()
+        try:
+            self.saver.wait()
+        except DataError as error:
+            log.warning("%s", error)
+
+    def save(self, trainer: L.Trainer, *, wait: bool = False) -> None:
+        """Save the present step, once.
+
+        Args:
+            wait: for it to be written.
+        """
+        step, stage = trainer.global_step, trainer.lightning_module
         if step == self.saved:
+            if wait:
+                self.saver.wait()
             return
-        trainer.save_checkpoint(folder_of(self.folder, step))
+        self.saver.wait()  # before its thread hears of another loss
         self.saved = step
-        if trainer.is_global_zero:
-            for old in saved_checkpoints(self.folder)[: -self.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+        assert isinstance(stage, TrainStage)
+        score = score_at(stage, step)
+        if self.keep_best and score is not None:
+            self.scores[step] = score
+        trainer.save_checkpoint(folder_of(self.folder, step), storage_options={"wait": wait})
+
+    def tidy(self, newest: Path) -> None:
+        """Remove the checkpoints that are not to stay, now that `newest` is whole."""
+        step, best = step_of(newest), self.best()
+        older = [folder for folder in saved_checkpoints(self.folder) if step_of(folder) <= step]
+        kept = {*older[-self.keep :], *(folder_of(self.folder, number) for number in best)}
+        for folder in saved_checkpoints(self.folder):
+            if folder not in kept:  # later ones too: they were damaged, or the run would have gone on from there
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def score_at(stage: TrainStage, step: int) -> float | None:
+    """Return the loss that was measured at `step`, if it was, and is a number."""
+    if stage.score is None or stage.score[0] != step or not math.isfinite(stage.score[1]):
+        return None
+    return stage.score[1]
+
+
+def scores_of(folder: Path) -> dict[int, float]:
+    """Return the losses that the checkpoints under `folder` hold, by step; of damaged ones none."""
+    found = {}
+    for place in saved_checkpoints(folder):
+        try:
+            score = read_state(place).get(SCORE)
+        except DataError:
+            continue
+        if score is not None:
+            found[step_of(place)] = float(score)
+    return found
 
 
 class GracefulStop(StepCallback):
@@ -92,7 +223,7 @@ class GracefulStop(StepCallback):
     def on_step(self, trainer: L.Trainer, stage: TrainStage) -> None:
         if self.agreed() and self.step < stage.max_steps:
             log.info("stopping after step %d (signal %d): saving a checkpoint", self.step, self.received)
-            self.checkpoint.save(trainer)
+            self.checkpoint.save(trainer, wait=True)
             trainer.should_stop = True
 
     def agreed(self) -> bool:

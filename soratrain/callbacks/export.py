@@ -2,59 +2,143 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import lightning as L
 from torch import Tensor
 
+from soratrain.callbacks.checkpoint import Checkpoint
 from soratrain.callbacks.ema import EMA
-from soratrain.distributed.fragments import assemble, persistent_buffers
+from soratrain.distributed.checkpoint import CheckpointReader, gather, step_of
+from soratrain.distributed.fragments import assemble, forms_of, persistent_buffers
 from soratrain.distributed.strategy import Restorable
+from soratrain.errors import DataError, on_all_ranks
 from soratrain.models import weights
+from soratrain.models.tensor_file import Form, in_order
 from soratrain.stages.base import TrainStage
 
 
 class Export(L.Callback):
     """Exports the nets of `stage.exported()`, with averaged weights where there is an average.
 
-    Parameters are gathered one at a time from the ranks' slices to rank 0's memory, which holds the whole nets once.
+    They are those of the last step, or of the checkpoint of the lowest loss on held-out clips.
+
+    Parameters are put together one at a time from the ranks' slices and written at once, so that no rank ever holds
+    more than one whole parameter beside what it trains.
 
     Args:
         folder: where the weights go.
         ema: the average, if any.
+        largest: bytes of a file; a net that takes more is spread over several.
+        best: of whose checkpoints the best is taken; None takes the last step.
     """
 
-    def __init__(self, folder: Path, ema: EMA | None = None) -> None:
-        self.folder, self.ema = Path(folder), ema
+    def __init__(
+        self,
+        folder: Path,
+        ema: EMA | None = None,
+        *,
+        largest: int = weights.LARGEST,
+        best: Checkpoint | None = None,
+    ) -> None:
+        self.folder, self.ema, self.largest, self.best = Path(folder), ema, largest, best
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainStage)
         if trainer.global_step < pl_module.max_steps:
             return
-        with self.ema.in_place(trainer) if self.ema else nullcontext():
+        chosen = self.best.best_folder(trainer) if self.best else None
+        step = trainer.global_step if chosen is None else step_of(chosen)
+        average = self.ema.in_place(trainer) if self.ema else nullcontext()
+        with average if chosen is None else weights_of(chosen, trainer):
             training = pl_module.training
             pl_module.eval()
             pl_module.finalize()
-            state = whole_state(trainer)
+            self.write(trainer, pl_module, step)
             pl_module.train(training)
-        if not trainer.is_global_zero:
-            return
-        names = {id(module): name for name, module in pl_module.named_modules()}
-        for name, (module, factory, extra) in pl_module.exported().items():
+
+    def write(self, trainer: L.Trainer, stage: TrainStage, step: int) -> None:
+        """Write every exported net as it is, as that of `step`; collective.
+
+        Raises:
+            DataError: on every rank, where they cannot be written.
+        """
+        whole = Whole(trainer)
+        names = {id(module): name for name, module in stage.named_modules()}
+        for name, (module, factory, extra) in stage.exported().items():
             prefix = f"{names[id(module)]}."
-            own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            weights.save(self.folder, name, own, factory, {**extra, "step": trainer.global_step})
+            forms = {key.removeprefix(prefix): form for key, form in whole.forms.items() if key.startswith(prefix)}
+            tensors = whole.tensors([prefix + key for key in in_order(forms)])
+            said = None
+            if trainer.is_global_zero:
+                own = ((key.removeprefix(prefix), tensor) for key, tensor in tensors)
+                extra = {**extra, "step": step}
+                try:
+                    weights.write(self.folder, name, forms, own, factory, extra, largest=self.largest)
+                except DataError as error:
+                    said = str(error)
+            for _ in tensors:  # what is asked of the other ranks, or is left where the first could not write
+                pass
+            if problem := gather(said)[0]:
+                raise on_all_ranks(DataError(problem))
+
+
+@contextmanager
+def weights_of(folder: Path, trainer: L.Trainer) -> Iterator[None]:
+    """Compute with a checkpoint's weights inside the block, averaged where it has averages; with the own after it."""
+    strategy, reader = trainer.strategy, CheckpointReader(folder)
+    assert isinstance(strategy, Restorable)
+    fragments, buffers = strategy.fragments(), persistent_buffers(trainer.lightning_module)
+    before = [fragment.read().clone() for fragment in fragments], {name: own.clone() for name, own in buffers.items()}
+    try:
+        for fragment in fragments:
+            kind = "average" if f"average/{fragment.name}" in reader else "weight"
+            fragment.write(reader.read(f"{kind}/{fragment.name}", fragment.start, fragment.numel))
+        for name, buffer in buffers.items():
+            buffer.copy_(reader.read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
+        strategy.publish()
+        yield
+    finally:
+        for fragment, value in zip(fragments, before[0], strict=True):
+            fragment.write(value)
+        for name, buffer in buffers.items():
+            buffer.copy_(before[1][name])
+        strategy.publish()
+
+
+class Whole:
+    """Every parameter and persistent buffer of a run, whichever ranks hold slices of it; collective.
+
+    Attributes:
+        forms: their types and shapes, by name.
+    """
+
+    def __init__(self, trainer: L.Trainer) -> None:
+        strategy = trainer.strategy
+        assert isinstance(strategy, Restorable)
+        self.device = strategy.root_device  # type: ignore[attr-defined]
+        self.fragments = strategy.fragments()
+        self.values = [fragment.read() for fragment in self.fragments]
+        self.known = forms_of(self.fragments, self.values)
+        self.buffers = persistent_buffers(trainer.lightning_module)
+        self.forms = {name: form for name, (form, _) in self.known.items()}
+        self.forms |= {name: Form.of(buffer) for name, buffer in self.buffers.items()}
+
+    def tensors(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield `(name, whole tensor on the CPU)`, one at a time, in the order of `names`."""
+        parameters = assemble(
+            self.fragments, self.values, self.device, [name for name in names if name in self.known], self.known
+        )
+        for name in names:
+            if name in self.known:
+                yield next(parameters)
+            else:
+                yield name, self.buffers[name].detach().cpu()
 
 
 def whole_state(trainer: L.Trainer) -> dict[str, Tensor]:
     """Return every parameter and persistent buffer, whole and on the CPU, on rank 0; collective."""
-    strategy = trainer.strategy
-    assert isinstance(strategy, Restorable)
-    fragments = strategy.fragments()
-    state: dict[str, Tensor] = {}
-    for name, value in assemble(fragments, [fragment.read() for fragment in fragments]):
-        if trainer.is_global_zero:
-            state[name] = value
-    state |= {name: buffer.detach().cpu() for name, buffer in persistent_buffers(trainer.lightning_module).items()}
-    return state
+    whole = Whole(trainer)
+    return {name: tensor for name, tensor in whole.tensors(sorted(whole.forms)) if trainer.is_global_zero}

@@ -110,7 +110,8 @@ class Validation(StepCallback):
         good = [number for number in range(len(held)) if number not in self.damaged]
         buckets = [held.buckets[number] for number in good]
         table = Table.of({name: values[good] for name, values in losses.items()}, buckets, levels[good])
-        stage.report(val_loss=table.mean(table.first))
+        stage.score = (self.step, float(table.mean(table.first)))
+        stage.report(val_loss=stage.score[1])
         if trainer.is_global_zero:
             rows, picture = table.rows(self.step), self.folder / f"{self.step:08d}.png"
             write_rows(self.file, [*read_rows(self.file), *rows])

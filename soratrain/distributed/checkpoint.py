@@ -1,8 +1,8 @@
-"""Checkpoints on disk: a folder `step-00000100` that appears whole or not at all.
+"""Checkpoints on disk: a folder `step-00000100` that appears whole or not at all; `saving.py` writes them.
 
     rank-00000.safetensors …   flat fragments, named <kind>/<name>: weight, average, or a state of the optimizer
-    state.json                 written last: step, the other states, shapes, and for each file its size, its CRC32 and
-                               where each fragment starts in its parameter
+    state.json                 written last: step, ranks, the other states, shapes, and for each file its size, its
+                               CRC32 and where each fragment starts in its parameter; and a CRC32 of all this
 
 Nothing is pickled. Since every fragment says what it is a slice of, any number of ranks under any strategy can read
 what any other wrote.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -22,25 +21,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from soratrain.data.atomic import sync
 from soratrain.errors import DataError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 CHUNK = 1 << 22  # bytes read at once for a checksum
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: Any = None) -> list[Any]:
     """Return `value` of every rank, in order."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
+
+
+def own_place() -> tuple[int, int]:
+    """Return this process's rank, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def crc32(path: Path) -> int:
@@ -57,54 +59,27 @@ def folder_of(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}"
 
 
-def save_checkpoint(
-    folder: Path, tensors: Mapping[str, Tensor], starts: Mapping[str, int], state: Mapping[str, Any]
-) -> None:
-    """Write a checkpoint; every rank calls it with its own tensors, and the same folder and state.
+def step_of(folder: Path) -> int:
+    """Return the step that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step-"))
 
-    Args:
-        tensors: flat fragments of this rank by `<kind>/<name>`; may be empty.
-        starts: where each begins in its parameter.
-        state: what else belongs to it: plain values.
 
-    Raises:
-        DataError: a rank could not write; what was there before stays.
-    """
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    part = folder.with_name(f".{folder.name}.part")
-    report: dict[str, Any] = {}
-    try:
-        if rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        report = {"error": f"rank {rank}: {error}"}
-    ready = not any(gather(report))
-    try:
-        if tensors and ready:
-            path = part / f"rank-{rank:05d}.safetensors"
-            save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, str(path))
-            sync(path)
-            report = {"file": path.name, "bytes": path.stat().st_size, "crc32": crc32(path), "starts": dict(starts)}
-    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors has its own for a full disk
-        report = {"error": f"rank {rank}: {error}"}
-    reports = gather(report)
-    if rank == 0 and not any("error" in item for item in reports):
-        try:
-            files = {item.pop("file"): item for item in reports if item}
-            text = json.dumps({"format": FORMAT, **state, "files": files})
-            (part / "state.json").write_text(text)
-            sync(part / "state.json")
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(part, folder)
-            sync(folder.parent)
-        except OSError as error:
-            reports.append({"error": str(error)})
-    problems = [item["error"] for found in gather(reports) for item in found if "error" in item]
-    if problems:
-        if rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
-        raise DataError(f"checkpoint {folder} was not written ({problems[0]}); free space or choose another `run`")
+def part_of(folder: Path) -> Path:
+    """Return where a checkpoint lies until it is whole."""
+    return folder.with_name(f".{folder.name}.part")
+
+
+def remove_parts(root: Path) -> list[str]:
+    """Remove what writes that were cut short have left under `root`; return the names of those checkpoints."""
+    found = sorted(root.glob(".step-*.part"))
+    for folder in found:
+        shutil.rmtree(folder)
+    return [folder.name.removeprefix(".").removesuffix(".part") for folder in found]
+
+
+def with_checksum(state: Mapping[str, Any]) -> str:
+    """Return the text of `state.json`."""
+    return json.dumps({**state, "crc32": zlib.crc32(json.dumps(state).encode())})
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -115,10 +90,15 @@ def read_state(folder: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((folder / "state.json").read_text())
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
     except (OSError, ValueError) as error:
         raise DataError(f"checkpoint {folder} has no readable state.json ({error})") from error
     if state.get("format") != FORMAT:
         raise DataError(f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}")
+    stored = state.pop("crc32", None)
+    if stored != zlib.crc32(json.dumps(state).encode()):
+        raise DataError(f"checkpoint {folder}: state.json does not have the checksum it was written with")
     for name, facts in state["files"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
@@ -126,31 +106,46 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def check(folder: Path) -> None:
-    """Read a whole checkpoint and compare its checksums.
+def check(folder: Path, share: int = 0, shares: int = 1) -> None:
+    """Read a checkpoint and compare its checksums.
+
+    Args:
+        share, shares: only every so many-th file, from this one on, where others check the rest.
 
     Raises:
         DataError: it is damaged.
     """
-    for name, facts in read_state(folder)["files"].items():
-        if crc32(folder / name) != facts["crc32"]:
+    for name, facts in list(sorted(read_state(folder)["files"].items()))[share::shares]:
+        try:
+            found = crc32(folder / name)
+        except OSError as error:
+            raise DataError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from error
+        if found != facts["crc32"]:
             raise DataError(f"checkpoint {folder}: {name} does not have the checksum it was written with")
 
 
 def saved_checkpoints(root: str | Path) -> list[Path]:
     """Return the checkpoints under `root`, oldest first, damaged ones included."""
-    return sorted(path for path in Path(root).glob("step-*") if path.is_dir())
+    return sorted(path for path in Path(root).glob("step-*") if path.is_dir() and path.name[5:].isdigit())
 
 
 def latest_checkpoint(root: str | Path) -> Path | None:
-    """Return the newest whole checkpoint under `root`, or None; damaged ones are skipped with a warning."""
-    for folder in reversed(saved_checkpoints(root)):
+    """Return the newest whole checkpoint under `root`, or None; damaged ones are skipped with a warning.
+
+    Where ranks have found each other, all call it: they share the reading, and agree.
+    """
+    rank, ranks = own_place()
+    for folder in reversed(gather(saved_checkpoints(root))[0]):
+        said = None
         try:
-            check(folder)
+            check(folder, rank, ranks)
         except DataError as error:
-            log.warning("%s; going on from the one before", error)
-        else:
+            said = str(error)
+        problem = next((one for one in gather(said) if one), None)
+        if problem is None:
             return folder
+        if rank == 0:
+            log.warning("%s; it is left out", problem)
     return None
 
 
@@ -177,7 +172,10 @@ class CheckpointReader:
         found, values = 0, None
         for file, begin in self.pieces.get(key, []):
             if file not in self.open:
-                self.open[file] = safe_open(str(self.folder / file), framework="pt")
+                try:
+                    self.open[file] = safe_open(str(self.folder / file), framework="pt")
+                except (OSError, SafetensorError) as error:
+                    raise DataError(f"checkpoint {self.folder}: {file} cannot be read ({error})") from error
             piece = self.open[file].get_slice(key)
             first, last = max(start, begin), min(start + numel, begin + piece.get_shape()[0])
             if first < last:

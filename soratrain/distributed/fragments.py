@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from soratrain.models.tensor_file import Form
 from soratrain.optim import shape_of
 
 
@@ -86,31 +88,55 @@ def optimizer_states(
                     yield key, fragment, value
 
 
-def assemble(fragments: Sequence[Fragment], values: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield `(name, whole tensor on the CPU)` of every parameter, one at a time; collective where ranks hold slices.
+def forms_of(fragments: Iterable[Fragment], values: Iterable[Tensor]) -> dict[str, tuple[Form, bool]]:
+    """Return form of every whole parameter, and whether ranks hold slices of it; collective.
 
     Args:
         fragments: this rank's.
         values: flat values of each.
     """
+    own = {
+        part.name: (Form(value.dtype, tuple(part.shape)), not part.replicated)
+        for part, value in zip(fragments, values, strict=True)
+    }
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return own
+    everywhere: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, own)
+    return {name: form for known in everywhere for name, form in known.items()}
+
+
+def assemble(
+    fragments: Sequence[Fragment],
+    values: Sequence[Tensor],
+    device: torch.device,
+    names: Iterable[str] | None = None,
+    forms: Mapping[str, tuple[Form, bool]] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield `(name, whole tensor on the CPU)` of parameters, one at a time; collective where ranks hold slices.
+
+    Args:
+        fragments: this rank's.
+        values: flat values of each.
+        device: on which slices are put together, one parameter at a time.
+        names: of those that are asked for, the same on every rank; all by default.
+        forms: what `forms_of` says, where it is known already.
+    """
+    forms = forms_of(fragments, values) if forms is None else forms
     mine: dict[str, list[tuple[Fragment, Tensor]]] = {}
     for fragment, value in zip(fragments, values, strict=True):
         mine.setdefault(fragment.name, []).append((fragment, value))
-    sliced: dict[str, torch.Size] = {}
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        everywhere: list[dict[str, torch.Size] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everywhere, {part.name: part.shape for part in fragments if not part.replicated})
-        sliced = {name: shape for known in everywhere for name, shape in (known or {}).items()}
-    device = values[0].device if values else torch.device("cpu")
-    for name, parts in mine.items():
-        if name not in sliced:
-            yield name, parts[0][1].reshape(parts[0][0].shape).to("cpu", copy=True)
-    for name, shape in sorted(sliced.items()):
-        flat = torch.zeros(shape.numel(), device=device)
-        for fragment, value in mine.get(name, []):
-            flat[fragment.start : fragment.start + fragment.numel] = value
-        dist.all_reduce(flat)
-        yield name, flat.view(shape).cpu()
+    for name in sorted(forms) if names is None else names:
+        form, sliced = forms[name]
+        if sliced:
+            flat = torch.zeros(torch.Size(form.shape).numel(), dtype=form.dtype, device=device)
+            for fragment, value in mine.get(name, []):
+                flat[fragment.start : fragment.start + fragment.numel] = value
+            dist.all_reduce(flat)
+            yield name, flat.view(form.shape).cpu()
+            del flat
+        else:
+            yield name, mine[name][0][1].reshape(form.shape).to("cpu", copy=True)
 
 
 def shapes_of(module: nn.Module) -> dict[str, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,7 +14,8 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from soratrain.distributed.checkpoint import CheckpointReader, gather, save_checkpoint
+from soratrain.amounts import counted
+from soratrain.distributed.checkpoint import CheckpointReader, gather, latest_checkpoint, own_place
 from soratrain.distributed.fragments import (
     Fragment,
     optimizer_states,
@@ -21,10 +23,13 @@ from soratrain.distributed.fragments import (
     shapes_of,
     whole_fragments,
 )
-from soratrain.errors import ConfigError, DataError
+from soratrain.distributed.saving import Saver
+from soratrain.errors import ConfigError, DataError, on_all_ranks
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy as LightningStrategy
+
+log = logging.getLogger(__name__)
 
 NAMES = ("single", "ddp", "zero1", "zero2", "zero3")
 COUNTER = "step"  # the one state of torch's optimizers that is a single number, whatever the parameter's shape
@@ -75,6 +80,8 @@ class Restorable:
     sequence = 1  # ranks that share the tokens of a micro-batch
     skips = True  # whether a stage can leave out an update, and have more than one optimizer
     averages: list[Tensor] | None = None  # flat averages of the trained fragments, in their order
+    saver: Saver | None = None  # what writes checkpoints; without one, training waits for each
+    elastic = True  # whether a run may go on with another number of ranks
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -109,7 +116,11 @@ class Restorable:
         """Let the modules compute with what has been written to the fragments."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint folder; every rank calls it."""
+        """Write a checkpoint folder, or begin to; every rank calls it.
+
+        Args:
+            storage_options: `{"wait": True}` waits for it to be written.
+        """
         first = self.lightning_module.global_rank == 0
         tensors: dict[str, Tensor] = {}
         starts: dict[str, int] = {}
@@ -138,11 +149,25 @@ class Restorable:
                 scalars.setdefault(key, {}).update(values)
         state = {key: value for key, value in checkpoint.items() if key not in NOT_SAVED}
         state |= {"shapes": shapes_of(self.lightning_module), "scalars": scalars}
-        save_checkpoint(Path(filepath), tensors, starts, state)
+        saver = self.saver or Saver(beside=False)
+        saver.save(Path(filepath), tensors, starts, state, **(storage_options or {}))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Open a checkpoint folder; `load_model_state_dict` reads it."""
-        reader = CheckpointReader(Path(checkpoint_path))
+        """Open the newest whole checkpoint of a folder of them; `load_model_state_dict` reads it.
+
+        Raises:
+            DataError: none is whole.
+            ConfigError: it is of another number of ranks, and may not be.
+        """
+        folder = latest_checkpoint(checkpoint_path)
+        if folder is None:
+            raise on_all_ranks(
+                DataError(f"no checkpoint in {checkpoint_path} is whole; put a copy there, or start with fresh=true")
+            )
+        reader = CheckpointReader(folder)
+        if own_place()[0] == 0:
+            log.info("going on from %s", folder.name)
+        check_ranks(folder, reader.state["ranks"], own_place()[1], elastic=self.elastic)
         return {**reader.state, "pytorch-lightning_version": L.__version__, "lr_schedulers": [], "reader": reader}
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -156,9 +181,11 @@ class Restorable:
         wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         if wrong:
             name = wrong[0]
-            raise DataError(
-                f"checkpoint {reader.folder} is of another model: {name} is {theirs.get(name)} there and"
-                f" {ours.get(name)} here ({len(wrong)} such); use its config, or fresh=true"
+            raise on_all_ranks(
+                DataError(
+                    f"checkpoint {reader.folder} is of another model: {name} is {theirs.get(name)} there and"
+                    f" {ours.get(name)} here ({len(wrong)} such); use its config, or fresh=true"
+                )
             )
         fragments = self.fragments()
         trained = [fragment for fragment in fragments if fragment.trained]
@@ -207,6 +234,26 @@ class Restorable:
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing is left to do after `load_model_state_dict`."""
+
+
+def check_ranks(folder: Path, before: int, now: int, *, elastic: bool) -> None:
+    """Say that a run goes on with another number of ranks.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    if before == now:
+        return
+    if not elastic:
+        raise on_all_ranks(
+            ConfigError(
+                f"trainer.elastic=false: {folder} was written by {counted(before, 'ranks')} and this run has {now};"
+                " start as many, or set trainer.elastic=true: the same samples in the same order, equal but for"
+                " rounding"
+            )
+        )
+    if own_place()[0] == 0:
+        log.info("going on with %s, after %d: the same samples in the same order", counted(now, "ranks"), before)
 
 
 class Single(Restorable, SingleDeviceStrategy):

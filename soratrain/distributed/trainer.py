@@ -21,10 +21,10 @@ from soratrain.callbacks.export import Export
 from soratrain.callbacks.metrics import Metrics
 from soratrain.callbacks.progress import Progress
 from soratrain.callbacks.sequence import ShareTokens
-from soratrain.distributed.checkpoint import latest_checkpoint, read_state
+from soratrain.distributed.checkpoint import read_state, saved_checkpoints
 from soratrain.distributed.mesh import Mesh, check_ranks
 from soratrain.distributed.strategy import Restorable, StrategyOptions, build_strategy
-from soratrain.errors import ConfigError
+from soratrain.errors import ConfigError, DataError
 from soratrain.stages.base import TrainStage
 from soratrain.stages.manual import ManualStage
 
@@ -107,6 +107,11 @@ def build_trainer(
     log_every: int = 10,
     checkpoint_every: int = 500,
     keep: int = 2,
+    keep_best: int = 0,
+    checkpoint_async: bool = True,
+    elastic: bool = True,
+    max_shard_gb: float = 5.0,
+    export: str = "last",
     title: str = "training",
     logger: Callable[..., list[Logger]] | None = None,
     validation: Callable[..., L.Callback] | None = None,
@@ -130,7 +135,12 @@ def build_trainer(
         ema: decay of the weight average, 0 for none.
         log_every: steps a row of metrics.
         checkpoint_every: steps between checkpoints, 0 for the last step only.
-        keep: checkpoints that stay.
+        keep: newest checkpoints that stay.
+        keep_best: those of the lowest `val_loss` that stay beside them.
+        checkpoint_async: write checkpoints while training goes on, where there is memory for a copy.
+        elastic: whether a run may go on with another number of ranks than its checkpoint was written by.
+        export: whose weights go to `weights/`: of the `last` step, or of the `best` checkpoint that is kept.
+        max_shard_gb: size, in 10^9 bytes, above which a net's exported weights are spread over several files.
         title: what the progress bar calls it.
         logger: called with `out`, returns further loggers.
         validation, previews: called with `out`, the metrics, the weight average and the precision; each returns the
@@ -156,17 +166,28 @@ def build_trainer(
             f"trainer.max_steps={max_steps}, accumulate={accumulate}, log_every={log_every} and num_nodes={num_nodes}"
             " must be at least 1"
         )
+    if export not in ("last", "best"):
+        raise ConfigError(f"trainer.export={export!r} is unknown; use last or best")
+    if export == "best" and keep_best < 1:
+        raise ConfigError(
+            f"trainer.export=best with trainer.keep_best={keep_best}: none is kept; set trainer.keep_best=1"
+        )
+    if max_shard_gb <= 0:
+        raise ConfigError(f"trainer.max_shard_gb={max_shard_gb}: must be above 0")
     if options.name == "single" and num_nodes > 1:
         raise ConfigError(f"trainer.num_nodes={num_nodes} with strategy=single: use strategy=ddp, zero2 or zero3")
     device_type = resolve_device(accelerator)
     metrics = Metrics(out / "metrics.csv", every=log_every)
     average = EMA(ema) if ema else None
-    checkpoint = Checkpoint(out / "checkpoints", every=checkpoint_every, keep=keep)
+    checkpoint = Checkpoint(
+        out / "checkpoints", every=checkpoint_every, keep=keep, keep_best=keep_best, beside=checkpoint_async
+    )
     beside = {"out": out, "metrics": metrics, "ema": average, "precision": precision}
     count = resolve_devices(devices, options, device_type)
     check_ranks(sequence, count * num_nodes, f"trainer.devices={count}, trainer.num_nodes={num_nodes}")
     chosen = build_strategy(options, device_type=device_type, precision=precision)
     assert isinstance(chosen, Restorable)
+    chosen.saver, chosen.elastic = checkpoint.saver, elastic
     chosen.sequence = sequence
     shared = [ShareTokens(timedelta(minutes=options.timeout_minutes))] if sequence > 1 else []
     return L.Trainer(
@@ -189,7 +210,9 @@ def build_trainer(
             *shared,
             *([CompileBlocks()] if compile == "blocks" else []),
             *callbacks,
-            Export(out / "weights", average),
+            Export(
+                out / "weights", average, largest=int(max_shard_gb * 1e9), best=checkpoint if export == "best" else None
+            ),
             checkpoint,
             GracefulStop(checkpoint),
         ],
@@ -211,6 +234,8 @@ class StoppedError(KeyboardInterrupt):
 def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> dict[str, float]:
     """Train from the newest whole checkpoint, if any, to the last step; return the last row of metrics.
 
+    Which checkpoint that is, the strategy finds when its ranks have found each other.
+
     Raises:
         StoppedError: a signal came; a checkpoint is saved.
         KeyboardInterrupt: Ctrl-C came before the first step, or twice; the last checkpoint stands.
@@ -219,14 +244,12 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
     checkpoint = next(item for item in callbacks if isinstance(item, Checkpoint))
     stop = next(item for item in callbacks if isinstance(item, GracefulStop))
     metrics = next(item for item in callbacks if isinstance(item, Metrics))
-    start = latest_checkpoint(checkpoint.folder)
-    settle_accumulation(trainer, data, start)
+    start = bool(saved_checkpoints(checkpoint.folder))
+    settle_accumulation(trainer, data, checkpoint.folder)
     if isinstance(stage, ManualStage) and not stage.automatic_optimization:
         stage.take_over(trainer)
-    if start is not None and trainer.is_global_zero:
-        log.info("going on from %s", start.name)
     try:
-        trainer.fit(stage, datamodule=data, ckpt_path=None if start is None else str(start), weights_only=True)
+        trainer.fit(stage, datamodule=data, ckpt_path=str(checkpoint.folder) if start else None, weights_only=True)
     except (
         SystemExit
     ) as stopped:  # Lightning's way of passing on a KeyboardInterrupt, which it also ignores from then on
@@ -234,19 +257,23 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
         raise KeyboardInterrupt from stopped
     if stop.received and trainer.global_step < stage.max_steps:
         raise StoppedError(f"stopped at step {trainer.global_step} of {stage.max_steps}; the same command goes on")
-    return dict(metrics.row)
+    return metrics.row | checkpoint.told()
 
 
-def settle_accumulation(trainer: L.Trainer, data: L.LightningDataModule, start: Path | None) -> None:
+def settle_accumulation(trainer: L.Trainer, data: L.LightningDataModule, folder: Path) -> None:
     """Accumulate as many micro-batches as the data say that a rank has in a step.
 
-    That number follows from the ranks there are and those that the run was begun with, which the checkpoint knows.
+    That number follows from the ranks there are and those that the run was begun with, which any checkpoint knows.
     """
     ask = getattr(data, "accumulation", None)
     if ask is None:
         return
-    if start is not None:
-        stored = read_state(start).get(type(data).__qualname__)
+    for place in reversed(saved_checkpoints(folder)):
+        try:
+            stored = read_state(place).get(type(data).__qualname__)
+        except DataError:
+            continue  # it will be said when ranks have found each other
         if stored:
             data.load_state_dict(stored)
+        break
     trainer.accumulate_grad_batches = ask(Mesh.of(trainer).data_ranks)

@@ -1,10 +1,15 @@
-"""Weights on disk: one safetensors file a network, and beside it the YAML that rebuilds the network."""
+"""Weights on disk: one safetensors file a network, and beside it the YAML that rebuilds the network.
+
+A network that is larger than one file should be lies in several, as Hugging Face does it: `NAME-00001-of-00003.
+safetensors` and so on, with `NAME.safetensors.index.json` to say which tensor is where.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +17,15 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from soratrain.data.atomic import replacing
 from soratrain.errors import ConfigError, DataError
+from soratrain.models import tensor_file
+from soratrain.models.tensor_file import Form, Layout
 
+LARGEST = 5_000_000_000  # bytes of a file
 ALLOWED = "soratrain."  # a weights folder may name classes of this package only: reading one never runs foreign code
 
 
@@ -54,9 +62,38 @@ def resolve(folder: str | Path, name: str) -> Path:
         DataError: neither holds them.
     """
     for candidate in (Path(folder) / "weights", Path(folder)):
-        if (candidate / f"{name}.safetensors").is_file() and (candidate / f"{name}.yaml").is_file():
+        if is_in(candidate, name) and (candidate / f"{name}.yaml").is_file():
             return candidate
     raise DataError(f"no weights of {name!r} in {folder} (looked for {name}.safetensors and {name}.yaml)")
+
+
+def is_in(folder: Path, name: str) -> bool:
+    """Return whether tensors of `name` lie in `folder` itself, in one file or in several."""
+    return any((folder / file).is_file() for file in (f"{name}.safetensors", index_of(name)))
+
+
+def index_of(name: str) -> str:
+    """Return the file that says in which others the tensors of `name` are."""
+    return f"{name}.safetensors.index.json"
+
+
+def files(folder: str | Path, name: str) -> list[Path]:
+    """Return the files that hold the tensors of `name`, in order.
+
+    Raises:
+        DataError: they are not there, or their index is damaged.
+    """
+    place = resolve(folder, name)
+    if (place / f"{name}.safetensors").is_file():
+        return [place / f"{name}.safetensors"]
+    index = place / index_of(name)
+    try:
+        found = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise _unreadable(index, error) from error
+    if any(Path(file).name != file for file in found):
+        raise DataError(f"weights {index} name files outside their folder; copy or train them again")
+    return [place / file for file in found]
 
 
 def save(
@@ -72,20 +109,69 @@ def save(
     Raises:
         DataError: they cannot be written.
     """
-    folder = Path(folder)
     state = module.state_dict() if isinstance(module, nn.Module) else module
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
+    forms = {key: Form.of(tensor) for key, tensor in state.items()}
+    tensors = ((key, state[key]) for key in tensor_file.in_order(forms))
+    write(folder, name, forms, tensors, factory, extra)
+
+
+def write(
+    folder: str | Path,
+    name: str,
+    forms: Mapping[str, Form],
+    tensors: Iterable[tuple[str, Tensor]],
+    factory: partial,
+    extra: Mapping[str, Any],
+    *,
+    largest: int = LARGEST,
+) -> None:
+    """Write tensors that come one at a time, and `name.yaml`, into `folder`; nothing is kept of them in memory.
+
+    Args:
+        forms: types and shapes of all.
+        tensors: each with its name, in the order of `tensor_file.in_order(forms)`.
+        factory, extra: as `save` takes them.
+        largest: bytes of tensors in a file; what is more goes to several.
+
+    Raises:
+        DataError: they cannot be written.
+    """
+    folder, coming = Path(folder), iter(tensors)
+    shards = tensor_file.shards(forms, largest)
+    names = [f"{name}.safetensors"]
+    if len(shards) > 1:
+        names = [f"{name}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     document = yaml.safe_dump({**spec_of(factory), "extra": dict(extra)}, sort_keys=False, allow_unicode=True)
     try:
-        with replacing(folder / f"{name}.safetensors") as path:
-            path.touch()
-            mode = path.stat().st_mode
-            save_file(tensors, str(path))
-            path.chmod(mode)  # safetensors lets nobody else read it
+        for file, shard in zip(names, shards, strict=True):
+            layout = Layout.of({key: forms[key] for key in shard})
+            with replacing(folder / file) as path:
+                tensor_file.write(path, layout.header, (_raw(next(coming), key) for key in layout.starts))
+        if len(shards) > 1:
+            places = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
+            total = sum(form.nbytes for form in forms.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+            with replacing(folder / index_of(name)) as path:
+                path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         with replacing(folder / f"{name}.yaml") as path:
             path.write_text(document, encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"weights {folder / name}.safetensors were not written ({error}); free space there") from error
+        _remove_others(folder, name, names)
+    except OSError as error:
+        raise DataError(f"weights {folder / names[0]} were not written ({error}); free space there") from error
+
+
+def _raw(coming: tuple[str, Tensor], expected: str) -> memoryview:
+    name, tensor = coming
+    assert name == expected, f"{name} comes where {expected} belongs"
+    return tensor_file.raw(tensor)
+
+
+def _remove_others(folder: Path, name: str, names: list[str]) -> None:
+    """Remove what an earlier writing of `name` has left that was spread over another number of files."""
+    old = {*folder.glob(f"{name}-?????-of-?????.safetensors"), folder / f"{name}.safetensors"}
+    for path in old | ({folder / index_of(name)} if len(names) == 1 else set()):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 def load_state(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -94,11 +180,13 @@ def load_state(folder: str | Path, name: str) -> tuple[dict[str, Tensor], dict[s
     Raises:
         DataError: they are not there, or damaged.
     """
-    document, path = document_of(folder, name), resolve(folder, name) / f"{name}.safetensors"
-    try:
-        return load_file(str(path)), document
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _unreadable(path, error) from error
+    document, state = document_of(folder, name), dict[str, Tensor]()
+    for path in files(folder, name):
+        try:
+            state |= load_file(str(path))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise _unreadable(path, error) from error
+    return state, document
 
 
 def document_of(folder: str | Path, name: str) -> dict[str, Any]:

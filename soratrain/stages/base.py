@@ -48,6 +48,7 @@ class TrainStage(L.LightningModule):
 
     Attributes:
         helpers: nets that only help in training: neither exported nor begun from `init`.
+        score: the step at which the loss on held-out clips was last measured, and that loss, the same on all ranks.
     """
 
     helpers: tuple[str, ...] = ()
@@ -68,6 +69,7 @@ class TrainStage(L.LightningModule):
         self.optimizer_factory, self.schedule, self.max_steps = optimizer, schedule, max_steps
         self.origins: dict[str, tuple[Path, str]] = {}
         self.reported: dict[str, tuple[Tensor, int]] = {}
+        self.score: tuple[int, float] | None = None
 
     def start_from(self, name: str, folder: str | Path, stored_as: str = "") -> None:
         """Let net `name` begin with the weights in `folder` (stored there as `stored_as`) when it is built.

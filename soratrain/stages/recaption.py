@@ -135,7 +135,9 @@ class Recaption:
         net, _ = weights.load(self.captioner, "captioner", self.device)
         assert isinstance(net, Captioner)
         styles = self._styles(net)
-        rev = hashlib.sha256((weights.resolve(self.captioner, "captioner") / "captioner.safetensors").read_bytes())
+        rev = hashlib.sha256()
+        for file in weights.files(self.captioner, "captioner"):
+            rev.update(file.read_bytes())
         folder = self._claim(rev.hexdigest()[:12])
         assignment = self.buckets.assign(manifest, lambda bucket: 1)
         began, made = time.monotonic(), 0

@@ -27,6 +27,7 @@ from soratrain.diffusion.sizes import check_fps, check_prompt
 from soratrain.diffusion.ways import Layout
 from soratrain.distributed.mesh import Mesh, check_ranks
 from soratrain.distributed.ranks import LONGEST, Ranks, deal
+from soratrain.distributed.room import available
 from soratrain.distributed.sequence import Ulysses, share
 from soratrain.errors import ConfigError, UserError
 from soratrain.models import weights
@@ -34,7 +35,7 @@ from soratrain.models.autoencoders import stride_at
 from soratrain.schema import SEEDS
 from soratrain.stages.pace import Pace, progress
 from soratrain.stages.sample_files import Writer, clip_of, is_there, name_of, slug
-from soratrain.stages.sample_memory import available, most_at_once
+from soratrain.stages.sample_memory import most_at_once
 from soratrain.stages.sample_prompts import Wish, wishes
 from soratrain.stages.sample_tasks import Order, Scene, Task
 

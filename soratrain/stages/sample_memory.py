@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from soratrain.amounts import memory
 from soratrain.distributed.memory import FP32, dit_activations, most_tokens
@@ -16,24 +12,6 @@ from soratrain.errors import ConfigError
 from soratrain.models.dit import Block, DiT
 
 SPARE = 0.9  # of what is free
-CGROUPS = (  # limit and use of a container
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-)
-
-
-def available(device: torch.device) -> int:
-    """Return the bytes that are free on a device, within what a container allows."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        free += [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line]
-    for limit, use in CGROUPS:
-        if Path(limit).is_file() and Path(use).is_file() and (allowed := Path(limit).read_text().strip()) != "max":
-            free.append(int(allowed) - int(Path(use).read_text()))
-    return max(min(free), 0)
 
 
 def most_at_once(

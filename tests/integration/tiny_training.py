@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,9 +142,13 @@ def train(
     weight_decay: float = 0.01,
     width: int = 10,
     callbacks: Sequence[L.Callback] = (),
+    trainer: Mapping[str, Any] | None = None,
     **stage: Any,
 ) -> tuple[L.Trainer, Stage, dict[str, float]]:
-    """Train the tiny stage; return trainer, stage and last metrics. `stop_at` ends early, as a kill would."""
+    """Train the tiny stage; return trainer, stage and last metrics. `stop_at` ends early, as a kill would.
+
+    What build_trainer takes beyond the arguments here, `trainer` holds.
+    """
     L.seed_everything(1, verbose=False)
     factory = (
         SGDFactory(lr=lr, weight_decay=0.0, clip=clip, clip_adaptive=clip_adaptive)
@@ -158,7 +162,7 @@ def train(
         max_steps=max_steps,
         **stage,
     )
-    trainer = build_trainer(
+    built = build_trainer(
         out=out,
         max_steps=stop_at or max_steps,
         strategy=StrategyOptions(name=strategy),
@@ -172,9 +176,10 @@ def train(
         keep=keep,
         precision=precision,
         callbacks=[Spy(Path(out) / "whole.pt"), *callbacks],
+        **(trainer or {}),
     )
     data = Data(per_step=per_step, max_steps=max_steps)
-    return trainer, module, fit(trainer, module, data)
+    return built, module, fit(built, module, data)
 
 
 class Spy(L.Callback):
@@ -189,6 +194,19 @@ class Spy(L.Callback):
             torch.save(state, self.file)
 
 
+class Measured(L.Callback):
+    """Stands for a validation: the loss on held-out clips at some steps."""
+
+    def __init__(self, losses: Mapping[int, float], **_: Any) -> None:
+        self.losses = losses
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step in self.losses:
+            pl_module.score = (trainer.global_step, self.losses[trainer.global_step])
+
+
 if __name__ == "__main__":
+    from soratrain.__main__ import ending
+
     torch.set_num_threads(1)
-    train(**json.loads(sys.argv[1]))
+    sys.exit(ending(lambda: train(**json.loads(sys.argv[1])) and 0))

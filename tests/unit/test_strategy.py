@@ -202,7 +202,7 @@ def test_fragments_read_and_write_their_numbers_only() -> None:
 def test_whole_parameters_of_any_memory_format_assemble_to_themselves() -> None:
     net = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     fragments = whole_fragments(net.named_parameters())
-    state = dict(assemble(fragments, [fragment.read() for fragment in fragments]))
+    state = dict(assemble(fragments, [fragment.read() for fragment in fragments], torch.device("cpu")))
     assert torch.equal(state["weight"], net.weight) and torch.equal(state["bias"], net.bias)
     for fragment in fragments:
         fragment.write(fragment.read() + 1)

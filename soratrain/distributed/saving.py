@@ -1,0 +1,246 @@
+"""Writing checkpoints, while training goes on where there is memory for a copy of what is saved.
+
+A save takes a copy, laid out as the file will be, and hands it to a thread: it writes this rank's file under a
+temporary name, with its checksum, and has the disk keep it; when all ranks have done so, the first writes `state.json`
+and renames the folder. The threads talk over a group of their own, so that no message of the training's waits for a
+disk. Whether all have finished, ranks agree on at the end of a step; what went wrong on one is then said on all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from soratrain.amounts import memory
+from soratrain.data.atomic import sync
+from soratrain.distributed.checkpoint import FORMAT, gather, own_place, part_of, with_checksum
+from soratrain.distributed.image import Image
+from soratrain.distributed.room import available
+from soratrain.errors import DataError, UserError, on_all_ranks
+from soratrain.models import tensor_file
+from soratrain.models.tensor_file import Form, Layout
+
+log = logging.getLogger(__name__)
+
+SHARE = 0.5  # of the free memory that copies may take
+
+
+@dataclass
+class Save:
+    """One checkpoint on its way to disk.
+
+    Attributes:
+        folder: where it will be.
+        layout: of this rank's file, None where it has nothing to save.
+        pieces: the bytes of the file after its header.
+        starts, state: as `Saver.save` takes them.
+        given_up: set to stop writing.
+        problem: what went wrong on any rank, None where it is whole.
+    """
+
+    folder: Path
+    layout: Layout | None
+    pieces: Iterable[memoryview]
+    starts: Mapping[str, int]
+    state: Mapping[str, Any]
+    given_up: threading.Event = field(default_factory=threading.Event)
+    problem: str | None = "it was not finished"
+
+
+class Saver:
+    """Writes one checkpoint at a time; every rank calls the same methods in the same order.
+
+    Args:
+        beside: write while training goes on, where there is memory for it.
+        after: called on the first rank with the folder of each checkpoint that has become whole.
+    """
+
+    def __init__(self, *, beside: bool = True, after: Callable[[Path], None] | None = None) -> None:
+        self.beside, self.after = beside, after
+        self.groups: tuple[Any, Any] = (None, None)  # of the threads, and of the steps' ends
+        self.ready = False
+        self.image = Image()
+        self.decided = not beside
+        self.under_way: tuple[Save, threading.Thread] | None = None
+
+    def open(self) -> None:
+        """Get ready to write while training goes on; collective."""
+        if self.beside and not self.ready and own_place()[1] > 1:
+            self.groups = (dist.new_group(backend="gloo"), dist.new_group(backend="gloo"))
+        self.ready = True
+
+    def save(
+        self,
+        folder: Path,
+        tensors: Mapping[str, Tensor],
+        starts: Mapping[str, int],
+        state: Mapping[str, Any],
+        *,
+        wait: bool = False,
+    ) -> None:
+        """Write a checkpoint, or begin to; the one under way, if any, is finished first.
+
+        Args:
+            folder: where it will be.
+            tensors: flat fragments of this rank by `<kind>/<name>`; may be empty.
+            starts: where each begins in its parameter.
+            state: what else belongs to it: plain values, the same on every rank.
+            wait: for all of it to be written.
+
+        Raises:
+            DataError: on every rank, where one could not write; what was there before stays.
+        """
+        self.wait()
+        rank, _ = own_place()
+        state = json.loads(json.dumps(state))  # of the present step, whatever becomes of what it was taken from
+        said = None
+        if rank == 0:
+            try:
+                shutil.rmtree(part_of(folder), ignore_errors=True)
+                part_of(folder).mkdir(parents=True)
+            except OSError as error:
+                said = told(rank, error)
+        problem = next((one for one in gather(said) if one), None)
+        if problem is not None:
+            raise not_written(folder, problem)
+        layout = Layout.of({key: Form.of(value) for key, value in tensors.items()}) if tensors else None
+        if wait or not self.ready or not self.has_room(0 if layout is None else layout.nbytes):
+            names = [] if layout is None else list(layout.starts)
+            save = Save(folder, layout, (tensor_file.raw(tensors[name]) for name in names), starts, state)
+            self.write(save, None)
+            if save.problem is not None:
+                raise not_written(folder, save.problem)
+            return
+        pieces = self.image.take(layout, tensors) if layout is not None else []
+        save = Save(folder, layout, pieces, starts, state)
+        thread = threading.Thread(target=self.write, args=(save, self.groups[0]), name="checkpoint")
+        self.under_way = (save, thread)
+        thread.start()
+
+    def poll(self) -> None:
+        """Finish the save under way if all ranks have written it; every rank calls it at the end of a step.
+
+        Raises:
+            DataError: on every rank, where one could not write; what was there before stays.
+        """
+        if self.under_way is None:
+            return
+        done = torch.tensor([not self.under_way[1].is_alive()], dtype=torch.int32)
+        if self.groups[1] is not None:
+            dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self.groups[1])
+        if done:
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save under way, if any.
+
+        Raises:
+            DataError: on every rank, where one could not write; what was there before stays.
+        """
+        if self.under_way is None:
+            return
+        save, thread = self.under_way
+        thread.join()
+        self.under_way = None
+        if save.problem is not None:
+            raise not_written(save.folder, save.problem)
+
+    def give_up(self) -> None:
+        """Stop the save under way, if any, and leave nothing of it."""
+        if self.under_way is not None:
+            self.under_way[0].given_up.set()
+
+    def close(self) -> None:
+        """Give the copy's memory back; nothing may be under way."""
+        self.image.free()
+
+    def has_room(self, nbytes: int) -> bool:
+        """Return whether every node has memory for its ranks' copies, decided and said at the first save."""
+        if self.decided:
+            return self.beside
+        self.decided = True
+        known = gather((socket.gethostname(), nbytes, available(torch.device("cpu"))))
+        hosts = {host: [(size, free) for name, size, free in known if name == host] for host, _, _ in known}
+        sums = [(sum(size for size, _ in ranks), min(free for _, free in ranks)) for ranks in hosts.values()]
+        needed, free = max(sums, key=lambda pair: pair[0] / max(pair[1], 1))
+        self.beside = needed <= SHARE * free
+        if own_place()[0] == 0:
+            most = f"{memory(needed)} a node" if len(known) > 1 else memory(needed)
+            if self.beside:
+                log.info("checkpoints are written while training goes on, from a copy of %s in the CPU's memory", most)
+            else:
+                log.warning(
+                    "checkpoints are written while training waits: a copy of %s would take more than half of the %s"
+                    " that are free",
+                    *(most, memory(free)),
+                )
+        return self.beside
+
+    def write(self, save: Save, group: Any) -> None:
+        """Write a checkpoint and set its `problem`; collective over `group`."""
+        rank, ranks = own_place()
+        part, report = part_of(save.folder), dict[str, Any]()
+        try:
+            if save.layout is not None:
+                path = part / f"rank-{rank:05d}.safetensors"
+                size, crc = tensor_file.write(path, save.layout.header, save.pieces, save.given_up.is_set)
+                report = {"file": path.name, "bytes": size, "crc32": crc, "starts": dict(save.starts)}
+        except (OSError, RuntimeError) as error:
+            report = {"error": told(rank, error)}
+        try:
+            reports = gather(report, group)
+            said = next((item["error"] for item in reports if "error" in item), None)
+            if rank == 0:
+                said = self.finish(save, part, ranks, [item for item in reports if item], said)
+            save.problem = gather(said, group)[0]
+        except RuntimeError as error:  # a rank has gone, and the group with it
+            save.problem = f"another process of this run has died: {str(error).splitlines()[0]}"
+
+    def finish(
+        self, save: Save, part: Path, ranks: int, reports: list[dict[str, Any]], problem: str | None
+    ) -> str | None:
+        """Make a checkpoint whole, on the first rank, or remove its parts; return what went wrong on any."""
+        if problem is None:
+            try:
+                files = {item.pop("file"): item for item in reports}
+                state = {"format": FORMAT, "ranks": ranks, **save.state, "files": files}
+                (part / "state.json").write_text(with_checksum(state))
+                sync(part / "state.json")
+                sync(part)
+                shutil.rmtree(save.folder, ignore_errors=True)
+                os.replace(part, save.folder)
+                sync(save.folder.parent)
+                if self.after is not None:
+                    self.after(save.folder)
+            except OSError as error:
+                problem = told(0, error)
+        if problem is not None:
+            shutil.rmtree(part, ignore_errors=True)
+        return problem
+
+
+def told(rank: int, error: Exception) -> str:
+    """Return in words what went wrong on a rank."""
+    return f"rank {rank}: {getattr(error, 'strerror', None) or error}"
+
+
+def not_written(folder: Path, problem: str) -> UserError:
+    """Return the error that says so."""
+    return on_all_ranks(
+        DataError(
+            f"checkpoint {folder} was not written ({problem}); the one before stands: free space there and give the"
+            " same command again, or choose another `run`"
+        )
+    )
