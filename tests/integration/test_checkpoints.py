@@ -80,9 +80,11 @@ def test_the_best_checkpoint_can_be_exported_and_the_run_is_none_the_worse(
         stored = reader.read(f"average/net.{name}", 0, best[name].numel())
         assert torch.equal(best[name].flatten(), stored)
     assert weights.document_of(tmp_path / "best", "net")["extra"]["step"] == 5
-    for file in (tmp_path / "last" / "checkpoints").rglob("*.*"):
-        if file.is_file():
-            assert file.read_bytes() == (tmp_path / "best" / file.relative_to(tmp_path / "last")).read_bytes()
+    ended = [CheckpointReader(tmp_path / run / "checkpoints" / "step-00000007") for run in ("last", "best")]
+    for key in sorted(ended[0].pieces):
+        if not key.startswith("buffer/"):  # those are made from the weights that are exported
+            numel = torch.Size(ended[0].state["shapes"][key.split("/", 1)[1]]).numel()
+            assert torch.equal(*(reader.read(key, 0, numel) for reader in ended))
 
 
 def test_without_keep_best_what_is_measured_keeps_nothing(tmp_path: Path) -> None:
@@ -145,19 +147,23 @@ def test_another_number_of_ranks_is_said_and_without_leave_refused(
 def exported_in_parts(out: str, **settings: Any) -> int:
     """Train; return how many parameters were whole in memory at once, as the weights were written."""
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-    original, most = export.assemble, 0
+    assemble, write, found = export.assemble, export.Export.write, [0]
 
     def counted(*arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        nonlocal most
-        for name, tensor in original(*arguments):
+        for name, tensor in assemble(*arguments):
             alive.add(tensor)
-            most = max(most, len(alive))
+            found[0] = max(found[0], len(alive))
             yield name, tensor
             del tensor
 
-    export.assemble = counted  # type: ignore[assignment]
+    def anew(*arguments: Any) -> None:
+        alive.clear()  # what others have put together before
+        found[0] = 0
+        write(*arguments)
+
+    export.assemble, export.Export.write = counted, anew  # type: ignore[assignment, method-assign]
     train(out, trainer={"max_shard_gb": 300e-9}, **settings)
-    return most
+    return found[0]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +175,7 @@ def test_weights_are_exported_parameter_by_parameter_into_files_of_a_size(
     settings: dict[str, Any] = {"strategy": strategy, "ranks": ranks, "max_steps": 3, "ema": 0.9}
     run_ranks(outcome, ranks, out=str(tmp_path / "one"), **settings)
     most = run_ranks(exported_in_parts, ranks, out=str(tmp_path / "many"), **settings)
-    assert max(most) <= 2, f"{max(most)} whole parameters at once"
+    assert 1 <= max(most) <= 2, f"{max(most)} whole parameters at once"
     files = weights.files(tmp_path / "many", "net")
     assert len(files) > 3 and all(len(load_file(file)) < 4 for file in files)
     state = {key: value for file in files for key, value in load_file(file).items()}
