@@ -68,6 +68,7 @@ def run_ranks(function: Callable[..., Any], count: int, timeout: float = 120, **
             try:
                 answers.append(pipe.recv())
             except EOFError:
+                processes[rank].join(5)  # its exit code comes a moment later
                 answers.append((False, f"rank {rank} died with exit code {processes[rank].exitcode}"))
     finally:
         for process in processes:
