@@ -210,22 +210,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("beside", [True, False])
-@pytest.mark.parametrize(("strategy", "ranks"), [("single", 1), ("zero2", 2), ("ddp", 2)])
+@pytest.mark.parametrize(("strategy", "ranks", "beside"), [("single", 1, True), ("zero2", 2, True), ("ddp", 2, False)])
 def test_a_full_disk_is_one_line_the_last_checkpoint_stands_and_with_room_the_command_goes_on(
     strategy: str, ranks: int, beside: bool, tmp_path: Path, small_disk: Path
 ) -> None:
     settings: dict[str, Any] = {
         "strategy": strategy, "ranks": ranks, "max_steps": 8, "width": 2500, "trainer": {"checkpoint_async": beside}
     }  # fmt: skip
-    assert start(tmp_path / "whole", **settings).returncode == 0
+    run_ranks(outcome, ranks, out=str(tmp_path / "whole"), **settings)
     line = said(start(small_disk / "run", **settings))
     assert "step-00000004 was not written (rank" in line and "No space left on device" in line
     assert "the one before stands" in line
     assert names(small_disk / "run") == [2] and not list((small_disk / "run" / "checkpoints").glob(".*"))
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
-    done = start(small_disk / "run", **settings)
-    assert done.returncode == 0, done.stderr
+    run_ranks(outcome, ranks, out=str(small_disk / "run"), **settings)
     assert steps(tmp_path / "whole") == steps(small_disk / "run")
 
 
@@ -236,7 +234,7 @@ def test_a_folder_that_cannot_be_written_and_a_checkpoint_of_another_model_are_o
 ) -> None:
     settings: dict[str, Any] = {"strategy": strategy, "ranks": ranks, "max_steps": 3}
     out = small_disk / "run"
-    assert start(out, **settings).returncode == 0
+    run_ranks(outcome, ranks, out=str(out), **settings)
     assert "another model: net.enter.bias is [10] there and [12] here" in said(start(out, width=12, **settings))
     other = 3 - ranks
     how = {"strategy": "single" if other == 1 else "zero2", "ranks": other, "max_steps": 5}

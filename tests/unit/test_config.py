@@ -224,6 +224,8 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
             "optimizer.disc.rl: no such key; did you mean",
         ),
         (["stage=vae", "+experiment=vae_c", "+stage.module.adversary.net.width=1"], "net.width=1: no such key"),
+        (["stage=vae", "trainer.keep_best=2"], "keep_best=2: stage=vae measures no val_loss here"),
+        (["stage=dit", "validation=none", "trainer.keep_best=1"], "keep_best=1: stage=dit .*set validation.every"),
         (["stage=vae", "latents=live"], "latents=live: only stage=dit"),
         (["stage=sample", "latents=live"], "latents=live: only stage=dit"),
         (["stage=dit", "latents=lvie"], "latents=lvie: no such option; did you mean 'live'"),
