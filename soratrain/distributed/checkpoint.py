@@ -23,7 +23,8 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from soratrain.errors import DataError
+from soratrain.amounts import counted
+from soratrain.errors import ConfigError, DataError, on_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,26 @@ def latest_checkpoint(root: str | Path) -> Path | None:
         if rank == 0:
             log.warning("%s; it is left out", problem)
     return None
+
+
+def check_ranks(folder: Path, before: int, now: int, *, elastic: bool) -> None:
+    """Say that a run goes on with another number of ranks.
+
+    Raises:
+        ConfigError: it may not.
+    """
+    if before == now:
+        return
+    if not elastic:
+        raise on_all_ranks(
+            ConfigError(
+                f"trainer.elastic=false: {folder} was written by {counted(before, 'ranks')} and this run has {now};"
+                " start as many, or set trainer.elastic=true: the same samples in the same order, equal but for"
+                " rounding"
+            )
+        )
+    if own_place()[0] == 0:
+        log.info("going on with %s, after %d: the same samples in the same order", counted(now, "ranks"), before)
 
 
 class CheckpointReader:

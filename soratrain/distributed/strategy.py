@@ -14,8 +14,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 
-from soratrain.amounts import counted
-from soratrain.distributed.checkpoint import CheckpointReader, gather, latest_checkpoint, own_place
+from soratrain.distributed.checkpoint import CheckpointReader, check_ranks, gather, latest_checkpoint, own_place
 from soratrain.distributed.fragments import (
     Fragment,
     optimizer_states,
@@ -234,26 +233,6 @@ class Restorable:
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing is left to do after `load_model_state_dict`."""
-
-
-def check_ranks(folder: Path, before: int, now: int, *, elastic: bool) -> None:
-    """Say that a run goes on with another number of ranks.
-
-    Raises:
-        ConfigError: it may not.
-    """
-    if before == now:
-        return
-    if not elastic:
-        raise on_all_ranks(
-            ConfigError(
-                f"trainer.elastic=false: {folder} was written by {counted(before, 'ranks')} and this run has {now};"
-                " start as many, or set trainer.elastic=true: the same samples in the same order, equal but for"
-                " rounding"
-            )
-        )
-    if own_place()[0] == 0:
-        log.info("going on with %s, after %d: the same samples in the same order", counted(now, "ranks"), before)
 
 
 class Single(Restorable, SingleDeviceStrategy):

@@ -79,6 +79,7 @@ class Clock(L.Callback):
         saver = next(item for item in trainer.callbacks if isinstance(item, Checkpoint)).saver  # type: ignore[attr-defined]
         if at < 0 or at > BLOCK * len(self.turns):
             return
+        saver.decided = True  # to write beside training, however much of the memory other programs have
         if at % BLOCK == 0:
             if at:
                 saver.wait()
