@@ -35,6 +35,7 @@ from soratrain.models.tensor_file import Form, Layout
 log = logging.getLogger(__name__)
 
 SHARE = 0.5  # of the free memory that copies may take
+DIED = "another process of this run has died"
 
 
 @dataclass
@@ -205,8 +206,8 @@ class Saver:
             if rank == 0:
                 said = self.finish(save, part, ranks, [item for item in reports if item], said)
             save.problem = gather(said, group)[0]
-        except RuntimeError as error:  # a rank has gone, and the group with it
-            save.problem = f"another process of this run has died: {str(error).splitlines()[0]}"
+        except RuntimeError:  # a rank has gone, and the group with it
+            save.problem = DIED
 
     def finish(
         self, save: Save, part: Path, ranks: int, reports: list[dict[str, Any]], problem: str | None
@@ -238,9 +239,7 @@ def told(rank: int, error: Exception) -> str:
 
 def not_written(folder: Path, problem: str) -> UserError:
     """Return the error that says so."""
-    return on_all_ranks(
-        DataError(
-            f"checkpoint {folder} was not written ({problem}); the one before stands: free space there and give the"
-            " same command again, or choose another `run`"
-        )
-    )
+    mend = "give the same command again"
+    if problem != DIED:
+        mend = f"free space there and {mend}, or choose another `run`"
+    return on_all_ranks(DataError(f"checkpoint {folder} was not written ({problem}); the one before stands: {mend}"))
