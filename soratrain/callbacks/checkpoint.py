@@ -73,13 +73,14 @@ class Checkpoint(StepCallback):
                 said = f"{self.folder}: cannot be written ({error.strerror}); give run=NAME or out=FOLDER elsewhere"
         if problem := gather(said)[0]:
             raise on_all_ranks(DataError(problem))
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if len(set(gather(self.step))) > 1:
+        seen = gather([path.name for path in saved_checkpoints(self.folder)])
+        if any(names != seen[0] for names in seen):
             raise on_all_ranks(
                 DataError(f"ranks do not see the same checkpoints in {self.folder}; is it shared by all nodes?")
             )
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if self.step:
             self.saved = self.step
         if self.keep_best:

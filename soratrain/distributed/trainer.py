@@ -257,7 +257,7 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
         raise KeyboardInterrupt from stopped
     if stop.received and trainer.global_step < stage.max_steps:
         raise StoppedError(f"stopped at step {trainer.global_step} of {stage.max_steps}; the same command goes on")
-    return metrics.row | checkpoint.told()
+    return metrics.row | checkpoint.told() if metrics.row else {}
 
 
 def settle_accumulation(trainer: L.Trainer, data: L.LightningDataModule, folder: Path) -> None:
