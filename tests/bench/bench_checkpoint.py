@@ -33,7 +33,7 @@ from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import TrainStage
 
 WIDTH, DEPTH, ROWS = 2048, 72, 128
-ROUNDS, BLOCK, WARM = 5, 10, 3  # BLOCK steps are timed together
+ROUNDS, BLOCK, WARM = 5, 8, 3  # BLOCK steps are timed together
 NONE, WAITS, BESIDE = "none", "training waits for it", "beside training"
 TITLE = (
     f"A checkpoint of {DEPTH * WIDTH * (WIDTH + 1) / 1e6:.0f} million parameters (weights, two moments, average: fp32)"
