@@ -13,7 +13,7 @@ from soratrain.schema import SEEDS, check_keys, locate
 
 PUBLISHED = "soratrain.models.published."  # VAEs that others have trained
 FROZEN_TEXT = "soratrain.models.frozen_text."
-ZERO = ("zero1", "zero2", "zero3")
+ZERO = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 AIMED = ("evaluate", "plan")  # stages that have targets
 SHARES_TOKENS = ("dit", "sample", "plan target=dit")  # stages in which processes can share the tokens of a clip
 

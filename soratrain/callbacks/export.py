@@ -32,10 +32,13 @@ class Export(L.Callback):
         assert isinstance(pl_module, TrainStage)
         if trainer.global_step < pl_module.max_steps:
             return
+        strategy = trainer.strategy
+        assert isinstance(strategy, Restorable)
         with self.ema.in_place(trainer) if self.ema else nullcontext():
             training = pl_module.training
             pl_module.eval()
-            pl_module.finalize()
+            with strategy.computing():
+                pl_module.finalize()
             state = whole_state(trainer)
             pl_module.train(training)
         if not trainer.is_global_zero:

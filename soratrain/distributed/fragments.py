@@ -101,16 +101,22 @@ def assemble(fragments: Sequence[Fragment], values: Sequence[Tensor]) -> Iterato
         everywhere: list[dict[str, torch.Size] | None] = [None] * dist.get_world_size()
         dist.all_gather_object(everywhere, {part.name: part.shape for part in fragments if not part.replicated})
         sliced = {name: shape for known in everywhere for name, shape in (known or {}).items()}
-    device = values[0].device if values else torch.device("cpu")
+    device = meeting_place()
     for name, parts in mine.items():
         if name not in sliced:
             yield name, parts[0][1].reshape(parts[0][0].shape).to("cpu", copy=True)
     for name, shape in sorted(sliced.items()):
         flat = torch.zeros(shape.numel(), device=device)
         for fragment, value in mine.get(name, []):
-            flat[fragment.start : fragment.start + fragment.numel] = value
+            flat[fragment.start : fragment.start + fragment.numel] = value.to(device)
         dist.all_reduce(flat)
         yield name, flat.view(shape).cpu()
+
+
+def meeting_place() -> torch.device:
+    """Return the device whose tensors can be exchanged between ranks, wherever their numbers are kept."""
+    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
 def shapes_of(module: nn.Module) -> dict[str, list[int]]:

@@ -18,12 +18,14 @@ from soratrain.callbacks.checkpoint import Checkpoint, GracefulStop
 from soratrain.callbacks.compiled import CompileBlocks
 from soratrain.callbacks.ema import EMA
 from soratrain.callbacks.export import Export
+from soratrain.callbacks.foretold import Foretold
 from soratrain.callbacks.metrics import Metrics
 from soratrain.callbacks.progress import Progress
 from soratrain.callbacks.sequence import ShareTokens
 from soratrain.distributed.checkpoint import latest_checkpoint, read_state
 from soratrain.distributed.mesh import Mesh, check_ranks
-from soratrain.distributed.strategy import Restorable, StrategyOptions, build_strategy
+from soratrain.distributed.options import StrategyOptions
+from soratrain.distributed.strategy import Restorable, build_strategy
 from soratrain.errors import ConfigError
 from soratrain.stages.base import TrainStage
 from soratrain.stages.manual import ManualStage
@@ -146,10 +148,10 @@ def build_trainer(
         raise ConfigError(f"trainer.precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
     if compile not in COMPILE:
         raise ConfigError(f"trainer.compile={compile!r} is unknown; use one of {', '.join(COMPILE)}")
-    if compile != "none" and options.name == "zero3":
+    if compile != "none" and options.zero == 3:
         raise ConfigError(
-            f"trainer.compile={compile} with strategy=zero3: it gathers weights in hooks, which cannot be compiled; use"
-            " strategy=zero2, or trainer.compile=none"
+            f"trainer.compile={compile} with strategy={options.name}: it gathers weights in hooks, which cannot be"
+            " compiled; use strategy=zero2, or trainer.compile=none"
         )
     if max_steps < 1 or accumulate < 1 or log_every < 1 or num_nodes < 1:
         raise ConfigError(
@@ -181,6 +183,7 @@ def build_trainer(
         gradient_clip_val=clip or None,
         logger=(logger(out=out) if logger else []) or False,
         callbacks=[
+            Foretold(options, average=bool(ema), half=precision == "bf16-mixed", cuda=device_type == "cuda"),
             *([average] if average else []),
             *([validation(**beside)] if validation else []),
             *([previews(**beside)] if previews else []),
