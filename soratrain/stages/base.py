@@ -84,7 +84,7 @@ class TrainStage(L.LightningModule):
     def configure_model(self) -> None:
         """Build every net that is not built yet; a net's first weights depend on the run's seed and its name alone."""
         strategy = self.trainer.strategy if self._trainer is not None else None
-        places = strategy if hasattr(strategy, "place") else None
+        places: Any = strategy if hasattr(strategy, "place") else None
         for name, factory in self.factories.items():
             if hasattr(self, name):
                 continue

@@ -238,8 +238,15 @@ class PlanStage:
         parameters = sum(parameter.numel() for net in parts.values() for parameter in net.parameters())
         work = self.dit(parts).of_a_step(plan, self.ranks // self.sequence, parameters)
         tokens = self.dit(parts).tokens(round(run["tokens_per_step"]))
-        shape = {"ranks": self.ranks, "nodes": self.nodes, "half": self.half}
-        found = predicted(work, self.strategy, self.device, sizes=(self.steps, tokens), **shape)
+        found = predicted(
+            work,
+            self.strategy,
+            self.device,
+            ranks=self.ranks,
+            nodes=self.nodes,
+            half=self.half,
+            sizes=(self.steps, tokens),
+        )
         return {"device": self.device_name, **found}
 
     def cache(self, plan: Plan, parts: Mapping[str, nn.Module]) -> dict[str, Any]:

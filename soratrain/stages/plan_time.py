@@ -84,8 +84,10 @@ def device_of(devices: Mapping[str, Mapping[str, Any]], name: str, half: bool) -
         found = Device(**devices[name])
     except TypeError as error:
         raise ConfigError(f"stage.devices.{name}: {error}; it needs what the others have") from error
-    key = "bf16_tflops" if half else "fp32_tflops"
-    return found if getattr(found, key) else replace(found, **{key: measured_tflops(half)})
+    if found.peak(half):
+        return found
+    speed = measured_tflops(half)
+    return replace(found, bf16_tflops=speed) if half else replace(found, fp32_tflops=speed)
 
 
 def measured_tflops(half: bool, size: int = 1024, seconds: float = 0.3) -> float:
