@@ -131,6 +131,8 @@ class TrainStage(L.LightningModule):
     ) -> None:
         """Clip the norm of the whole gradient and report it as it was before; leave out an update that is spoilt."""
         params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        if not getattr(self.trainer.strategy if self._trainer is not None else None, "skips", True):
+            params = []  # the engine clips by itself; what is here is but a rank's share
         norm = torch.nn.utils.get_total_norm([param.grad for param in params])
         if self.adaptive:
             limit = self.adaptive(norm, gradient_clip_val or 0.0)
