@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from soratrain.amounts import memory
+from soratrain.amounts import memory, short
 from soratrain.distributed.options import StrategyOptions
 from soratrain.errors import ConfigError
 from soratrain.optim import OptimizerFactory, shape_of
@@ -65,7 +65,7 @@ class Memory:
         lacking = "" if self.known else "; activations not counted"
         return (
             f"memory of a rank under strategy={strategy}, an estimate: {'; '.join(said)};"
-            f" {self.parameters / 1e6:.4g} M parameters{lacking}"
+            f" {short(self.parameters)} parameters{lacking}"
         )
 
 

@@ -14,6 +14,7 @@ from soratrain.data.summary import remarks
 from soratrain.distributed.memory import GIB
 
 LESS = "another strategy, dit.recompute=full, or fewer tokens (data.tokens_per_batch)"
+SLOWER = "; published runs took 1.1 to 1.8 times what is foretold of them"  # tests/bench/RESULTS.md, predict
 OFTEN = 20  # epochs of one data set in a mix beyond which a small one is rather learnt by heart
 
 
@@ -74,8 +75,9 @@ def told(time: Mapping[str, Any], ranks: int) -> str:
     """Return the time of a step in words."""
     total = time["step_seconds"]
     listed = ", ".join(f"{name} {value / total:.0%}" for name, value in time["seconds"].items())
+    on_gpus = time["device"] != "cpu"
     place = f"{ranks} {time['device']}" + (f" on {time['nodes']} nodes" if time["nodes"] > 1 else "")
     return (
         f"a step on {place}, an estimate from below: {total:.3g} s ({listed}), {short(time['tokens_per_s'])} tokens/s,"
-        f" {time['utilisation']:.0%} of the peak; the run {duration(3600 * time['hours'])}"
+        f" {time['utilisation']:.0%} of the peak; the run {duration(3600 * time['hours'])}{SLOWER * on_gpus}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -88,3 +89,11 @@ def test_a_peak_that_is_not_given_is_measured_and_a_wrong_device_is_one_line() -
         device_of({"a": known}, "b", True)
     with pytest.raises(ConfigError, match="stage.devices.a: .*matmul"):
         device_of({"a": {key: value for key, value in known.items() if key != "matmul"}}, "a", True)
+
+
+def test_published_runs_took_longer_than_foretold_and_less_than_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+    from bench_predict import published
+
+    ratios = [float(row["measured / foretold"]) for row in published()]
+    assert len(ratios) == 6 and min(ratios) > 1 and max(ratios) < 2, ratios
