@@ -74,6 +74,11 @@ def test_messages_hide_under_computing_as_far_as_there_is_some() -> None:
     assert found.messages == pytest.approx(9.0 - 0.5 * (found.computing + found.memory))
 
 
+def test_what_ranks_exchange_that_share_their_tokens_comes_on_top() -> None:
+    apart, shared = time("zero2", ranks=4), time("zero2", ranks=4, work=replace(WORK, exchanged=1e10))
+    assert shared.messages - apart.messages == pytest.approx(1e10 / 100e9)
+
+
 def test_offload_pays_with_the_hosts_memory_and_the_way_there() -> None:
     two, three = time("zero2_offload", ranks=4), time("zero3_offload", ranks=4)
     assert two.optimizer == pytest.approx(10 * 1e9 / 40e9) == three.optimizer
