@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from soratrain.errors import UserError
+from soratrain.slurm import StoppedJobError, listen
 
 USAGE = """\
 python -m soratrain stage=STAGE [+experiment=NAME] [GROUP=OPTION …] [KEY=VALUE …]   one stage
@@ -57,12 +58,15 @@ def dispatch(argv: Sequence[str]) -> int:
 
 
 def main() -> int:
-    """Return the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Return the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C; see slurm.py for jobs that stop."""
     try:
+        listen()
         return dispatch(sys.argv[1:])
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except StoppedJobError as stopped:
+        return stopped.code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: the same command goes on from here\n")
         return 130

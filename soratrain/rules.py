@@ -117,6 +117,8 @@ def check_across(config: Mapping[str, Any]) -> None:
                 " dit.recompute=none or full"
             )
     check_mix(config)
+    if config["requeues"] < 0:
+        raise ConfigError(f"requeues={config['requeues']}: must be at least 0, which never starts a job again")
     for key, least in (("max_steps", 0), ("num_nodes", 1)):
         value = config["trainer"].get(key)
         if isinstance(value, int) and value < least:
