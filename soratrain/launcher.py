@@ -33,8 +33,10 @@ from soratrain.sweep_runs import record
 TARGET = "hydra_plugins.soratrain.SlurmLauncher"  # Hydra takes launchers from this package only, and a name for one
 POLLS = (1.0, 10.0, 60.0)  # seconds between two looks at the queue, at first and later, and when later begins
 # Why a job waits that SLURM would never start; it says so only after it has taken it.
-NEVER = ("PartitionNodeLimit", "PartitionTimeLimit", "PartitionConfig", "BadConstraints", "InvalidAccount")
-NEVER += ("InvalidQOS", "AccountNotAllowed", "QOSNotAllowed")
+NEVER = tuple(
+    "PartitionNodeLimit PartitionTimeLimit PartitionConfig BadConstraints InvalidAccount InvalidQOS AccountNotAllowed"
+    " QOSNotAllowed".split()
+)
 
 
 @dataclass(frozen=True, kw_only=True)

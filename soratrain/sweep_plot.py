@@ -125,7 +125,7 @@ def heat_map(chart: Chart, area: Area, runs: Sequence[Outcome], keys: Sequence[s
     chart.text((area[0] + 16, area[1] + 12), f"{name} by {keys[0]} and {keys[1]}", 15)
     left, top, right, bottom = area[0] + 86, area[1] + 64, area[2] - 20, area[3] - 44
     wide, tall = (right - left) / len(across), (bottom - top) / len(down)
-    cells = {}
+    cells: dict[tuple[float, float], list[float]] = {}
     for run in runs:
         cells.setdefault((float(run.values[keys[0]]), float(run.values[keys[1]])), []).append(run.metric(name))
     means = {place: fmean(values) for place, values in cells.items()}

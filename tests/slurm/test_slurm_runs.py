@@ -14,7 +14,7 @@ STEPS = 16
 RUN = [*TWO_NODES, f"machine.steps.vae={STEPS}", "trainer.checkpoint_every=5"]
 SCRIPT = f"""#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --signal=USR1@60 --requeue --open-mode=append
-srun --kill-on-bad-exit=1 --open-mode=append --output=rank-%5t.log {" ".join(SORATRAIN)} {" ".join(RUN)} "$@"
+srun --kill-on-bad-exit=1 --open-mode=append --output=rank-%5t.log {" ".join(SORATRAIN)} {" ".join(RUN)} WORDS
 """
 
 pytestmark = pytest.mark.full
@@ -26,7 +26,7 @@ def folder(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
     slurm.environment["PYTHONPATH"] = str(ROOT)
     folder = tmp_path_factory.mktemp("runs")
     make_world(slurm, folder)
-    submit(slurm, folder, SCRIPT.replace("$@", "run=whole"))
+    submit(slurm, folder, SCRIPT.replace("WORDS", "run=whole"))
     (folder / "terminal.txt").touch()
     until(lambda: (folder / "outputs/whole/vae/base/result.json").is_file(), folder)
     return folder
@@ -64,7 +64,7 @@ def test_a_job_that_is_preempted_saves_waits_and_goes_on_bit_for_bit(slurm: Clus
 
 def test_a_script_that_is_told_of_its_time_limit_goes_on_as_often_as_it_may(slurm: Cluster, folder: Path) -> None:
     out = folder / "outputs/limited/vae/base"
-    job = submit(slurm, folder, SCRIPT.replace("$@", "run=limited requeues=1"))
+    job = submit(slurm, folder, SCRIPT.replace("WORDS", "run=limited requeues=1"))
     for steps, ends in ((3, "PENDING"), (9, "FAILED")):
         until(lambda steps=steps: at_step(out, steps), folder)
         before = len(rows(out))
@@ -74,7 +74,7 @@ def test_a_script_that_is_told_of_its_time_limit_goes_on_as_often_as_it_may(slur
     log = (folder / "rank-00000.log").read_text()
     assert f"SLURM job {job} starts again and goes on (SIGUSR1; restart 1)" in log
     assert f"SLURM job {job} has started again 1 times, as often as it may (requeues)" in log
-    job = submit(slurm, folder, SCRIPT.replace("$@", "run=limited requeues=1"))
+    job = submit(slurm, folder, SCRIPT.replace("WORDS", "run=limited requeues=1"))
     until(lambda: (out / "result.json").is_file(), folder)
     until(lambda: state(slurm, job) == "COMPLETED", folder)
     same(folder / "outputs/whole/vae/base", out, STEPS)

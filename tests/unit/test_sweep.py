@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hydra import compose, initialize_config_dir
 
@@ -12,6 +14,7 @@ from soratrain.schema import CONF
 from soratrain.sweep import combinations, folder_hash, slurm_words
 
 GPU = ["stage=dit", "machine=gpu"]
+SLURM = ["stage=dit", "hydra/launcher=slurm"]
 
 
 def words_for(*overrides: str) -> list[str]:
@@ -30,6 +33,7 @@ def test_a_job_array_takes_its_size_from_the_trainer() -> None:
 def test_a_job_array_of_single_processes_needs_no_number_of_devices() -> None:
     assert words_for("optimizer.lr=1e-4,3e-4") == ["trainer.devices=1"]
     assert words_for("strategy=zero2", "trainer.devices=4", "seed=1,2") == []
+    assert words_for("trainer.accelerator=cpu") == ["hydra.launcher.gpus_per_node=null", "trainer.devices=1"]
 
 
 def test_a_job_array_whose_size_nobody_knows_is_refused() -> None:
@@ -47,11 +51,24 @@ def test_a_job_array_of_jobs_of_several_sizes_is_refused() -> None:
     [
         (["stage=dit", "hydra/launcher=slurm"], "put -m before"),
         (["-m", "stage=dit", "hydra/launcher=slrum"], "hydra/launcher=slrum: no such option; did you mean 'slurm'"),
+        (["-m", *SLURM, "hydra.launcher.partion=gpu"], "hydra.launcher.partion: no such key; did you mean 'partition'"),
+        (["-m", *SLURM, "+hydra.launcher.mail=me"], "hydra.launcher.mail='me': no such key.*additional_parameters"),
+        (["-m", *SLURM, "hydra.launcher.timeout_min=0"], "timeout_min=0: must be a number of at least 1"),
+        (["-m", *SLURM, "hydra.launcher.setup=module"], "setup='module': must be a list, such as"),
+        (["-m", *SLURM, "strategy=zero2", "trainer.devices=auto"], "a login node cannot see how many GPUs.*=NUMBER"),
+        (["-m", *SLURM], "there is no sbatch on this machine; run it on a login node"),
+        (["-m", "stage=dit", "seed=1,2", "out=here"], "a sweep names its jobs' folders itself"),
+        (["stage=dit", "requeues=-1"], "requeues=-1: must be at least 0"),
     ],
 )
-def test_a_launcher_in_the_wrong_place_or_unknown_is_refused(words: list[str], said: str) -> None:
+def test_what_the_launcher_cannot_do_is_refused_before_anything_is_submitted(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=said):
         dispatch(words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_jobs_folder_does_not_depend_on_the_order_of_its_overrides() -> None:
