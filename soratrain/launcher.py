@@ -33,9 +33,13 @@ from soratrain.sweep_runs import record
 TARGET = "hydra_plugins.soratrain.SlurmLauncher"  # Hydra takes launchers from this package only, and a name for one
 POLLS = (1.0, 10.0, 60.0)  # seconds between two looks at the queue, at first and later, and when later begins
 # Why a job waits that SLURM would never start; it says so only after it has taken it.
-NEVER = tuple(
-    "PartitionNodeLimit PartitionTimeLimit PartitionConfig BadConstraints InvalidAccount InvalidQOS AccountNotAllowed"
-    " QOSNotAllowed".split()
+NEVER = (
+    "PartitionNodeLimit",
+    "PartitionTimeLimit",
+    "PartitionConfig",
+    "BadConstraints",
+    "InvalidAccount",
+    "InvalidQOS",
 )
 
 
@@ -87,6 +91,12 @@ class Options:
         for key in ("setup", "srun_args"):
             if not isinstance(node.get(key) or [], list):
                 raise ConfigError(f"hydra.launcher.{key}={node[key]!r}: must be a list, such as ['module load cuda']")
+        minutes, notice = node.get("timeout_min", cls.timeout_min), node.get("signal_delay_s", cls.signal_delay_s)
+        if minutes * 60 < 2 * notice:
+            raise ConfigError(
+                f"hydra.launcher.timeout_min={minutes} with hydra.launcher.signal_delay_s={notice}: a job would be told"
+                " to stop when it has hardly begun; give it more minutes, or a shorter notice"
+            )
         return cls(**{key: value for key, value in node.items() if key != "_target_" and value is not None})
 
     def parameters(self) -> dict[str, Any]:
@@ -186,7 +196,7 @@ class SlurmLauncher(Launcher):
         """Say what becomes of the jobs until all have ended; where nobody waits, only what SLURM says at once.
 
         Raises:
-            ConfigError: SLURM would never start one of them; all are cancelled.
+            ConfigError: SLURM would never start one of them.
         """
         seen: dict[str, str] = {}
         began, waiting = time.monotonic(), dict(jobs)
@@ -198,7 +208,7 @@ class SlurmLauncher(Launcher):
             for job in list(waiting):
                 state = states.get(job, "ended")
                 if state != seen.get(job):
-                    self.changed(job, waiting[job], state, list(jobs))
+                    self.changed(job, waiting[job], state)
                 seen[job] = state
                 if state == "ended":
                     del waiting[job]
@@ -214,22 +224,20 @@ class SlurmLauncher(Launcher):
         result.return_value = metric_of(run.out) if run.done else math.nan
         return result
 
-    def changed(self, job: str, run: Run, state: str, jobs: Sequence[str]) -> None:
+    def changed(self, job: str, run: Run, state: str) -> None:
         """Say that a job's state is another one.
 
         Raises:
-            ConfigError: SLURM would never start it; all are cancelled.
+            ConfigError: SLURM would never start it; its whole array is cancelled.
         """
         if state == "ended":
-            tell(
-                f"{job}: is done, {metric_of(run.out):.6g}"
-                if run.done
-                else f"{job}: ended before it was done: {why(run)}"
-            )
+            metric = metric_of(run.out) if run.done else math.nan
+            what = "is done" if run.done else f"ended before it was done: {why(run)}"
+            tell(f"{job}: {what}{'' if math.isnan(metric) else f', {metric:.6g}'}")
             return
         tell(f"{job}: {state}")
         if any(reason in state for reason in NEVER):
-            subprocess.run(["scancel", *jobs], capture_output=True, check=False)
+            subprocess.run(["scancel", job.split("_")[0]], capture_output=True, check=False)
             raise refusal(f"it would never start job {job} ({state})", self.options)
 
 

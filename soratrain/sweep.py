@@ -103,18 +103,9 @@ def given_of(run: Run) -> list[str]:
 
 
 def metric_of(out: Path) -> float:
-    """Return what a sweep compares finished runs by.
-
-    Raises:
-        ConfigError: the stage reports no such figure.
-    """
+    """Return what a sweep compares finished runs by; NaN of a stage that reports no such figure."""
     result = json.loads((out / "result.json").read_text())
-    metric = next((result[key] for key in METRICS if key in result), None)
-    if metric is None:
-        raise ConfigError(
-            f"stage={result.get('stage')}: reports none of {', '.join(METRICS)}, so it cannot be swept over"
-        )
-    return float(metric)
+    return float(next((result[key] for key in METRICS if key in result), math.nan))
 
 
 def combinations(overrides: Sequence[str], most: int = 256) -> list[list[str]]:

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from soratrain.__main__ import dispatch
-from soratrain.errors import ConfigError, UserError
+from soratrain.errors import ConfigError, DataError, UserError
 from soratrain.run import prepare
 from soratrain.schema import CONF
 from soratrain.sweep import combinations, folder_hash, slurm_words
@@ -54,6 +54,10 @@ def test_a_job_array_of_jobs_of_several_sizes_is_refused() -> None:
         (["-m", *SLURM, "hydra.launcher.partion=gpu"], "hydra.launcher.partion: no such key; did you mean 'partition'"),
         (["-m", *SLURM, "+hydra.launcher.mail=me"], "hydra.launcher.mail='me': no such key.*additional_parameters"),
         (["-m", *SLURM, "hydra.launcher.timeout_min=0"], "timeout_min=0: must be a number of at least 1"),
+        (
+            ["-m", *SLURM, "hydra.launcher.timeout_min=8"],
+            "timeout_min=8 with .*signal_delay_s=300: a job would be told",
+        ),
         (["-m", *SLURM, "hydra.launcher.setup=module"], "setup='module': must be a list, such as"),
         (["-m", *SLURM, "strategy=zero2", "trainer.devices=auto"], "a login node cannot see how many GPUs.*=NUMBER"),
         (["-m", *SLURM], "there is no sbatch on this machine; run it on a login node"),
@@ -73,3 +77,46 @@ def test_what_the_launcher_cannot_do_is_refused_before_anything_is_submitted(
 
 def test_a_jobs_folder_does_not_depend_on_the_order_of_its_overrides() -> None:
     assert folder_hash(["a=1", "b=2", "fresh=true"]) == folder_hash(["b=2", "a=1"]) != folder_hash(["a=1", "b=3"])
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """The commands that a sweep runs; one with seed=2 fails, the others are done with their seed as the loss."""
+    found: list[list[str]] = []
+
+    def run(words: list[str]) -> int:
+        found.append(words)
+        (out,) = [word.removeprefix("out=").strip('"') for word in words if word.startswith("out=")]
+        seed = next((word.removeprefix("seed=") for word in words if word.startswith("seed=")), "0")
+        if seed == "2":
+            return 2
+        Path(out).mkdir(parents=True, exist_ok=True)
+        (Path(out) / "result.json").write_text(f'{{"loss": {seed}}}')
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["soratrain"])
+    monkeypatch.setattr("soratrain.sweep.run_child", run)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "")
+    return found
+
+
+def test_a_run_that_fails_does_not_stop_the_others_and_is_named(commands: list[list[str]]) -> None:
+    with pytest.raises(DataError, match="1 of 3 runs failed: stage=vae seed=2 .exit code 2"):
+        dispatch(["-m", "stage=vae", "machine=laptop", "seed=1,2,3"])
+    assert len(commands) == 3 and len({word for words in commands for word in words if word.startswith("out=")}) == 3
+    assert all("outputs/default/vae/sweep/" in words[-1] for words in commands)
+
+
+@pytest.mark.parametrize(
+    ("words", "out"),
+    [
+        (["stage=vae"], "outputs/default/vae/base"),
+        (["stage=dit", "+experiment=video_256", "run=big"], "outputs/big/dit/video_256"),
+        (["stage=vae", "out=elsewhere"], "elsewhere"),
+    ],
+)
+def test_one_run_with_m_is_the_run_without_it(commands: list[list[str]], words: list[str], out: str) -> None:
+    assert dispatch(["-m", "machine=laptop", *words]) == 0
+    (command,) = commands
+    assert f'out="{out}"' in command and Path(out, "result.json").is_file()
