@@ -79,6 +79,19 @@ def test_a_jobs_folder_does_not_depend_on_the_order_of_its_overrides() -> None:
     assert folder_hash(["a=1", "b=2", "fresh=true"]) == folder_hash(["b=2", "a=1"]) != folder_hash(["a=1", "b=3"])
 
 
+def test_what_is_missing_upstream_is_named_before_a_job_waits_in_a_queue_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\nexit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match="inputs.latents=.*: missing or unfinished; make it first: python -m soratrain"):
+        dispatch(["-m", *SLURM, "seed=1,2"])
+    assert [path.name for path in tmp_path.iterdir()] == ["sbatch"]
+
+
 @pytest.fixture
 def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """The commands that a sweep runs; one with seed=2 fails, the others are done with their seed as the loss."""
