@@ -36,7 +36,9 @@ def test_a_sweep_of_four_runs_as_a_job_array_and_can_be_widened(slurm: Cluster, 
     told = slurm.run(*SORATRAIN, "stage=sweep_report", "machine=laptop", cwd=tmp_path, timeout=120)
     assert told.returncode == 0 and "6 runs: 6 done" in told.stdout, told.stderr
     rows = list(csv.DictReader((tmp_path / "outputs/default/sweep_report/base/vae.csv").read_text().splitlines()))
-    assert {(row["optimizer.lr"], row["seed"]) for row in rows} == {(a, b) for a in ("1e-3", "3e-3") for b in "123"}
+    assert {(float(row["optimizer.lr"]), row["seed"]) for row in rows} == {
+        (lr, n) for lr in (1e-3, 3e-3) for n in "123"
+    }
 
 
 @pytest.mark.parametrize(
