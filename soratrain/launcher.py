@@ -21,7 +21,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from soratrain import slurm
+from soratrain import slurm, slurm_folder
 from soratrain.errors import ConfigError
 from soratrain.launcher_options import Options
 from soratrain.launcher_task import why, work
@@ -64,7 +64,7 @@ class SlurmLauncher(Launcher):
         jobs = {
             place: job
             for place, run in enumerate(runs)
-            if (job := slurm.worker(run.out).get("job")) and slurm.alive(job)
+            if (job := slurm_folder.worker(run.out).get("job")) and slurm.alive(job)
         }
         for place, job in jobs.items():
             tell(f"{runs[place].called}: job {job}, which another command has submitted, works on it")
@@ -100,7 +100,7 @@ class SlurmLauncher(Launcher):
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, RuntimeError, ValueError) as error:
             raise refusal(" ".join(str(error).split())[-300:], options) from error
         for job, run in zip(jobs, runs, strict=True):
-            slurm.assign(run.out, job=job.job_id, log=str(job.paths.stdout))
+            slurm_folder.assign(run.out, job=job.job_id, log=str(job.paths.stdout))
             record(run.out, given_of(run), here=False)
             if run.fresh:
                 (run.out / "result.json").unlink(missing_ok=True)  # of what the job starts over

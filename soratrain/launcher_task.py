@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from soratrain import slurm
+from soratrain import slurm, slurm_folder
 
 HEAD = "== SLURM job"  # begins what one start of a job says
 
@@ -19,7 +19,7 @@ def why(out: Path) -> str:
     """Return why a run ended before it was done, from what its processes said last."""
     said: list[str] = []
     ranks = sorted((out / "logs").glob("rank-*.log"))
-    for log in [*ranks, *(Path(own) for own in [slurm.worker(out).get("log")] if own and Path(own).is_file())]:
+    for log in [*ranks, *(Path(own) for own in [slurm_folder.worker(out).get("log")] if own and Path(own).is_file())]:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         starts = [place for place, line in enumerate(lines) if line.startswith(HEAD)]
         lines = lines[starts[-1] + 1 :] if starts else lines

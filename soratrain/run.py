@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from soratrain import outputs, slurm, upstream
+from soratrain import outputs, slurm, slurm_folder, upstream
 from soratrain.compose import compose, split_override
 from soratrain.errors import ConfigError, DataError, UserError
 from soratrain.quoting import literal
@@ -155,8 +155,9 @@ def run_stage(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
     start_logging()
     check_machine(config)
     if stage["kind"] == "fit":
-        slurm.check_tasks(config["trainer"]["num_nodes"], config["trainer"]["devices"])
-    if config["fresh"] and slurm.begun_before(out):
+        trainer, alone = config["trainer"], config["strategy"]["name"] == "single"
+        slurm.check_tasks(trainer["num_nodes"], trainer["devices"], single=alone)
+    if config["fresh"] and slurm_folder.begun_before(out):
         config = {**config, "fresh": False}
     shared = stage["kind"] != "fit" and stage.get("shared", False)
     together = sharing(config, overrides) if shared else nullcontext()
@@ -165,10 +166,10 @@ def run_stage(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
         log.info("machine: %s", config["machine"]["chosen"])
         upstream.ensure(config, overrides)
         if once:
-            slurm.check_free(out)
+            slurm_folder.check_free(out)
         outputs.claim(out, config, compare=once)
         if once:
-            slurm.begin(out)
+            slurm_folder.begin(out)
         log_to(out / "log.txt")
         if once:
             first_weights = upstream.begun_from(config)

@@ -10,7 +10,6 @@ limit that was not announced, are reasons to start again; which of them it was, 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -19,11 +18,8 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from soratrain.data.atomic import replacing
 from soratrain.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -33,7 +29,6 @@ INTERACTIVE = (
     "bash",
     "interactive",
 )  # names of jobs in which a person types; Lightning ignores SLURM there, and so here
-FILE = "slurm.json"  # in a run's folder: the job that works on it
 ASKED = 60.0  # seconds that a command of SLURM may take
 ATTEMPTS = 5  # to start again, a second apart
 AGAIN = 75  # exit code: it wants to start again and cannot say so itself (sysexits.h, EX_TEMPFAIL); the script may
@@ -85,8 +80,11 @@ def tasks_per_node() -> int | None:
     return (number("SLURM_STEP_NUM_TASKS") or 1) // (number("SLURM_STEP_NUM_NODES") or 1)
 
 
-def check_tasks(nodes: int, devices: int | str) -> None:
+def check_tasks(nodes: int, devices: int | str, *, single: bool = False) -> None:
     """Refuse a job whose processes are not those that the trainer expects, who would wait for each other for ever.
+
+    Args:
+        single: the strategy is for one process.
 
     Raises:
         ConfigError: says which keys, or which words of srun, would fit.
@@ -101,11 +99,13 @@ def check_tasks(nodes: int, devices: int | str) -> None:
             )
         return
     tasks, on = number("SLURM_STEP_NUM_TASKS") or 1, number("SLURM_STEP_NUM_NODES") or 1
-    each = tasks_per_node() if devices == "auto" else devices
+    each = devices if devices != "auto" else 1 if single else tasks_per_node()
     if (tasks, on) != (nodes * int(each or 1), nodes):
+        strategy = " strategy=ddp" if single else ""
         raise ConfigError(
             f"trainer.num_nodes={nodes} trainer.devices={devices}: srun started {tasks} tasks on {on} nodes; give"
-            f" trainer.num_nodes={on} trainer.devices={tasks // on}, or srun --nodes={nodes} --ntasks-per-node={each}"
+            f" trainer.num_nodes={on} trainer.devices={tasks // on}{strategy}, or srun --nodes={nodes}"
+            f" --ntasks-per-node={each}"
         )
 
 
@@ -228,43 +228,3 @@ def start_again(received: int, requeues: int) -> int:
 def preempted(job: dict[str, str]) -> bool:
     """Return whether SLURM has begun to pre-empt a job, by its facts."""
     return job.get("PreemptTime", "None") not in ("None", "", "N/A")
-
-
-def worker(out: Path) -> dict[str, Any]:
-    """Return what is known of the job that works, or worked, on the run in `out`."""
-    file = out / FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def assign(out: Path, **said: Any) -> None:
-    """Write down which job works on the run in `out`."""
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / FILE) as path:
-        path.write_text(json.dumps(said) + "\n", encoding="utf-8")
-
-
-def begin(out: Path) -> None:
-    """Write down that this job works on the run in `out`, and since which of its starts."""
-    if not in_job():
-        return
-    known = worker(out)
-    mine = known if known.get("job") == job_id() else {}
-    if "start" not in mine:
-        assign(out, **{**mine, "job": job_id(), "start": restarts()})
-
-
-def check_free(out: Path) -> None:
-    """Refuse to work on a run that another job works on.
-
-    Raises:
-        ConfigError: names the job.
-    """
-    job = worker(out).get("job")
-    if job and not (in_job() and job == job_id()) and alive(job):
-        raise ConfigError(f"{out}: SLURM job {job} works on it; wait for it, or end it: scancel {job}")
-
-
-def begun_before(out: Path) -> bool:
-    """Return whether this job, before SLURM started it again, has begun the run in `out`: then it goes on with it."""
-    known = worker(out)
-    return in_job() and known.get("job") == job_id() and known.get("start", restarts()) < restarts()

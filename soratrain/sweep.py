@@ -133,6 +133,13 @@ def slurm_words(configs: Sequence[Mapping[str, Any]]) -> list[str]:
             "trainer.num_nodes, trainer.devices: the jobs of one SLURM array are of one size; sweep over them in"
             " separate commands"
         )
+    alone = {config["strategy"]["name"] for config in configs} == {"single"}
+    if alone and any(nodes > 1 or devices not in (1, "auto") for nodes, devices in sizes):
+        nodes, devices = next(iter(sizes))
+        raise ConfigError(
+            f"trainer.num_nodes={nodes} trainer.devices={devices} with strategy=single: use strategy=ddp, zero2 or"
+            " zero3"
+        )
     without = any(config["trainer"]["accelerator"] == "cpu" for config in configs)
     words = ["hydra.launcher.gpus_per_node=null"] if without else []
     if {devices for _, devices in sizes} != {"auto"}:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from soratrain import outputs, slurm
+from soratrain import outputs, slurm, slurm_folder
 from soratrain.data.atomic import replacing
 from soratrain.errors import DataError
 
@@ -91,7 +91,7 @@ def unfinished(place: Path, rows: Sequence[dict[str, str]]) -> tuple[str, str]:
     config = outputs.stored_config(place) or {}
     steps = (config.get("trainer") or {}).get("max_steps")
     at = f"step {rows[-1]['step']} of {steps}" if rows else "no step yet"
-    job = slurm.worker(place).get("job")
+    job = slurm_folder.worker(place).get("job")
     if job and (said := (slurm.ask("squeue", "--noheader", "--format=%T", f"--jobs={job}") or "").split()):
         return ("waiting" if said[0] in ("PENDING", "REQUEUED") else "running"), f"{at}, SLURM job {job}"
     if works_here(place):

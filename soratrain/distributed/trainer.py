@@ -212,8 +212,8 @@ def build_trainer(
         use_distributed_sampler=False,
         log_every_n_steps=log_every,
     )
-    # What to do at a signal is GracefulStop's to say; Lightning's handlers wait for other ranks, and for the device.
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    if slurm.in_job():  # what to do at a signal is GracefulStop's to say; Lightning's handlers wait for other ranks
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     return trainer
 
 

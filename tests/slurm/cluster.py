@@ -101,6 +101,11 @@ class Cluster:
         for process in [*(step for step in steps if step.name().startswith("slurmstepd")), *tasks]:
             process.kill()
 
+    def clear(self) -> None:
+        """End all jobs, and wait until nothing of them runs."""
+        self.run("scancel", "--user=root")
+        wait_for(lambda: not self.run("squeue", "-h").stdout, self, 30)
+
     def logs(self) -> str:
         """Return the last lines of what the daemons say, for a failing test."""
         return "\n".join(
@@ -157,7 +162,7 @@ def cluster(root: Path, *, nodes: int = 2, cpus: int = 2) -> Iterator[Cluster]:
         found.start("slurmctld-says", "slurmctld", "-D", "-c")
         for number in range(nodes):
             found.start_node(f"n{number + 1}")
-        stack.callback(found.run, "scancel", "--user=root")
+        stack.callback(found.clear)
         wait_for(lambda: found.run("sinfo", "-h", "-o", "%t %D").stdout.strip() == f"idle {nodes}", found)
         yield found
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from soratrain import slurm
+from soratrain import slurm, slurm_folder
 from soratrain.errors import ConfigError
 
 IN_JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train"}
@@ -109,6 +109,8 @@ def test_a_job_of_other_processes_than_the_trainers_is_refused_with_both_mends(j
     slurm.check_tasks(2, "auto")
     with pytest.raises(ConfigError, match="give trainer.num_nodes=2 trainer.devices=2, or srun --nodes=1 --ntasks-per"):
         slurm.check_tasks(1, 8)
+    with pytest.raises(ConfigError, match="trainer.devices=2 strategy=ddp, or srun --nodes=1 --ntasks-per-node=1$"):
+        slurm.check_tasks(1, "auto", single=True)
     job.setenv("SLURM_JOB_NAME", "interactive")
     slurm.check_tasks(1, 8)
 
@@ -133,16 +135,16 @@ def test_a_run_that_another_job_works_on_is_refused_and_fresh_starts_over_once(
     job: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    slurm.assign(out, job="16")
-    slurm.check_free(out)  # it has ended
+    slurm_folder.assign(out, job="16")
+    slurm_folder.check_free(out)  # it has ended
     command(tmp_path, "squeue", "echo RUNNING")
     with pytest.raises(ConfigError, match="SLURM job 16 works on it; wait for it, or end it: scancel 16"):
-        slurm.check_free(out)
-    assert not slurm.begun_before(out)
-    slurm.assign(out, job="17")
-    slurm.check_free(out)
-    slurm.begin(out)
-    assert not slurm.begun_before(out)  # fresh=true is to be heeded
+        slurm_folder.check_free(out)
+    assert not slurm_folder.begun_before(out)
+    slurm_folder.assign(out, job="17")
+    slurm_folder.check_free(out)
+    slurm_folder.begin(out)
+    assert not slurm_folder.begun_before(out)  # fresh=true is to be heeded
     job.setenv("SLURM_RESTART_COUNT", "1")
-    slurm.begin(out)
-    assert slurm.begun_before(out)  # it has been, when the job began
+    slurm_folder.begin(out)
+    assert slurm_folder.begun_before(out)  # it has been, when the job began

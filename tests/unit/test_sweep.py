@@ -60,6 +60,10 @@ def test_a_job_array_of_jobs_of_several_sizes_is_refused() -> None:
         ),
         (["-m", *SLURM, "hydra.launcher.setup=module"], "setup='module': must be a list, such as"),
         (["-m", *SLURM, "strategy=zero2", "trainer.devices=auto"], "a login node cannot see how many GPUs.*=NUMBER"),
+        (
+            ["-m", *SLURM, "trainer.num_nodes=2"],
+            "trainer.num_nodes=2 trainer.devices=auto with strategy=single: use str",
+        ),
         (["-m", *SLURM], "there is no sbatch on this machine; run it on a login node"),
         (["-m", "stage=dit", "seed=1,2", "out=here"], "a sweep names its jobs' folders itself"),
         (["stage=dit", "requeues=-1"], "requeues=-1: must be at least 0"),
