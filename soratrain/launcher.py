@@ -190,7 +190,9 @@ def queue(jobs: Sequence[str]) -> dict[str, str] | None:
     states = {}
     for line in answer.stdout.splitlines():
         job, state, reason, nodes = line.strip().split("|")
-        if state in ("RUNNING", "SIGNALING", "COMPLETING", "CONFIGURING"):
+        if state == "COMPLETING":
+            states[job] = "stops"
+        elif state in ("RUNNING", "SIGNALING", "CONFIGURING"):
             states[job] = f"runs on {nodes}"
         else:
             states[job] = "waits to start again" if reason == "BeginTime" else f"waits ({reason})"

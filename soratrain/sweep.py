@@ -92,6 +92,7 @@ def job(config: DictConfig) -> float:
     record(run.out, given_of(run), here=True)
     code = run_child([sys.executable, "-m", "soratrain", *run.words])
     if code:
+        record(run.out, given_of(run), here=True, code=code)
         failed.append(f"{run.called} (exit code {code}; why stands above)")
         return math.nan
     return metric_of(run.out)

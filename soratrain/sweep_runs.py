@@ -48,14 +48,17 @@ class Outcome:
         return [(float(row["step"]), float(row[name])) for row in self.rows if row.get(name)]
 
 
-def record(out: Path, overrides: Sequence[str], *, here: bool) -> None:
+def record(out: Path, overrides: Sequence[str], *, here: bool, code: int | None = None) -> None:
     """Write down in a run's folder what makes it this run of a sweep.
 
     Args:
         here: this process works on it, not a job somewhere else.
+        code: with which its command has ended, if it has.
     """
     known: dict[str, object] = {"overrides": list(overrides)}
-    if here:
+    if code is not None:
+        known |= {"code": code}
+    elif here:
         known |= {"host": socket.gethostname(), "process": os.getpid()}
     with replacing(out / FILE) as path:
         path.write_text(json.dumps(known) + "\n", encoding="utf-8")
@@ -96,7 +99,8 @@ def unfinished(place: Path, rows: Sequence[dict[str, str]]) -> tuple[str, str]:
         return ("waiting" if said[0] in ("PENDING", "REQUEUED") else "running"), f"{at}, SLURM job {job}"
     if works_here(place):
         return "running", at
-    reason = last_error(place)
+    code = json.loads((place / FILE).read_text()).get("code")
+    reason = last_error(place) or (f"exit code {code}" if code else "")
     return ("failed", f"{at}: {reason}") if reason else ("unfinished", at)
 
 

@@ -70,6 +70,11 @@ def test_every_run_is_told_as_what_it_is(root: Path) -> None:
     assert socket.gethostname() == json.loads((root / "dd/sweep.json").read_text())["host"]
 
 
+def test_a_run_that_ended_before_it_could_write_a_reason_has_failed_too(root: Path) -> None:
+    record(root / "ee", ["stage=dit", "seed=2"], here=True, code=2)
+    assert {run.note for run in outcomes(root) if run.folder.name == "ee"} == {"step 30 of 40: exit code 2"}
+
+
 def test_what_was_swept_over_is_what_differs(root: Path) -> None:
     assert swept(outcomes(root)) == ["optimizer.lr", "seed"]
     assert swept([run for run in outcomes(root) if run.folder.name in "aabb"]) == ["optimizer.lr"]
