@@ -119,6 +119,8 @@ def meet() -> None:
     """
     if not in_step():
         return
+    if number("SLURM_STEP_NUM_TASKS") == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_ADDR" not in os.environ:
         from lightning.fabric.plugins.environments import SLURMEnvironment
 
