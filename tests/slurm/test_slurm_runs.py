@@ -22,27 +22,34 @@ pytestmark = pytest.mark.full
 
 @pytest.fixture(scope="module")
 def folder(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data, and a run in it by a plain script that nothing has stopped: outputs/whole."""
+    """A folder with data."""
     slurm.environment["PYTHONPATH"] = str(ROOT)
     folder = tmp_path_factory.mktemp("runs")
     make_world(slurm, folder)
-    submit(slurm, folder, SCRIPT.replace("WORDS", "run=whole"))
     (folder / "terminal.txt").touch()
-    until(lambda: (folder / "outputs/whole/vae/base/result.json").is_file(), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(slurm: Cluster, folder: Path) -> Path:
+    """A run by a plain script that nothing has stopped."""
+    submit(slurm, folder, SCRIPT.replace("WORDS", "run=whole"))
+    out = folder / "outputs/whole/vae/base"
+    until(lambda: (out / "result.json").is_file(), folder)
+    return out
 
 
 def at_step(out: Path, step: int) -> bool:
     return len(rows(out)) >= step
 
 
-def test_two_nodes_are_two_ranks_and_each_has_a_log(folder: Path) -> None:
+def test_two_nodes_are_two_ranks_and_each_has_a_log(folder: Path, whole: Path) -> None:
     log, other = ((folder / f"rank-0000{rank}.log").read_text() for rank in (0, 1))
     assert "loss" in log and "Traceback" not in log + other
-    assert len(rows(folder / "outputs/whole/vae/base")) == STEPS
+    assert len(rows(whole)) == STEPS
 
 
-def test_a_job_that_is_preempted_saves_waits_and_goes_on_bit_for_bit(slurm: Cluster, folder: Path) -> None:
+def test_a_job_that_is_preempted_saves_waits_and_goes_on_bit_for_bit(slurm: Cluster, folder: Path, whole: Path) -> None:
     out = folder / "outputs/moved/vae/base"
     command = start(slurm, folder, *SORATRAIN, "-m", *RUN, "run=moved", *LAUNCHED)
     until(lambda: at_step(out, 4), folder)
@@ -59,10 +66,12 @@ def test_a_job_that_is_preempted_saves_waits_and_goes_on_bit_for_bit(slurm: Clus
         2,
         2,
     ]
-    same(folder / "outputs/whole/vae/base", out, STEPS)
+    same(whole, out, STEPS)
 
 
-def test_a_script_that_is_told_of_its_time_limit_goes_on_as_often_as_it_may(slurm: Cluster, folder: Path) -> None:
+def test_a_script_that_is_told_of_its_time_limit_goes_on_as_often_as_it_may(
+    slurm: Cluster, folder: Path, whole: Path
+) -> None:
     out = folder / "outputs/limited/vae/base"
     job = submit(slurm, folder, SCRIPT.replace("WORDS", "run=limited requeues=1"))
     for steps, ends in ((3, "PENDING"), (15, "FAILED")):
@@ -77,10 +86,10 @@ def test_a_script_that_is_told_of_its_time_limit_goes_on_as_often_as_it_may(slur
     job = submit(slurm, folder, SCRIPT.replace("WORDS", "run=limited requeues=1"))
     until(lambda: (out / "result.json").is_file(), folder)
     until(lambda: state(slurm, job) == "COMPLETED", folder)
-    same(folder / "outputs/whole/vae/base", out, STEPS)
+    same(whole, out, STEPS)
 
 
-def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(slurm: Cluster, folder: Path) -> None:
+def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(slurm: Cluster, folder: Path, whole: Path) -> None:
     out = folder / "outputs/died/vae/base"
     words = [*SORATRAIN, "-m", *RUN, "run=died", *LAUNCHED]
     command = start(slurm, folder, *words)
@@ -95,7 +104,7 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(slurm: Clust
         done = slurm.run(*words, cwd=folder, timeout=240)
         assert done.returncode == 0, done.stderr
     assert "going on from step-000000" in (out / "logs/rank-00000.log").read_text()
-    same(folder / "outputs/whole/vae/base", out, STEPS)
+    same(whole, out, STEPS)
 
 
 def test_a_job_that_somebody_cancels_stays_away_and_nobody_works_beside_it(slurm: Cluster, folder: Path) -> None:
