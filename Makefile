@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full check bench test-gpu clean
+.PHONY: help setup demo test test-full test-slurm check bench test-gpu clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ test: .venv/ready ## the fast suite
 
 test-full: .venv/ready ## the slower tests: many processes, kills, real clips, the README's commands
 	$(BIN)/python -m pytest -m "full and not gpu"
+
+test-slurm: .venv/ready ## of these, what starts a real SLURM of two nodes here (root, slurm-wlm and munge)
+	$(BIN)/python -m pytest tests/slurm
 
 check: .venv/ready ## linter, formatter, type checker
 	$(BIN)/ruff check .

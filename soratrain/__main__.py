@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from soratrain.errors import UserError
+from soratrain.slurm import StoppedJobError, listen
 
 LINGER = 3.0  # seconds for the first rank to say what all have found, before a launcher hears that one has ended
 USAGE = """\
@@ -59,7 +60,10 @@ def dispatch(argv: Sequence[str]) -> int:
 
 
 def ending(work: Callable[[], int]) -> int:
-    """Return the exit code: what `work` returns, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Return the exit code: what `work` returns, 2 for what the user can mend, 130 after Ctrl-C.
+
+    slurm.py says what a job's is that stops.
+    """
     try:
         return work()
     except UserError as error:
@@ -68,6 +72,8 @@ def ending(work: Callable[[], int]) -> int:
         else:
             sys.stderr.write(f"error: {error}\n")
         return 2
+    except StoppedJobError as stopped:
+        return stopped.code
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: the same command goes on from here\n")
         return 130
@@ -82,7 +88,12 @@ def other_rank() -> bool:
 
 def main() -> int:
     """Do what the command line says; return the exit code."""
-    return ending(lambda: dispatch(sys.argv[1:]))
+
+    def work() -> int:
+        listen()
+        return dispatch(sys.argv[1:])
+
+    return ending(work)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ TEXT_KEYS = (
     "task.mask",
     "validation.prompts",
     "validation.latents",
+    "stage.job.folder",
 )  # values that may hold any text
 LIST_KEYS = (
     "inputs.shards",
@@ -158,6 +159,31 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         raise ConfigError(unknown_key(error, overrides) or one_line(error)) from error
     assert isinstance(config, dict)
     return {str(key): value for key, value in config.items()}, {str(key): str(value) for key, value in choices.items()}
+
+
+def launcher_node(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return what `hydra.launcher` resolves to for the overrides of a single run.
+
+    Raises:
+        ConfigError: a key that does not exist.
+    """
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            node = hydra_compose("config", aim(overrides), return_hydra_config=True).hydra.launcher
+        return {str(key): value for key, value in OmegaConf.to_container(node, resolve=True).items()}  # type: ignore[union-attr]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(launcher_key(error, overrides) or one_line(error)) from error
+
+
+def launcher_key(error: Exception, overrides: Sequence[str]) -> str | None:
+    """Return a sentence for a key that the launcher does not have, with the closest one; None for other errors."""
+    match = re.search(r"Could not override 'hydra\.launcher\.([\w.-]+)'", str(error))
+    if not match:
+        return None
+    (chosen,) = [split_override(item)[1] for item in overrides if split_override(item)[0] == "hydra/launcher"][-1:]
+    file = CONF / "hydra" / "launcher" / f"{chosen}.yaml"
+    known = yaml.safe_load(file.read_text()) if file.is_file() else {}
+    return f"hydra.launcher.{match.group(1)}: no such key; {suggest(match.group(1), known)}"
 
 
 def folder_name(experiment: str) -> str:

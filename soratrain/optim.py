@@ -89,6 +89,14 @@ class OptimizerFactory:
         ]
         return self._build(groups)
 
+    def numbers(self, named_params: Iterable[tuple[str, Parameter]]) -> int:
+        """Return how many numbers the optimizer keeps for those of `named_params` that require gradients.
+
+        Two moments for each; under Muon one for those of a matrix.
+        """
+        found = [param for _, param in named_params if param.requires_grad]
+        return sum((1 if self._kind(param) == "matrix" else 2) * shape_of(param).numel() for param in found)
+
     def _build(self, groups: list[dict[str, Any]]) -> Optimizer:
         betas = (float(self.betas[0]), float(self.betas[1]))
         if self.name == "muon":

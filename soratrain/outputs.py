@@ -14,6 +14,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ FREE = (
     "stage.job.remote",
 )
 OF_A_CLAIM = ("config.yaml", "upstream.yaml", "log.txt")  # what is in a folder before anything is made
+OF_A_JOB = ("slurm.json", "sweep.json", "logs")  # who works there, and what its processes say
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -102,11 +104,13 @@ def claim(out: Path, config: Mapping[str, Any], *, compare: bool) -> None:
     """
     old = stored_config(out)
     if config["fresh"] and out.exists():
-        if old is None and any(out.iterdir()):
+        made = [path for path in out.iterdir() if path.name not in OF_A_JOB]
+        if old is None and made:
             raise ConfigError(
                 f"fresh=true: {out} holds files but no config.yaml, so no run made it; remove it yourself"
             )
-        shutil.rmtree(out)
+        for path in made:
+            remove(path)
         old = None
     if old is not None and compare:
         changed = differences(old, config)
@@ -132,8 +136,27 @@ def release(out: Path) -> None:
 
     It is as if the refused command had not been given; where anything was made, the folder stays with its config.
     """
-    if all(file.name in OF_A_CLAIM for file in out.rglob("*") if not file.is_dir()):
-        shutil.rmtree(out)
+    made = [path for path in out.iterdir() if path.name not in OF_A_JOB]
+    files = [file for path in made for file in (path, *path.rglob("*")) if not file.is_dir()]
+    if all(file.name in OF_A_CLAIM for file in files):
+        for path in made:
+            remove(path)
+        if not any(out.iterdir()):
+            out.rmdir()
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def fail(out: Path, reason: str) -> None:
+    """Keep in the folder why a stage ended early, for those who look there later."""
+    with suppress(OSError), (out / "log.txt").open("a", encoding="utf-8") as file:
+        file.write(f"error: {reason}\n")
 
 
 def finish(out: Path, result: Mapping[str, Any]) -> None:

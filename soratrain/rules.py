@@ -13,7 +13,7 @@ from soratrain.schema import SEEDS, check_keys, locate
 
 PUBLISHED = "soratrain.models.published."  # VAEs that others have trained
 FROZEN_TEXT = "soratrain.models.frozen_text."
-ZERO = ("zero1", "zero2", "zero3")
+ZERO = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 AIMED = ("evaluate", "plan")  # stages that have targets
 SHARES_TOKENS = ("dit", "sample", "plan target=dit")  # stages in which processes can share the tokens of a clip
 
@@ -124,6 +124,8 @@ def check_across(config: Mapping[str, Any]) -> None:
                 " set validation.every (stage=dit), or leave keep_best 0"
             )
     check_mix(config)
+    if config["requeues"] < 0:
+        raise ConfigError(f"requeues={config['requeues']}: must be at least 0, which never starts a job again")
     for key, least in (("max_steps", 0), ("num_nodes", 1)):
         value = config["trainer"].get(key)
         if isinstance(value, int) and value < least:

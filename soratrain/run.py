@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from soratrain import outputs, upstream
+from soratrain import outputs, slurm, slurm_folder, upstream
 from soratrain.compose import compose, split_override
 from soratrain.errors import ConfigError, DataError, UserError
 from soratrain.quoting import literal
@@ -132,6 +132,18 @@ def instantiate(node: Mapping[str, Any]) -> Any:
 def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """Run the stage that `config` describes, or go on with it; return its result.
 
+    In a SLURM job that is stopped before it is done, it sees to it that the job starts again.
+
+    Raises:
+        UserError: something that the user can mend.
+    """
+    with slurm.going_on(config["requeues"], global_rank()):
+        return run_stage(config, overrides)
+
+
+def run_stage(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Run the stage that `config` describes, or go on with it; return its result.
+
     What the values themselves make impossible is found first: before anything upstream is made, before the folder is
     touched. What the data make impossible is found later; a folder in which nothing was made by then is given up.
 
@@ -142,13 +154,22 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     once = stage.get("once", True)
     start_logging()
     check_machine(config)
+    if stage["kind"] == "fit":
+        trainer, alone = config["trainer"], config["strategy"]["name"] == "single"
+        slurm.check_tasks(trainer["num_nodes"], trainer["devices"], single=alone)
+    if config["fresh"] and slurm_folder.begun_before(out):
+        config = {**config, "fresh": False}
     shared = stage["kind"] != "fit" and stage.get("shared", False)
     together = sharing(config, overrides) if shared else nullcontext()
     work = training(config) if stage["kind"] == "fit" else instantiate(stage["job"])
     if first:
         log.info("machine: %s", config["machine"]["chosen"])
         upstream.ensure(config, overrides)
+        if once:
+            slurm_folder.check_free(out)
         outputs.claim(out, config, compare=once)
+        if once:
+            slurm_folder.begin(out)
         log_to(out / "log.txt")
         if once:
             first_weights = upstream.begun_from(config)
@@ -163,8 +184,9 @@ def run(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     try:
         with together:
             metrics = work()
-    except UserError:
+    except UserError as error:
         if first and once:
+            outputs.fail(out, str(error))
             outputs.release(out)
         raise
     except OSError as error:

@@ -65,6 +65,7 @@ class Root:
     fps: float | None = None
     prompts_file: str | None = None
     samples: int = 1
+    requeues: int = 100
 
 
 KINDS = {"size": "WIDTHxHEIGHT, such as 64x48"}
@@ -85,7 +86,7 @@ def groups() -> dict[str, list[str]]:
 
 def launchers() -> list[str]:
     """Return the options of `hydra/launcher`: how the jobs of a sweep are started."""
-    return ["basic", "submitit_local", "submitit_slurm", *(file.stem for file in CONF.glob("hydra/launcher/*.yaml"))]
+    return ["basic", "submitit_local", *(file.stem for file in CONF.glob("hydra/launcher/*.yaml"))]
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

@@ -8,22 +8,29 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from soratrain import upstream
 from soratrain.children import run_child
-from soratrain.compose import LIST_KEYS, TEXT_KEYS, check_overrides, split_override
-from soratrain.errors import ConfigError
-from soratrain.quoting import quote
-from soratrain.run import detect_machine, global_rank, prepare
+from soratrain.compose import LIST_KEYS, TEXT_KEYS, check_overrides, launcher_node, one_line, split_override
+from soratrain.errors import ConfigError, DataError
+from soratrain.quoting import quote, quote_value
+from soratrain.run import detect_machine, prepare
 from soratrain.schema import CONF
+from soratrain.sweep_runs import record
 
 METRICS = (
     "val_loss",
@@ -34,30 +41,72 @@ METRICS = (
 )  # the first one that a stage reports is what a sweeper minimises
 
 
+HIDDEN = ("out", "upstream", "machine")  # words that sweep() itself may have added
+failed: list[str] = []  # the runs of this process's sweep that did not end well, each with why
+
+
 def folder_hash(overrides: Sequence[str]) -> str:
     """Return the name of a job's folder, whatever the order of its overrides."""
     kept = sorted(item for item in overrides if split_override(item)[0] not in ("fresh", "upstream", "machine"))
     return hashlib.blake2b("\n".join(kept).encode(), digest_size=4).hexdigest()
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep, or the only one.
+
+    Attributes:
+        words: of its command, after `python -m soratrain`.
+        out: its folder.
+        called: its overrides in one line.
+        fresh: it starts over.
+    """
+
+    words: tuple[str, ...]
+    out: Path
+    called: str
+    fresh: bool
+
+    @property
+    def done(self) -> bool:
+        return (self.out / "result.json").is_file()
+
+
+def run_of(overrides: Sequence[str], config: DictConfig) -> Run:
+    """Return the run of some overrides, as the command that anyone could type."""
+    given = [item for item in overrides if not split_override(item)[0].startswith(("hydra.", "hydra/"))]
+    words = quote(given, TEXT_KEYS, LIST_KEYS)
+    shown = [item for item in words if split_override(item)[0] not in HIDDEN]
+    if len(shown) < len(words) and "out" in dict(map(split_override, words)):
+        out = Path(str(config.out))
+    else:
+        out = Path("outputs") / str(config.run) / config.stage.name / "sweep" / folder_hash(words)
+        words.append(f"out={out}")
+    return Run(tuple(words), out, " ".join(shown), bool(config.fresh))
+
+
 def job(config: DictConfig) -> float:
-    """Run one job of the sweep as the single-run command that anyone could type, and return its metric."""
-    overrides = quote(list(HydraConfig.get().overrides.task), TEXT_KEYS, LIST_KEYS)
-    out = Path("outputs") / config.run / config.stage.name / "sweep" / folder_hash(overrides)
-    words = [sys.executable, "-m", "soratrain", *overrides, f"out={out}"]
-    sys.stderr.write(f"sweep: {' '.join(overrides)} → {out}\n")
-    code = run_child(words)
+    """Run one job of the sweep in a process of its own and return its metric, NaN where it fails."""
+    run = run_of(list(HydraConfig.get().overrides.task), config)
+    sys.stderr.write(f"sweep: {run.called} → {run.out}\n")
+    record(run.out, given_of(run), here=True)
+    code = run_child([sys.executable, "-m", "soratrain", *run.words])
     if code:
-        sys.exit(code)
-    if global_rank():
-        return 0.0  # the launcher takes the first rank's word, who alone writes the result
+        record(run.out, given_of(run), here=True, code=code)
+        failed.append(f"{run.called} (exit code {code}; why stands above)")
+        return math.nan
+    return metric_of(run.out)
+
+
+def given_of(run: Run) -> list[str]:
+    """Return the overrides that make a run, as they were given."""
+    return [item for item in run.words if split_override(item)[0] not in HIDDEN]
+
+
+def metric_of(out: Path) -> float:
+    """Return what a sweep compares finished runs by; NaN of a stage that reports no such figure."""
     result = json.loads((out / "result.json").read_text())
-    metric = next((result[key] for key in METRICS if key in result), None)
-    if metric is None:
-        raise ConfigError(
-            f"stage={config.stage.name}: reports none of {', '.join(METRICS)}, so it cannot be swept over"
-        )
-    return float(metric)
+    return float(next((result[key] for key in METRICS if key in result), math.nan))
 
 
 def combinations(overrides: Sequence[str], most: int = 256) -> list[list[str]]:
@@ -85,15 +134,24 @@ def slurm_words(configs: Sequence[Mapping[str, Any]]) -> list[str]:
             "trainer.num_nodes, trainer.devices: the jobs of one SLURM array are of one size; sweep over them in"
             " separate commands"
         )
+    alone = {config["strategy"]["name"] for config in configs} == {"single"}
+    if alone and any(nodes > 1 or devices not in (1, "auto") for nodes, devices in sizes):
+        nodes, devices = next(iter(sizes))
+        raise ConfigError(
+            f"trainer.num_nodes={nodes} trainer.devices={devices} with strategy=single: use strategy=ddp, zero2 or"
+            " zero3"
+        )
+    without = any(config["trainer"]["accelerator"] == "cpu" for config in configs)
+    words = ["hydra.launcher.gpus_per_node=null"] if without else []
     if {devices for _, devices in sizes} != {"auto"}:
-        return []
+        return words
     strategies = {config["strategy"]["name"] for config in configs}
     if strategies != {"single"}:
         raise ConfigError(
             f"trainer.devices=auto with strategy={sorted(strategies)[-1]} under hydra/launcher=slurm: a login node"
             " cannot see how many GPUs a node has; give trainer.devices=NUMBER"
         )
-    return ["trainer.devices=1"]
+    return [*words, "trainer.devices=1"]
 
 
 def sweep(overrides: Sequence[str]) -> int:
@@ -105,7 +163,7 @@ def sweep(overrides: Sequence[str]) -> int:
     keys = [split_override(item)[0] for item in overrides]
     if "stage" not in keys:
         raise ConfigError("stage is missing; write -m stage=NAME …")
-    if "out" in keys:
+    if "out" in keys and len(combinations(overrides, 2)) > 1:
         raise ConfigError("out: a sweep names its jobs' folders itself; use run=NAME")
     check_overrides(overrides)
     words = list(overrides)
@@ -116,9 +174,26 @@ def sweep(overrides: Sequence[str]) -> int:
     launched = [split_override(item)[1] for item in words if split_override(item)[0] == "hydra/launcher"]
     if launched and "upstream" not in keys:
         words.append("upstream=fail")  # jobs that run at once would all make the same thing
-    configs = [prepare(run)[0] for run in combinations(words)]
+    runs = combinations(words)
+    configs = [prepare(run)[0] for run in runs]
+    if len(configs) == 1 and "out" not in keys and not any(key.startswith("hydra.sweeper") for key in keys):
+        words.append(f"out={quote_value(configs[0]['out'])}")  # no sweep: the run that it is without -m
     if "slurm" in launched:
-        words += slurm_words(configs)
+        from soratrain import launcher
+
+        words = [*slurm_words(configs), *words]  # what is asked for comes last, and wins
+        hydra_words = [item for item in words if split_override(item)[0].startswith(("hydra.", "hydra/"))]
+        launcher.prepared(launcher_node([*runs[0], *slurm_words(configs), *hydra_words]))
+        for config in configs:
+            upstream.ensure(config, words)  # before they wait in a queue for it
     sys.argv[1:] = ["--multirun", *words]
-    hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what goes wrong, so that it is said like anything else
+    failed.clear()
+    try:
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    if failed:
+        count = f"{len(failed)} of {len(configs)} runs" if len(configs) > 1 else "the run"
+        raise DataError(f"{count} failed: {'; '.join(failed[:4])}; the same command does what is left")
     return 0

@@ -14,6 +14,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
+from soratrain import slurm
 from soratrain.callbacks.step import StepCallback
 from soratrain.distributed.checkpoint import (
     folder_of,
@@ -191,7 +192,7 @@ def scores_of(folder: Path) -> dict[int, float]:
 
 
 class GracefulStop(StepCallback):
-    """On Ctrl-C or SIGTERM, finish the step, save, and stop; a second Ctrl-C stops at once.
+    """On Ctrl-C, SIGTERM or a scheduler's SIGUSR1 or 2, finish the step, save, and stop; a second Ctrl-C stops at once.
 
     The ranks agree at the end of each step, so that all stop at the same one, whichever of them was told.
 
@@ -213,7 +214,7 @@ class GracefulStop(StepCallback):
         if trainer.world_size > 1:
             self.group = dist.new_group(backend="gloo")  # asks from CPU to CPU, so that no device has to wait
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, *slurm.SIGNALS):
                 self.before[number] = signal.signal(number, self.handle)
 
     def handle(self, number: int, frame: Any) -> None:

@@ -49,13 +49,16 @@ class Export(L.Callback):
         assert isinstance(pl_module, TrainStage)
         if trainer.global_step < pl_module.max_steps:
             return
+        strategy = trainer.strategy
+        assert isinstance(strategy, Restorable)
         chosen = self.best.best_folder(trainer) if self.best else None
         step = trainer.global_step if chosen is None else step_of(chosen)
         average = self.ema.in_place(trainer) if self.ema else nullcontext()
         with average if chosen is None else weights_of(chosen, trainer):
             training = pl_module.training
             pl_module.eval()
-            pl_module.finalize()
+            with strategy.computing():
+                pl_module.finalize()
             self.write(trainer, pl_module, step)
             pl_module.train(training)
 

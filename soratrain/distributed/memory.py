@@ -1,15 +1,11 @@
-"""How much memory a rank will need, by component, before anything is started. Estimates, said to be so.
+"""How much memory activations will need. Estimates, said to be so.
 
-What is kept of the weights is exact arithmetic (Rajbhandari et al., 2020, section 3.1, for fp32 weights under
-autocast): 4 bytes a parameter each for weights, gradients, both moments of AdamW and the average; ZeRO divides by the
-ranks what its stage shards, and holds a copy of each rank's share of the weights, which its optimizer updates. What a
-forward pass keeps for the backward one is counted from the net's shape (DiT), or measured on a small clip and scaled by
-its pixels, since every operation of the VAE is local.
+What a forward pass keeps for the backward one is counted from the net's shape (DiT), or measured on a small clip and
+scaled by its pixels, since every operation of the VAE is local. What is kept of the weights is in `components.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,46 +13,6 @@ from torch import Tensor, nn
 
 FP32 = 4
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Bytes that one rank holds."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    master: int | None = None  # the copy that ZeRO updates
-    activations: int | None = None  # None where nothing is known of them
-
-    @property
-    def total(self) -> int:
-        """Return all of it that is known."""
-        return (
-            self.weights + self.gradients + self.optimizer + self.average + (self.master or 0) + (self.activations or 0)
-        )
-
-
-def kept(
-    parameters: int, *, zero: int, ranks: int, moments: int, average: bool, activations: int | None = None
-) -> Kept:
-    """Return what a rank holds.
-
-    Args:
-        parameters: trained numbers.
-        zero: ZeRO stage, 0 for none: 1 shards moments and average, 2 also gradients, 3 also weights.
-        ranks: data-parallel ranks.
-        moments: numbers that the optimizer keeps for each parameter: 2 for AdamW, 1 for Muon.
-        average: whether weights are averaged.
-        activations: bytes of the largest micro-batch.
-    """
-
-    def share(stage: int) -> int:
-        return -(-parameters // ranks) * FP32 if zero >= stage else parameters * FP32
-
-    master = share(1) if zero else None
-    return Kept(share(3), share(2), moments * share(1), share(1) if average else 0, master, activations)
 
 
 def dit_activations(

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from soratrain import slurm
 from soratrain.errors import DataError, UserError
 
 T = TypeVar("T")
@@ -74,12 +75,7 @@ class Ranks:
         if size == 1:
             yield cls(local=local)
             return
-        if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-            from lightning.fabric.plugins.environments import SLURMEnvironment
-
-            slurm = SLURMEnvironment()
-            os.environ.setdefault("MASTER_ADDR", slurm.main_address)
-            os.environ.setdefault("MASTER_PORT", str(slurm.main_port))
+        slurm.meet()
         try:
             dist.init_process_group("gloo", rank=rank, world_size=size, timeout=ARRIVAL)
             group = dist.new_group(timeout=LONGEST)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,48 +22,17 @@ from soratrain.distributed.fragments import (
     shapes_of,
     whole_fragments,
 )
+from soratrain.distributed.options import StrategyOptions
 from soratrain.distributed.saving import Saver
-from soratrain.errors import ConfigError, DataError, on_all_ranks
+from soratrain.errors import DataError, on_all_ranks
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import Strategy as LightningStrategy
 
 log = logging.getLogger(__name__)
 
-NAMES = ("single", "ddp", "zero1", "zero2", "zero3")
 COUNTER = "step"  # the one state of torch's optimizers that is a single number, whatever the parameter's shape
 NOT_SAVED = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "epoch")  # fragments and `step` replace them
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrategyOptions:
-    """Which strategy, and its few settings.
-
-    Attributes:
-        name: `single`; `ddp`; or `zero1`, `zero2`, `zero3`: optimizer states, also gradients, also parameters sharded.
-        bucket: numbers reduced or gathered in one message (ZeRO).
-        timeout_minutes: how long a rank waits for another before the run ends.
-
-    Raises:
-        ConfigError: an unknown name, or a value out of range.
-    """
-
-    name: str = "single"
-    bucket: int = 50_000_000
-    timeout_minutes: float = 30
-
-    def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise ConfigError(f"strategy.name={self.name!r} is unknown; use one of {', '.join(NAMES)}")
-        if self.bucket < 1 or self.timeout_minutes <= 0:
-            raise ConfigError(
-                f"strategy.bucket={self.bucket}, timeout_minutes={self.timeout_minutes}: must be positive"
-            )
-
-    @property
-    def zero(self) -> int:
-        """The ZeRO stage, 0 for none."""
-        return int(self.name[4:]) if self.name.startswith("zero") else 0
 
 
 class Restorable:
@@ -96,8 +65,16 @@ class Restorable:
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         return {}
 
+    def building(self) -> AbstractContextManager[None]:
+        """Return a context in which a net is built, on the CPU."""
+        return nullcontext()
+
     def place(self, net: nn.Module) -> None:
-        """Take over a net that has just been built on the CPU."""
+        """Take over a net that has just been built."""
+
+    def fill(self, param: Tensor, values: Tensor) -> None:
+        """Set a parameter or buffer, of which a rank may hold a slice only, to its whole `values`."""
+        param.detach().copy_(values)
 
     def fragments(self) -> list[Fragment]:
         """Return what this rank holds of every parameter."""
@@ -110,6 +87,10 @@ class Restorable:
     def averaged(self, trained: list[Fragment]) -> list[tuple[Fragment, Tensor]]:
         """Return each trained fragment with its average; nothing where weights are not averaged."""
         return [] if self.averages is None else list(zip(trained, self.averages, strict=True))
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Return a context in which the nets take fp32 inputs outside of training too."""
+        return nullcontext()
 
     def publish(self) -> None:
         """Let the modules compute with what has been written to the fragments."""

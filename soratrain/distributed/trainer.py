@@ -9,21 +9,26 @@ import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
 
+from soratrain import slurm
 from soratrain.callbacks.checkpoint import Checkpoint, GracefulStop
 from soratrain.callbacks.compiled import CompileBlocks
 from soratrain.callbacks.ema import EMA
 from soratrain.callbacks.export import Export
+from soratrain.callbacks.foretold import Foretold
 from soratrain.callbacks.metrics import Metrics
 from soratrain.callbacks.progress import Progress
 from soratrain.callbacks.sequence import ShareTokens
 from soratrain.distributed.checkpoint import read_state, saved_checkpoints
 from soratrain.distributed.mesh import Mesh, check_ranks
-from soratrain.distributed.strategy import Restorable, StrategyOptions, build_strategy
+from soratrain.distributed.options import StrategyOptions
+from soratrain.distributed.strategy import Restorable, build_strategy
 from soratrain.errors import ConfigError, DataError
 from soratrain.stages.base import TrainStage
 from soratrain.stages.manual import ManualStage
@@ -81,6 +86,8 @@ def resolve_devices(devices: int | str, options: StrategyOptions, device_type: s
         ConfigError: more than there are, or more than one under `single`.
     """
     there = torch.cuda.device_count() if device_type == "cuda" else (os.cpu_count() or 1)
+    if devices == "auto" and options.name != "single":
+        devices = slurm.tasks_per_node() or devices
     if devices == "auto":
         return there if device_type == "cuda" and options.name != "single" else 1
     if not isinstance(devices, int) or not 1 <= devices <= there:
@@ -156,10 +163,10 @@ def build_trainer(
         raise ConfigError(f"trainer.precision={precision!r} is unknown; use one of {', '.join(PRECISIONS)}")
     if compile not in COMPILE:
         raise ConfigError(f"trainer.compile={compile!r} is unknown; use one of {', '.join(COMPILE)}")
-    if compile != "none" and options.name == "zero3":
+    if compile != "none" and options.zero == 3:
         raise ConfigError(
-            f"trainer.compile={compile} with strategy=zero3: it gathers weights in hooks, which cannot be compiled; use"
-            " strategy=zero2, or trainer.compile=none"
+            f"trainer.compile={compile} with strategy={options.name}: it gathers weights in hooks, which cannot be"
+            " compiled; use strategy=zero2, or trainer.compile=none"
         )
     if max_steps < 1 or accumulate < 1 or log_every < 1 or num_nodes < 1:
         raise ConfigError(
@@ -190,11 +197,13 @@ def build_trainer(
     chosen.saver, chosen.elastic = checkpoint.saver, elastic
     chosen.sequence = sequence
     shared = [ShareTokens(timedelta(minutes=options.timeout_minutes))] if sequence > 1 else []
-    return L.Trainer(
+    slurm.meet()
+    trainer = L.Trainer(
         accelerator=device_type,
         devices=count,
         num_nodes=num_nodes,
         strategy=chosen,
+        plugins=environments(),
         precision=None if options.zero else precision,  # type: ignore[arg-type]
         max_steps=max_steps,
         max_epochs=-1,
@@ -202,6 +211,7 @@ def build_trainer(
         gradient_clip_val=clip or None,
         logger=(logger(out=out) if logger else []) or False,
         callbacks=[
+            Foretold(options, average=bool(ema), half=precision == "bf16-mixed", cuda=device_type == "cuda"),
             *([average] if average else []),
             *([validation(**beside)] if validation else []),
             *([previews(**beside)] if previews else []),
@@ -225,10 +235,39 @@ def build_trainer(
         use_distributed_sampler=False,
         log_every_n_steps=log_every,
     )
+    if slurm.in_job():  # what to do at a signal is GracefulStop's to say; Lightning's handlers wait for other ranks
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+def environments() -> list[Any]:
+    """Return how ranks learn of each other where srun started them; elsewhere Lightning finds out by itself."""
+    if not slurm.in_job() or "SLURM_NTASKS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return []
+
+    class Job(SLURMEnvironment):
+        """SLURM's, which slurm.py has checked."""
+
+        @staticmethod
+        def _validate_srun_variables() -> None:
+            pass
+
+        def validate_settings(self, num_devices: int, num_nodes: int) -> None:
+            pass
+
+    return [Job(auto_requeue=False)]
 
 
 class StoppedError(KeyboardInterrupt):
-    """The run was told to stop, has saved a checkpoint, and goes on with the same command."""
+    """The run was told to stop, has saved a checkpoint, and goes on with the same command.
+
+    Attributes:
+        received: the signal's number.
+    """
+
+    def __init__(self, message: str, received: int) -> None:
+        super().__init__(message)
+        self.received = received
 
 
 def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> dict[str, float]:
@@ -256,7 +295,9 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from stopped
     if stop.received and trainer.global_step < stage.max_steps:
-        raise StoppedError(f"stopped at step {trainer.global_step} of {stage.max_steps}; the same command goes on")
+        raise StoppedError(
+            f"stopped at step {trainer.global_step} of {stage.max_steps}; the same command goes on", stop.received
+        )
     return metrics.row | checkpoint.told() if metrics.row else {}
 
 

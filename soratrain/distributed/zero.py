@@ -5,10 +5,9 @@ What differs from Lightning's own strategy:
 - Lightning's closure divides the loss by the number of accumulated micro-batches and DeepSpeed's engine does it again,
   which makes gradients too small by that factor; the engine is told not to.
 - Inputs stay as they are: rounding coordinates and noise levels to bf16 would ruin them.
-- bf16 is autocast with fp32 weights, as under DDP, so that both compute the same; messages stay fp32.
-- Under ZeRO-3 a net is built whole on the CPU and then cut up, since inside DeepSpeed's own `zero.Init` a module's
-  parameters are gone before its parent can initialize them: zero-initialized outputs would silently not be zero. So a
-  rank's host memory holds one whole net while it is built; no device ever does.
+- bf16 is autocast, as under DDP, so that both compute the same; whether weights and messages are fp32 or bf16 is an
+  option of its own. DeepSpeed's autocast, which decides that as well, is left out.
+- Under ZeRO-3 nets are cut up block by block as they are built (`cut.py`).
 - Checkpoints are ours: DeepSpeed's are pickles, which cannot be read safely and fit one number of ranks only.
 """
 
@@ -18,7 +17,7 @@ import importlib
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -28,33 +27,45 @@ from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
+from soratrain.distributed.cut import cut_up, cut_up_as_built, fill
 from soratrain.distributed.fragments import Fragment
-from soratrain.distributed.strategy import Restorable, StrategyOptions
+from soratrain.distributed.options import StrategyOptions
+from soratrain.distributed.strategy import Restorable
+from soratrain.distributed.zero_config import deepspeed_config
 from soratrain.errors import ConfigError
 from soratrain.muon import Muon
 from soratrain.optim import shape_of
 
 
 class EnginePrecision(DeepSpeedPrecision):
-    """Hands the loss to DeepSpeed's engine unscaled, and inputs to the module untouched."""
+    """Hands the loss to DeepSpeed's engine unscaled, and inputs and weights to the module untouched.
 
-    def __init__(self) -> None:
+    Args:
+        autocast: the type of device whose products are made in bf16; None for none.
+    """
+
+    def __init__(self, autocast: str | None) -> None:
         super().__init__("32-true")
+        self.autocast = autocast
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module  # its weights are of the type that the strategy has given them
 
     def convert_input(self, data: Any) -> Any:
         return data
 
-    def forward_context(self) -> Any:
-        return nullcontext()  # the engine has an autocast of its own
+    def forward_context(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.autocast, torch.bfloat16) if self.autocast else nullcontext()
 
     def backward(self, tensor: Tensor, model: Any, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         model.trainer.model.backward(tensor, scale_wrt_gas=False)
 
 
 class Sharded(Restorable, DeepSpeedStrategy):
-    """ZeRO 1, 2 or 3."""
+    """ZeRO 1, 2 or 3, the optimizer on the device or in the host's memory."""
 
     skips = False  # a step happens inside the engine, and it takes one optimizer
+    weights = torch.float32  # what the nets compute with
 
     @property
     def root_device(self) -> torch.device:
@@ -95,12 +106,15 @@ class Sharded(Restorable, DeepSpeedStrategy):
             raise ConfigError(
                 "optimizer.name=muon needs whole matrices and ZeRO slices them; use adamw, or strategy=ddp"
             )
-        from deepspeed.runtime.engine import DeepSpeedEngine
+        from deepspeed.runtime import engine
 
         if not self.zero_stage_3:
             for param in model.parameters():
                 torch.distributed.broadcast(param.data, 0)
-        DeepSpeedEngine._broadcast_model = lambda engine: None  # it cannot broadcast a parameter without dimensions
+        engine.DeepSpeedEngine._broadcast_model = (
+            lambda engine: None  # it cannot broadcast a parameter without dimensions
+        )
+        engine.autocast_if_enabled = lambda engine: nullcontext()  # it would switch ours off
         return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
     @contextmanager
@@ -108,9 +122,21 @@ class Sharded(Restorable, DeepSpeedStrategy):
         self._init_config_if_needed()
         yield  # `place` cuts nets up
 
+    def building(self) -> AbstractContextManager[None]:
+        return cut_up_as_built(self.config, self.weights) if self.zero_stage_3 else nullcontext()
+
     def place(self, net: nn.Module) -> None:
         if self.zero_stage_3:
-            cut_up(net, self.config)
+            cut_up(net, self.config, self.weights)
+
+    def fill(self, param: Tensor, values: Tensor) -> None:
+        if hasattr(param, "ds_tensor"):
+            fill(param, values, self.global_rank)
+        else:
+            super().fill(param, values)
+
+    def computing(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.weights == torch.float32 else self.precision_plugin.forward_context()
 
     @property
     def sharded_optimizer(self) -> Any:
@@ -165,45 +191,25 @@ class Sharded(Restorable, DeepSpeedStrategy):
             optimizer.update_lp_params()
 
 
-def cut_up(net: nn.Module, config: Any) -> None:
-    """Leave each rank its slice of every parameter of `net`, which all ranks have built alike (ZeRO-3)."""
-    import deepspeed
-
-    class Init(deepspeed.zero.Init):
-        def _zero_init_param(self, param: Any) -> None:
-            if param.dim():
-                super()._zero_init_param(param)
-            else:  # DeepSpeed would broadcast it as bytes, which a tensor without dimensions cannot be viewed as
-                torch.distributed.broadcast(param.data, 0)
-                self._convert_to_deepspeed_param(param)
-                param.partition()
-
-    Init(module=net, config_dict_or_path=config)
-
-
 def build_zero(options: StrategyOptions, *, device_type: str, precision: str, timeout: timedelta) -> Sharded:
-    """Return the strategy for ZeRO stage `options.zero`."""
+    """Return the strategy for ZeRO stage `options.zero`.
+
+    Raises:
+        ConfigError: weights in bf16 without autocast, which sees to it that what they meet is bf16 too.
+    """
+    if options.weights == "bf16" and precision != "bf16-mixed":
+        raise ConfigError(
+            f"strategy.weights=bf16 with trainer.precision={precision}: weights in bf16 are computed with in bf16; use"
+            " trainer.precision=bf16-mixed, or strategy.weights=fp32"
+        )
     if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    zero = {
-        "stage": options.zero,
-        "reduce_bucket_size": options.bucket,
-        "allgather_bucket_size": options.bucket,
-        "contiguous_gradients": True,
-        "overlap_comm": device_type == "cuda",
-    }
-    config: dict[str, Any] = {
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own throughput figures, which nobody reads
-        "steps_per_print": 1 << 30,
-    }
-    if precision == "bf16-mixed":
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return Sharded(
-        config=config,
-        precision_plugin=EnginePrecision(),
+    strategy = Sharded(
+        config=deepspeed_config(options, device_type=device_type),
+        precision_plugin=EnginePrecision(device_type if precision == "bf16-mixed" else None),
         timeout=timeout,
         logging_level=logging.ERROR,
     )
+    strategy.weights = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.weights]
+    return strategy

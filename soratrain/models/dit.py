@@ -116,6 +116,8 @@ class Block(nn.Module):
         hidden = int(mlp_ratio * dim)
         self.up, self.down, self.activation = nn.Linear(dim, hidden), nn.Linear(hidden, dim), ACTIVATIONS[activation]
         self.modulation.no_muon = True  # type: ignore[attr-defined]
+        initialize(self)
+        nn.init.zeros_(self.cross.out.weight)
 
     def forward(
         self,
@@ -156,6 +158,14 @@ def again(function: Callable[..., Tensor], *arguments: object, keep: bool = Fals
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
     contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default, *attention_ops()])
     return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)  # type: ignore[no-any-return]
+
+
+def initialize(module: nn.Module) -> None:
+    """Draw the weights of all linear layers in `module`."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
 
 class DiT(nn.Module):
@@ -238,13 +248,9 @@ class DiT(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            nn.init.zeros_(block.cross.out.weight)
+        for child in self.children():
+            if child is not self.blocks:  # they have initialized themselves, and perhaps have been cut up since
+                initialize(child)
         for layer in (self.condition, self.head, self.embed_flags):
             nn.init.zeros_(layer.weight)
         for linear in (self.embed_sigma[0], self.embed_sigma[2]):

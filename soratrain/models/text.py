@@ -171,6 +171,8 @@ class TextBlock(nn.Module):
         self.norm_mlp = nn.RMSNorm(dim)
         hidden = int(mlp_ratio * dim)
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        for zero in (self.out.weight, self.down.weight, self.down.bias):
+            nn.init.zeros_(zero)
 
     def forward(self, x_LD: Tensor, packing: Packing, rotation: Tensor) -> Tensor:
         qkv = self.qkv(self.norm_attention(x_LD)).unflatten(-1, (3, self.num_heads, -1))
@@ -212,11 +214,6 @@ class ByteTextEncoder(nn.Module):
         self.blocks = nn.ModuleList(TextBlock(dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
         self.norm_out = nn.RMSNorm(dim)
         nn.init.normal_(self.embed.weight, std=0.3)
-        for block in self.blocks:
-            assert isinstance(block, TextBlock)
-            nn.init.zeros_(block.out.weight)
-            nn.init.zeros_(block.down.weight)
-            nn.init.zeros_(block.down.bias)
         self.embed.weight.no_muon = True  # type: ignore[attr-defined]
         self.opening.no_muon = True  # type: ignore[attr-defined]
 

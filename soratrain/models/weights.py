@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from soratrain.data.atomic import replacing
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import tensor_file
 from soratrain.models.tensor_file import Form, Layout
+from soratrain.optim import shape_of
 
 LARGEST = 5_000_000_000  # bytes of a file
 ALLOWED = "soratrain."  # a weights folder may name classes of this package only: reading one never runs foreign code
@@ -210,21 +211,35 @@ def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"weights {path} cannot be read ({reason}); copy or train them again")
 
 
-def load_into(module: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Load `state` into `module`, every key and shape matching.
+def load_into(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    origin: str,
+    write: Callable[[Tensor, Tensor], None] | None = None,
+) -> None:
+    """Load `state` into `module`, every key and shape matching, one tensor after the other.
+
+    Args:
+        write: called with each parameter or buffer and its whole values, where a process may hold only a slice of it.
 
     Raises:
         DataError: keys are missing, unexpected or of another shape; the message names them.
     """
-    own = module.state_dict()
+    own = module.state_dict(keep_vars=True)
     missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    reshaped = sorted(key for key in own.keys() & state.keys() if own[key].shape != state[key].shape)
+    common = {key: state[key].shape for key in own.keys() & state.keys()}
+    reshaped = sorted(key for key, shape in common.items() if shape_of(own[key]) != shape)
     if missing or unexpected or reshaped:
         raise DataError(
             f"weights of {origin} do not fit {type(module).__name__}: missing {missing[:5]}, unexpected"
             f" {unexpected[:5]}, of another shape {reshaped[:5]}; use the config they were trained with"
         )
-    module.load_state_dict(dict(state))
+    with torch.no_grad():
+        for key, tensor in own.items():
+            if write:
+                write(tensor, state[key])
+            else:
+                tensor.copy_(state[key])
 
 
 def digest(module: nn.Module, *, without: str | None = None) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from soratrain.batch import Batch, draw_of
+from soratrain.data.plan import Plan
 from soratrain.errors import ConfigError
 from soratrain.models import weights
 from soratrain.optim import OptimizerFactory, Schedule
@@ -83,17 +85,20 @@ class TrainStage(L.LightningModule):
 
     def configure_model(self) -> None:
         """Build every net that is not built yet; a net's first weights depend on the run's seed and its name alone."""
+        strategy = self.trainer.strategy if self._trainer is not None else None
+        places: Any = strategy if hasattr(strategy, "place") else None
         for name, factory in self.factories.items():
             if hasattr(self, name):
                 continue
-            with torch.random.fork_rng():
+            with torch.random.fork_rng(), places.building() if places else nullcontext():
                 torch.manual_seed(draw_of(torch.initial_seed(), "net", name))
                 net = factory()
+            if places:
+                places.place(net)
             if name in self.origins:
                 folder, stored_as = self.origins[name]
-                weights.load_into(net, weights.load_state(folder, stored_as)[0], f"{folder}:{stored_as}")
-            if self._trainer is not None and hasattr(self.trainer.strategy, "place"):
-                self.trainer.strategy.place(net)
+                state, _ = weights.load_state(folder, stored_as)
+                weights.load_into(net, state, f"{folder}:{stored_as}", places.fill if places else None)
             setattr(self, name, net)
 
     def configure_optimizers(self) -> Any:
@@ -107,6 +112,10 @@ class TrainStage(L.LightningModule):
         optimizer = self.optimizer_factory(self.named_parameters())
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, self.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def activations(self, plan: Plan, half: bool) -> int | None:
+        """Return the bytes that the largest micro-batch keeps, in bf16 (`half`) or fp32; None where that is unknown."""
+        return None
 
     def exported(self) -> dict[str, tuple[nn.Module, partial, dict[str, Any]]]:
         """Return what belongs into `weights/`: name → (net, its factory, plain values kept beside it)."""
@@ -124,6 +133,8 @@ class TrainStage(L.LightningModule):
     ) -> None:
         """Clip the norm of the whole gradient and report it as it was before; leave out an update that is spoilt."""
         params = [param for group in optimizer.param_groups for param in group["params"] if param.grad is not None]
+        if not getattr(self.trainer.strategy if self._trainer is not None else None, "skips", True):
+            params = []  # the engine clips by itself; what is here is but a rank's share
         norm = torch.nn.utils.get_total_norm([param.grad for param in params])
         if self.adaptive:
             limit = self.adaptive(norm, gradient_clip_val or 0.0)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from soratrain.batch import LatentBatch, VideoBatch
 from soratrain.data.datamodule import LatentData
+from soratrain.data.plan import Plan
 from soratrain.diffusion.arrange import Case, Sample, arrange
 from soratrain.diffusion.conditioning import MODES, Conditioning
 from soratrain.diffusion.objective import Objective, learned
@@ -24,10 +25,11 @@ from soratrain.models import weights
 from soratrain.models.attention import Packing
 from soratrain.models.dit import DiT
 from soratrain.models.frozen_text import FrozenText, TextEncoder
-from soratrain.models.patchify import grid_of
+from soratrain.models.patchify import STRIDE, grid_of
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import CAPTIONS, MODES_SHOWN, TrainStage
 from soratrain.stages.live import LiveEncoder
+from soratrain.stages.plan_scale import DiTWork
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +90,13 @@ class DiTStage(TrainStage):
                     f" objective.prediction={theirs.prediction}, this run has objective={self.objective.name} and"
                     f" objective.prediction={self.objective.prediction}; use those, or begin without init"
                 )
+
+    def activations(self, plan: Plan, half: bool) -> int | None:
+        factory = self.factories["dit"]
+        with torch.device("meta"):
+            net = factory()
+        sequence = getattr(self.trainer.strategy, "sequence", 1)
+        return DiTWork(factory, net, STRIDE, half=half, sequence=sequence).activations(plan.blocks.largest[0])
 
     def configure_model(self) -> None:
         """Build the nets, and load the VAE where latents are made live.

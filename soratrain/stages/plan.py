@@ -1,4 +1,5 @@
-"""stage=plan: what a training run will do with its data, what it will hold in memory, and what a clip costs.
+"""stage=plan: what a training run will do with its data, what it will hold in memory, how long a step takes, and
+what a clip costs.
 
 Nothing is trained, no weights are read and no GPU is needed: all of it follows from the manifest and the config.
 """
@@ -7,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,17 +24,17 @@ from soratrain.data.datamodule import VideoData
 from soratrain.data.fitting import GRID, TIME
 from soratrain.data.held_out import HeldOut
 from soratrain.data.plan import Plan
-from soratrain.distributed.memory import GIB, Kept, dit_activations, kept, measured_activations
+from soratrain.distributed.components import components
+from soratrain.distributed.memory import GIB
 from soratrain.distributed.mesh import check_ranks
-from soratrain.distributed.strategy import StrategyOptions
+from soratrain.distributed.options import StrategyOptions
 from soratrain.errors import ConfigError
-from soratrain.models.vae import VAE
-from soratrain.stages.plan_cost import forward_flops, positions, stride_of
+from soratrain.stages.plan_cost import balance, forward_flops, parse_clip, positions, stride_of
+from soratrain.stages.plan_scale import DiTWork, beside, predicted, vae_activations
 from soratrain.stages.plan_table import show
+from soratrain.stages.plan_time import device_of
 
 TARGETS = ("vae", "captioner", "dit")
-BALANCED_OVER = 64  # steps over which the balance of the ranks is worked out
-EXAMPLE = (1, 3, 9, 64, 64)  # the clip on which a VAE's activations are measured
 
 
 class PlanStage:
@@ -55,6 +55,11 @@ class PlanStage:
         seed, batching, accumulate_blocks, gamma, quadratic, window, mix, image_fraction: of the data.
         durations: of clips; latents are shown at their own.
         strategy, optimizer, average, precision: of the trainer.
+        device: one of `devices` by name, on which it runs; None: h100, or cpu where `machine` is `laptop`.
+        devices: peaks, bandwidths and what of them is reached, by name (`plan_time.Device`).
+        machine: `laptop` or `gpu`.
+        nodes: on which the ranks are; None: as few as hold them.
+        live: whether latents are made live.
         held_out: samples that stage=dit does not train on.
 
     Raises:
@@ -78,6 +83,11 @@ class PlanStage:
         average: bool,
         precision: str,
         sequence: int = 1,
+        devices: Mapping[str, Mapping[str, Any]],
+        device: str | None = None,
+        machine: str = "laptop",
+        nodes: int | None = None,
+        live: bool = False,
         clip: str | None = None,
         batching: str = "bucket",
         accumulate_blocks: int = 1,
@@ -98,13 +108,22 @@ class PlanStage:
         if ranks < 1:
             raise ConfigError(f"stage.job.ranks={ranks} must be at least 1")
         check_ranks(sequence, ranks, f"stage.job.ranks={ranks}")
+        if strategy.name == "single" and ranks > 1:
+            raise ConfigError(
+                f"stage.job.ranks={ranks} with strategy=single, which is one process; use strategy=ddp, zero2 or zero3"
+            )
         if batching == "pack" and target != "dit":
             raise ConfigError(f"data.batching=pack: stage={target} takes clips of one size; packs are of latents")
         self.clip = parse_clip(clip) if clip else None
         self.out, self.target, self.ranks, self.sequence = Path(out), target, ranks, sequence
         self.nets, self.strategy, self.optimizer, self.average = nets, strategy, optimizer, average
         self.crop = int(tuned[target].get("crop", 0))  # pixels: stage=vae trains on squares cut from its clips
-        self.steps, self.half = max_steps or int(steps[target]), precision.startswith("bf16")
+        self.steps, self.half, self.live = max_steps or int(steps[target]), precision.startswith("bf16"), live
+        self.device_name = device or ("cpu" if machine == "laptop" else "h100")
+        self.device, self.cuda = device_of(devices, self.device_name, self.half), self.device_name != "cpu"
+        self.nodes = nodes or -(-ranks // self.device.per_node)
+        if not 1 <= self.nodes <= ranks:
+            raise ConfigError(f"stage.job.nodes={nodes}: must lie between 1 and stage.job.ranks={ranks}")
         self.data = VideoData(
             shards=shards,
             buckets=buckets,
@@ -133,7 +152,7 @@ class PlanStage:
         run = self.run_figures(plan)
         for item in summary["sets"]:
             item["epochs"] = run["samples_per_step"] * self.steps * item["shown"] / max(item["samples"], 1)
-        memory = self.memory(parts, plan)
+        memory, time = self.memory(parts, plan), self.time(parts, plan, run)
         document = {
             "target": self.target,
             "ranks": self.ranks,
@@ -142,6 +161,7 @@ class PlanStage:
             "data": summary,
             "balance": balance(plan, self.ranks // self.sequence),
             "memory": memory,
+            "time": time,
             "cache": self.cache(plan, parts),
             "clip": self.cost(self.clip, parts) if self.clip else None,
         }
@@ -150,6 +170,7 @@ class PlanStage:
             temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         show(Console(soft_wrap=True, highlight=False), document)
         figures = {"steps": self.steps, "epochs": run["epochs"], "buckets": len(summary["buckets"])}
+        figures |= {"step_seconds": time["step_seconds"]} if time else {}
         return figures | {"memory_gib": memory["total_gib"], "plan": str(self.out / "plan.json")}
 
     @property
@@ -172,48 +193,61 @@ class PlanStage:
 
     def memory(self, parts: Mapping[str, nn.Module], plan: Plan) -> dict[str, Any]:
         """Return what a rank holds, by component, with the largest micro-batch."""
-        parameters = sum(parameter.numel() for net in parts.values() for parameter in net.parameters())
         tokens, said = plan.blocks.largest
-        activations = self.activations(parts, plan, tokens)
-        moments = 1 if self.optimizer == "muon" else 2
-        held: Kept = kept(
-            parameters,
-            zero=self.strategy.zero,
+        others, unknown = beside(parts, self.nets["vae"], live=self.live)
+        held = components(
+            parts.values(),
+            self.strategy,
             ranks=self.ranks,
-            moments=moments,
+            optimizer=self.optimizer,
             average=self.average,
-            activations=activations,
+            half=self.half,
+            cuda=self.cuda,
+            accumulates=plan.per_rank(self.ranks // self.sequence) > 1,
+            activations=self.activations(parts, plan, tokens),
+            beside=others,
         )
-        components = {name: value for name, value in vars(held).items() if value is not None}
         return {
             "estimate": True,
-            "parameters": parameters,
+            "parameters": held.parameters,
             "strategy": self.strategy.name,
             "largest": f"{said}, {tokens:,} tokens",
-            "gib": {name: value / GIB for name, value in components.items()},
-            "total_gib": held.total / GIB,
+            "gib": {part.name: held.of(part.name) / GIB for part in held.components},
+            "on_host": [part.name for part in held.components if part.host],
+            "total_gib": held.total(host=False) / GIB,
+            "host_gib": held.total(host=True) / GIB,
+            "device_gib": self.device.memory_gib if self.cuda else None,
+            "said": held.line(self.strategy.name, "cuda" if self.cuda else "cpu") + unknown,
         }
 
     def activations(self, parts: Mapping[str, nn.Module], plan: Plan, tokens: int) -> int | None:
         """Return the bytes that the largest micro-batch keeps; None for a net of which nothing is known."""
-        itemsize = 2 if self.half else 4
         if self.target == "dit":
-            net, shape = parts["dit"], self.nets["dit"].keywords
-            rows, columns = stride_of(self.nets["vae"])[1:]
-            tokens = tokens * GRID**2 // (rows * columns * math.prod(net.patch))  # type: ignore[arg-type]
-            tokens = -(-tokens // self.sequence)
-            sizes = {name: shape[name] for name in ("dim", "depth", "mlp_ratio")}
-            again = shape.get("recompute", "none")
-            shared = self.sequence > 1
-            return dit_activations(tokens=tokens, itemsize=itemsize, recompute=again, shared=shared, **sizes)
-        if self.target == "vae":
-            example = torch.zeros(EXAMPLE)
-            pixels = max(
-                size * 3 * bucket.frames * math.prod(min(side, self.crop or side) for side in bucket[:2])
-                for size, bucket in zip(plan.sizes, plan.assignment.buckets, strict=True)
-            )
-            return int(measured_activations(Reconstruction(self.nets["vae"]()), example) * pixels * itemsize / 4)
-        return None
+            return self.dit(parts).activations(tokens)
+        return vae_activations(self.nets["vae"], plan, self.crop, half=self.half) if self.target == "vae" else None
+
+    def dit(self, parts: Mapping[str, nn.Module]) -> DiTWork:
+        """Return what the DiT computes and keeps."""
+        stride = stride_of(self.nets["vae"])
+        return DiTWork(self.nets["dit"], parts["dit"], stride, half=self.half, sequence=self.sequence)
+
+    def time(self, parts: Mapping[str, nn.Module], plan: Plan, run: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return how long a step takes; None for a net of which nothing is known."""
+        if self.target != "dit":
+            return None
+        parameters = sum(parameter.numel() for net in parts.values() for parameter in net.parameters())
+        work = self.dit(parts).of_a_step(plan, self.ranks // self.sequence, parameters)
+        tokens = self.dit(parts).tokens(round(run["tokens_per_step"]))
+        found = predicted(
+            work,
+            self.strategy,
+            self.device,
+            ranks=self.ranks,
+            nodes=self.nodes,
+            half=self.half,
+            sizes=(self.steps, tokens),
+        )
+        return {"device": self.device_name, **found}
 
     def cache(self, plan: Plan, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
         """Return the size of all cached latents in bf16."""
@@ -235,39 +269,9 @@ class PlanStage:
         patch: Sequence[int] = parts["dit"].patch if "dit" in parts else (1, 2, 2)  # type: ignore[assignment]
         t, h, w = positions(bucket, stride_of(self.nets["vae"]))
         tokens = -(-t // patch[0]) * (h // patch[1]) * (w // patch[2])
-        found: dict[str, Any] = {"bucket": str(bucket), "tokens": tokens, "latent_mib": 2 * self.latent(bucket) / 2**20}
+        found: dict[str, Any] = {"asked": f"{width}x{height}x{frames}", "bucket": str(bucket)}
+        found |= {"tokens": tokens, "latent_mib": 2 * self.latent(bucket) / 2**20}
         if "dit" in parts:
             total, attention = forward_flops(parts["dit"], [tokens])
             found |= {"forward_tflop": total / 1e12, "attention": attention / total}
         return found
-
-
-class Reconstruction(nn.Module):
-    """A VAE's way from pixels to pixels, as training takes it."""
-
-    def __init__(self, vae: VAE) -> None:
-        super().__init__()
-        self.vae = vae
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.vae.decode_chunk(self.vae.posterior(x)[0])[0]
-
-
-def parse_clip(text: str) -> tuple[int, int, int]:
-    """Return (height, width, frames) of `WIDTHxHEIGHTxFRAMES`. Raises ConfigError for anything else."""
-    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", str(text))
-    if not match or min(map(int, match.groups())) < 1 or min(int(match[1]), int(match[2])) < GRID:
-        raise ConfigError(f"stage.job.clip={text} is not WIDTHxHEIGHTxFRAMES; a minute of 1080p is 1920x1080x1440")
-    return int(match[2]), int(match[1]), int(match[3])
-
-
-def balance(plan: Plan, ranks: int) -> dict[str, float]:
-    """Return how equally ranks work in the plan's own micro-batches: mean by largest cost, its least and its mean."""
-    found = []
-    for index in range(BALANCED_OVER * plan.per_rank(ranks)):
-        costs = []
-        for rank in range(ranks):
-            micro = plan.local(index, rank, ranks)
-            costs.append(sum(plan.budget.cost(plan.assignment.buckets[bucket]) for bucket in micro.buckets))
-        found.append(sum(costs) / len(costs) / max(costs))
-    return {"least": min(found), "mean": sum(found) / len(found), "micro_steps": float(len(found))}

@@ -1,7 +1,8 @@
-"""What a clip costs a DiT: the positions of its latent, and the layers that each token goes through."""
+"""What a clip costs a DiT, the positions of its latent and the layers that its tokens go through; and how equally."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
@@ -10,8 +11,13 @@ import torch
 from torch import nn
 
 from soratrain.data.assignment import Bucket
+from soratrain.data.fitting import GRID
+from soratrain.data.plan import Plan
+from soratrain.errors import ConfigError
 from soratrain.models.patchify import STRIDE
 from soratrain.models.published import Published
+
+BALANCED_OVER = 64  # steps over which the balance of the ranks is worked out
 
 
 def each_token(dit: nn.Module) -> list[nn.Linear]:
@@ -57,3 +63,23 @@ def stride_of(vae: partial) -> Sequence[int]:
 def positions(bucket: Bucket, stride: Sequence[int]) -> tuple[int, int, int]:
     """Return frames, height and width of a bucket's latent."""
     return 1 + (bucket.frames - 1) // stride[0], bucket.height // stride[1], bucket.width // stride[2]
+
+
+def parse_clip(text: str) -> tuple[int, int, int]:
+    """Return (height, width, frames) of `WIDTHxHEIGHTxFRAMES`. Raises ConfigError for anything else."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", str(text))
+    if not match or min(map(int, match.groups())) < 1 or min(int(match[1]), int(match[2])) < GRID:
+        raise ConfigError(f"stage.job.clip={text} is not WIDTHxHEIGHTxFRAMES; a minute of 1080p is 1920x1080x1440")
+    return int(match[2]), int(match[1]), int(match[3])
+
+
+def balance(plan: Plan, ranks: int) -> dict[str, float]:
+    """Return how equally ranks work in the plan's own micro-batches: mean by largest cost, its least and its mean."""
+    found = []
+    for index in range(BALANCED_OVER * plan.per_rank(ranks)):
+        costs = []
+        for rank in range(ranks):
+            micro = plan.local(index, rank, ranks)
+            costs.append(sum(plan.budget.cost(plan.assignment.buckets[bucket]) for bucket in micro.buckets))
+        found.append(sum(costs) / len(costs) / max(costs))
+    return {"least": min(found), "mean": sum(found) / len(found), "micro_steps": float(len(found))}

@@ -8,11 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from soratrain.amounts import memory as in_memory
-from soratrain.amounts import size
+from soratrain.amounts import duration, short, size
+from soratrain.data.fitting import GRID, TIME
 from soratrain.data.summary import remarks
 from soratrain.distributed.memory import GIB
 
+LESS = "another strategy, dit.recompute=full, or fewer tokens (data.tokens_per_batch)"
+SLOWER = "; published runs took 1.1 to 1.8 times what is foretold of them"  # tests/bench/RESULTS.md, predict
 OFTEN = 20  # epochs of one data set in a mix beyond which a small one is rather learnt by heart
 
 
@@ -50,14 +52,12 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
     console.print(
         f"ranks' work: mean by largest {document['balance']['mean']:.3f} (least {document['balance']['least']:.3f})",
     )
-    total = in_memory(memory["total_gib"] * GIB)
-    listed = ", ".join(f"{name} {in_memory(value * GIB)}" for name, value in memory["gib"].items())
-    console.print(
-        f"memory of a rank's tensors under strategy={memory['strategy']}, an estimate: {total} ({listed};"
-        f" {memory['parameters'] / 1e6:.4g} M parameters, largest micro-batch {memory['largest']})",
-    )
-    if "activations" not in memory["gib"]:
-        console.print("  activations are not in it: nothing is known of this net's")
+    console.print(f"{memory['said']}; largest micro-batch {memory['largest']}")
+    room = memory["device_gib"]
+    if room and memory["total_gib"] > room:
+        console.print(f"  that is more than the {room:.4g} GiB of a device: use more ranks, {LESS}")
+    if document["time"]:
+        console.print(told(document["time"], document["ranks"]))
     cache = document["cache"]
     console.print(f"cached latents of {cache['clips']:,} clips: {size(cache['latents_gib'] * GIB)}")
     if document["clip"]:
@@ -66,4 +66,18 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
         if "forward_tflop" in clip:
             flops = f", {clip['forward_tflop']:.4g} TFLOP forward ({clip['attention']:.0%} of it attention)"
         latents = f"{size(clip['latent_mib'] * 2**20)} of latents"
-        console.print(f"a clip of {clip['bucket']}: {clip['tokens']:,} tokens, {latents}{flops}")
+        cut = f" (of {clip['asked']}: sides in multiples of {GRID}, 1 + {TIME}k frames)"
+        where = f"{clip['bucket']}{cut if clip['asked'] != clip['bucket'] else ''}"
+        console.print(f"a clip of {where}: {clip['tokens']:,} tokens, {latents}{flops}")
+
+
+def told(time: Mapping[str, Any], ranks: int) -> str:
+    """Return the time of a step in words."""
+    total = time["step_seconds"]
+    listed = ", ".join(f"{name} {value / total:.0%}" for name, value in time["seconds"].items())
+    on_gpus = time["device"] != "cpu"
+    place = f"{ranks} {time['device']}" + (f" on {time['nodes']} nodes" if time["nodes"] > 1 else "")
+    return (
+        f"a step on {place}, an estimate from below: {total:.3g} s ({listed}), {short(time['tokens_per_s'])} tokens/s,"
+        f" {time['utilisation']:.0%} of the peak; the run {duration(3600 * time['hours'])}{SLOWER * on_gpus}"
+    )

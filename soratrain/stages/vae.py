@@ -12,11 +12,13 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from soratrain.batch import VideoBatch, random_crop, to_pixels
+from soratrain.data.plan import Plan
 from soratrain.errors import ConfigError
 from soratrain.models.lpips import SMALLEST
 from soratrain.models.vae import VAE
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.manual import ManualStage
+from soratrain.stages.plan_scale import vae_activations
 from soratrain.stages.vae_adversary import Adversary
 from soratrain.stages.vae_latents import FrozenEncoder, measured
 from soratrain.stages.vae_losses import Perceptual, foreground, kl
@@ -200,6 +202,9 @@ class VAEStage(ManualStage):
             across = error.diff(dim=-1).abs().flatten(1).mean(1) + error.diff(dim=-2).abs().flatten(1).mean(1)
             total = total + self.gradient_weight * across
         return total
+
+    def activations(self, plan: Plan, half: bool) -> int | None:
+        return vae_activations(self.factories["vae"], plan, self.crop, half=half)
 
     def configure_model(self) -> None:
         """Build the nets.

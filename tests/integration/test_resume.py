@@ -25,7 +25,8 @@ from soratrain.distributed.trainer import StoppedError
 from soratrain.errors import DataError, DivergedError
 
 HERE = Path(__file__).parent
-QUICK_AND_SLOW = ["zero3", *(pytest.param(name, marks=pytest.mark.full) for name in ("ddp", "zero1", "zero2"))]
+SLOW = ("ddp", "zero1", "zero2", "zero2_offload", "zero3_offload")
+QUICK_AND_SLOW = ["zero3", *(pytest.param(name, marks=pytest.mark.full) for name in SLOW)]
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -195,9 +196,31 @@ def test_two_ranks_stop_and_resume_as_if_unbroken(strategy: str, tmp_path: Path)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("first", "then"), [("zero3", "single"), ("single", "zero2"), ("zero2", "zero3"), ("zero3", "ddp")]
-)
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_ranks_with_weights_in_bf16_stop_and_resume_as_if_unbroken(strategy: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"strategy": strategy, "ranks": 2, "ema": 0.9, "max_steps": 5}
+    settings |= {"precision": "bf16-mixed", "weights": "bf16"}
+    run_ranks(outcome, 2, out=str(tmp_path / "whole"), **settings)
+    run_ranks(outcome, 2, out=str(tmp_path / "broken"), stop_at=3, **settings)
+    run_ranks(outcome, 2, out=str(tmp_path / "broken"), **settings)
+    assert steps(tmp_path / "whole") == steps(tmp_path / "broken")
+    one, other = (torch.load(tmp_path / run / "whole.pt", weights_only=True) for run in ("whole", "broken"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+CHANGES = [
+    ("zero3", "single"),
+    ("single", "zero2"),
+    ("zero2", "zero3"),
+    ("zero3", "ddp"),
+    ("zero2_offload", "zero3_offload"),
+    ("zero3_offload", "single"),
+    ("single", "zero2_offload"),
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("first", "then"), CHANGES)
 def test_a_run_goes_on_under_another_strategy_and_number_of_ranks(first: str, then: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"clip": 0.3, "ema": 0.9, "max_steps": 6}
     run_ranks(outcome, 1, out=str(tmp_path / "one"), **settings)

@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 from ranks import run_ranks
-from test_strategies import same_training
+from test_strategies import same_training, steps
 from tiny_training import SGDFactory, Spy
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -33,6 +33,7 @@ from soratrain.stages.dit import DiTStage
 from soratrain.stages.vae import VAEStage
 
 STEPS, MICRO, SAMPLES = 2, 4, 2
+STAGES = ("vae", "captioner", "dit", "segments", "frozen")
 WORDS = ("a red circle", "two blue squares that bounce, then rest", "grün", "")
 
 
@@ -79,7 +80,7 @@ class Data(L.LightningDataModule):
         return batch.to(device)
 
 
-def build(stage: str, encoder: str) -> TrainStage:
+def build(stage: str, encoder: str, recompute: str) -> TrainStage:
     common: dict[str, Any] = {
         "optimizer": SGDFactory(lr=0.05),
         "schedule": Schedule(name="constant", warmup_steps=0),
@@ -97,18 +98,21 @@ def build(stage: str, encoder: str) -> TrainStage:
         )
     if stage == "frozen":
         text = partial(FrozenText, folder=encoder, dim=8)
-    dit = partial(DiT, channels=4, dim=16, depth=2, num_heads=2, text_dim=8)
+    dit = partial(DiT, channels=4, dim=16, depth=2, num_heads=2, text_dim=8, recompute=recompute)
     mix = dict.fromkeys(MODES, 0.19) if stage == "segments" else {}
     conditioning = Conditioning(mix=mix, tail_frames=[1], ramp=0.5, known_noise=0.1)
     return DiTStage(dit=dit, text=text, objective=Flow(), conditioning=conditioning, **common)
 
 
-def run(out: str, stage: str, strategy: str, ranks: int) -> None:
+def run(
+    out: str, stage: str, strategy: str, ranks: int, weights: str = "fp32", half: bool = False, recompute: str = "none"
+) -> None:
     L.seed_everything(1, verbose=False)
     trainer = build_trainer(
         out=out,
         max_steps=STEPS,
-        strategy=StrategyOptions(name=strategy),
+        strategy=StrategyOptions(name=strategy, weights=weights),
+        precision="bf16-mixed" if half else "32-true",
         accelerator="cpu",
         devices=ranks,
         accumulate=MICRO // ranks,
@@ -117,18 +121,46 @@ def run(out: str, stage: str, strategy: str, ranks: int) -> None:
         log_every=1,
         callbacks=[Spy(Path(out) / "whole.pt")],
     )
-    fit(trainer, build(stage, str(Path(out).parent / "encoder")), Data(stage))
+    fit(trainer, build(stage, str(Path(out).parent / "encoder"), recompute), Data(stage))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-@pytest.mark.parametrize("stage", ["vae", "captioner", "dit", "segments", "frozen"])
-def test_each_real_stage_trains_alike_under_every_strategy(stage: str, strategy: str, tmp_path: Path) -> None:
+def save_encoder(stage: str, folder: Path) -> None:
     if stage == "frozen":
         sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
         import hf_tiny
 
-        hf_tiny.save("t5", tmp_path / "encoder", dim=8)
+        hf_tiny.save("t5", folder / "encoder", dim=8)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_real_stage_trains_alike_under_every_strategy(stage: str, strategy: str, tmp_path: Path) -> None:
+    save_encoder(stage, tmp_path)
     run_ranks(run, 1, out=str(tmp_path / "one"), stage=stage, strategy="single", ranks=1)
     run_ranks(run, 2, out=str(tmp_path / "two"), stage=stage, strategy=strategy, ranks=2)
+    same_training(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", ["zero2", "zero3_offload"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_real_stage_trains_with_weights_in_bf16(stage: str, strategy: str, tmp_path: Path) -> None:
+    save_encoder(stage, tmp_path)
+    run_ranks(run, 1, out=str(tmp_path / "one"), stage=stage, strategy="single", ranks=1, half=True)
+    run_ranks(run, 2, out=str(tmp_path / "two"), stage=stage, strategy=strategy, ranks=2, half=True, weights="bf16")
+    first, second = steps(tmp_path / "one"), steps(tmp_path / "two")
+    assert len(first) == len(second) == STEPS
+    for one, other in zip(first, second, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.05)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=0.1)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("strategy", ["zero2_offload", "zero3_offload"])
+def test_what_is_computed_again_changes_nothing_under_offload(recompute: str, strategy: str, tmp_path: Path) -> None:
+    settings = {"stage": "dit", "strategy": strategy, "ranks": 2}
+    run_ranks(run, 2, out=str(tmp_path / "one"), **settings)
+    run_ranks(run, 2, out=str(tmp_path / "two"), recompute=recompute, **settings)
     same_training(tmp_path / "one", tmp_path / "two")

@@ -141,6 +141,8 @@ def train(
     stop_at: int = 0,
     weight_decay: float = 0.01,
     width: int = 10,
+    weights: str = "fp32",
+    reduce: str = "fp32",
     callbacks: Sequence[L.Callback] = (),
     trainer: Mapping[str, Any] | None = None,
     **stage: Any,
@@ -165,7 +167,7 @@ def train(
     built = build_trainer(
         out=out,
         max_steps=stop_at or max_steps,
-        strategy=StrategyOptions(name=strategy),
+        strategy=StrategyOptions(name=strategy, weights=weights, reduce=reduce),
         accelerator="cpu",
         devices=ranks,
         accumulate=per_step // ranks,

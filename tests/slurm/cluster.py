@@ -1,6 +1,8 @@
 """A real SLURM on this one machine: munged, slurmctld and a slurmd for each of its nodes, as root on loopback.
 
-There is no accounting and no cgroup, so it starts anywhere in seconds; node names do not resolve.
+There is no accounting and no cgroup, so it starts anywhere in seconds; node names do not resolve. Jobs of the partition
+`urgent` pre-empt those of `main`, which are told a minute before and queued again; a job that is queued again waits for
+`cred_expire` seconds; a node that says nothing for `SlurmdTimeout` is down.
 """
 
 from __future__ import annotations
@@ -13,8 +15,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "sinfo")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/usr/local/sbin"
@@ -25,7 +29,7 @@ SlurmctldPort={controller}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={root}/munge.socket
+AuthInfo=socket={root}/munge.socket,cred_expire=5
 CryptoType=crypto/munge
 StateSaveLocation={root}/state
 SlurmdSpoolDir={root}/spool-%n
@@ -44,8 +48,12 @@ ReturnToService=2
 SchedulerParameters=sched_interval=1,bf_interval=1
 MinJobAge=300
 KillWait=5
+SlurmdTimeout=10
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} RealMemory=4000
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=10
 """
 
 
@@ -63,6 +71,7 @@ class Cluster:
 
     root: Path
     environment: dict[str, str]
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def run(self, *words: str, cwd: Path | None = None, timeout: float = 60) -> subprocess.CompletedProcess[str]:
         """Run a command on the login node."""
@@ -70,12 +79,47 @@ class Cluster:
             words, env=self.environment, cwd=cwd, timeout=timeout, capture_output=True, text=True, check=False
         )
 
+    def start(self, name: str, *words: str) -> None:
+        """Start a daemon, called by a short name."""
+        with open(self.root / f"{name}.log", "a") as log:
+            self.daemons[name] = subprocess.Popen(words, env=self.environment, stdout=log, stderr=log)
+
+    def start_node(self, node: str) -> None:
+        """Start a node, or start it again."""
+        self.start(f"slurmd-{node}-says", "slurmd", "-D", "-N", node)
+
+    def kill_node(self, node: str) -> None:
+        """Let a node die at once, with all that runs on it."""
+        daemon = self.daemons[f"slurmd-{node}-says"]
+        daemon.kill()
+        daemon.wait()
+        conf = self.environment["SLURM_CONF"]
+        tasks = [process for process in psutil.process_iter() if environ(process).get("SLURM_CONF") == conf]
+        tasks = [process for process in tasks if environ(process).get("SLURMD_NODENAME") == node]
+        parents = {process.ppid() for process in tasks} - {process.pid for process in tasks}
+        steps = [psutil.Process(pid) for pid in parents]
+        for process in [*(step for step in steps if step.name().startswith("slurmstepd")), *tasks]:
+            process.kill()
+
+    def clear(self) -> None:
+        """End all jobs, and wait until nothing of them runs."""
+        self.run("scancel", "--user=root")
+        wait_for(lambda: not self.run("squeue", "-h").stdout, self, 30)
+
     def logs(self) -> str:
         """Return the last lines of what the daemons say, for a failing test."""
         return "\n".join(
             f"== {path.name}\n" + "\n".join(path.read_text(errors="replace").splitlines()[-15:])
             for path in sorted(self.root.glob("*.log"))
         )
+
+
+def environ(process: psutil.Process) -> dict[str, str]:
+    """Return a process's environment; nothing of one that has ended meanwhile."""
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
 
 
 def free_ports(count: int) -> int:
@@ -110,16 +154,15 @@ def cluster(root: Path, *, nodes: int = 2, cpus: int = 2) -> Iterator[Cluster]:
         del environment[name]
     munged = ["munged", "--foreground", "--force", f"--socket={root}/munge.socket", f"--key-file={key}"]
     munged += [f"--{name}-file={root}/munge.{name}" for name in ("pid", "log", "seed")]
-    commands = [munged, ["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", f"n{n + 1}"] for n in range(nodes))]
     found = Cluster(root, environment)
     with ExitStack() as stack:
-        for words in commands:
-            log = stack.enter_context(open(root / f"{words[0]}-{words[-1].strip('-').replace('/', '_')[-9:]}.log", "w"))
-            process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
-            stack.callback(stop, process)
-            if words is munged:
-                wait_for(lambda: (root / "munge.socket").exists(), found)
-        stack.callback(found.run, "scancel", "--user=root")
+        stack.callback(lambda: [stop(process) for process in reversed(found.daemons.values())])
+        found.start("munged-says", *munged)
+        wait_for(lambda: (root / "munge.socket").exists(), found)
+        found.start("slurmctld-says", "slurmctld", "-D", "-c")
+        for number in range(nodes):
+            found.start_node(f"n{number + 1}")
+        stack.callback(found.clear)
         wait_for(lambda: found.run("sinfo", "-h", "-o", "%t %D").stdout.strip() == f"idle {nodes}", found)
         yield found
 

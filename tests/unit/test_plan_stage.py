@@ -11,20 +11,22 @@ from pathlib import Path
 import pytest
 import torch
 from data_tiny import write_clips
+from safetensors.torch import save_file
 from test_dit import build, clips, texts
 from test_dit import run as forward
 from torch.utils.flop_counter import FlopCounterMode
 
 from soratrain.amounts import memory
 from soratrain.diffusion.segments import Segment
-from soratrain.distributed.memory import dit_activations, kept, measured_activations, most_tokens
+from soratrain.distributed.memory import dit_activations, measured_activations, most_tokens
 from soratrain.errors import ConfigError
 from soratrain.models.vae import VAE
-from soratrain.run import check_machine, prepare, run
-from soratrain.stages.plan import Reconstruction, parse_clip
-from soratrain.stages.plan_cost import forward_flops
+from soratrain.run import check_machine, instantiate, prepare, run
+from soratrain.stages.plan_cost import forward_flops, parse_clip
+from soratrain.stages.plan_scale import Reconstruction
 
 SHAPES = [(48, 64, 9)] * 12 + [(64, 48, 1)] * 6 + [(8, 8, 1)] * 2
+DDP = ("strategy=ddp",)
 WORDS = ["stage=plan", "machine=laptop", "upstream=fail", "validation=none"]
 
 
@@ -61,10 +63,10 @@ def test_every_sample_is_in_a_bucket_or_counted_with_its_reason(tmp_path: Path, 
 
 def test_steps_epochs_and_tokens_add_up(tmp_path: Path) -> None:
     write_shards(tmp_path / "shards")
-    figures = planned(tmp_path, "machine.steps.dit=100", "stage.job.ranks=2")["run"]
+    figures = planned(tmp_path, "machine.steps.dit=100", *DDP, "stage.job.ranks=2")["run"]
     assert figures["epochs"] == pytest.approx(figures["samples_per_step"] * 100 / 18)
     assert figures["tokens"] == pytest.approx(100 * figures["tokens_per_step"])
-    assert planned(tmp_path, "stage.job.ranks=3", "fresh=true")["balance"]["least"] == 1.0
+    assert planned(tmp_path, *DDP, "stage.job.ranks=3", "fresh=true")["balance"]["least"] == 1.0
 
 
 def test_what_the_command_or_an_experiment_sets_is_planned(tmp_path: Path) -> None:
@@ -84,6 +86,7 @@ def test_it_needs_no_gpu_and_plans_for_one(tmp_path: Path) -> None:
     check_machine(config)
     memory = planned(tmp_path, "machine=gpu", "stage.job.ranks=2", "strategy=zero3")["memory"]
     assert memory["parameters"] > 1e9 and memory["gib"]["weights"] == pytest.approx(memory["parameters"] * 2 / 2**30)
+    assert memory["device_gib"] == 79.1 and memory["on_host"] == []
     for target, known in (("vae", True), ("captioner", False)):
         memory = planned(tmp_path, f"stage.job.target={target}", "fresh=true")["memory"]
         assert ("activations" in memory["gib"]) is known
@@ -104,6 +107,40 @@ def test_ranks_that_share_their_tokens_have_one_micro_batch_and_a_part_of_its_ac
     assert 0.5 < parts[0]["activations"] / parts[2]["activations"] < 0.6
     with pytest.raises(ConfigError, match=r"parallel.sequence=2: 3 ranks \(stage.job.ranks=3\) make no whole groups"):
         planned(tmp_path, "stage.job.ranks=3", "parallel.sequence=2", *words)
+
+
+def test_what_offload_moves_to_the_host_and_how_long_a_step_takes_is_told(tmp_path: Path, capsys) -> None:
+    write_shards(tmp_path / "shards")
+    words = ["machine=gpu", "stage.job.ranks=16", "strategy=zero3_offload", "strategy.weights=bf16"]
+    found = planned(tmp_path, *words)
+    memory, time = found["memory"], found["time"]
+    assert set(memory["on_host"]) == {"weights", "gradients", "optimizer", "average", "master", "staging"}
+    assert memory["host_gib"] == pytest.approx(sum(memory["gib"][name] for name in memory["on_host"]))
+    assert memory["gib"]["weights"] == pytest.approx(memory["parameters"] * 2 / 16 / 2**30, rel=1e-3)
+    assert time["device"] == "h100" and time["nodes"] == 2 and 0 < time["utilisation"] < 0.65
+    assert time["step_seconds"] == pytest.approx(sum(time["seconds"].values()))
+    said = capsys.readouterr().out
+    assert "the GPU" in said and "the host" in said and "a step on 16 h100 on 2 nodes, an estimate from below" in said
+
+
+def test_a_run_that_does_not_fit_is_told_so(tmp_path: Path, capsys) -> None:
+    write_shards(tmp_path / "shards")
+    planned(tmp_path, "machine=gpu", "dit=14b")
+    assert "more than the 79.1 GiB of a device: use more ranks" in capsys.readouterr().out
+
+
+def test_what_runs_live_beside_the_dit_is_counted_or_said_not_to_be(tmp_path: Path, capsys) -> None:
+    write_shards(tmp_path / "shards")
+    words = ("stage.job.live=true", "text=t5", "text.features=live", f"text.folder={tmp_path / 'encoder'}")
+    memory = planned(tmp_path, *words)["memory"]
+    with torch.device("meta"):
+        size = sum(param.numel() for param in instantiate(prepare(WORDS)[0]["vae"])().parameters())
+    assert memory["gib"]["the VAE's weights"] == pytest.approx(4 * size / 2**30)
+    assert "the text encoder runs live, and" in capsys.readouterr().out
+    (tmp_path / "encoder").mkdir()
+    save_file({"a": torch.zeros(1000, 3)}, str(tmp_path / "encoder" / "model.safetensors"))
+    memory = planned(tmp_path, *words, "fresh=true")["memory"]
+    assert memory["gib"]["the text encoder's weights"] == pytest.approx(2 * 3000 / 2**30)
 
 
 def test_a_plan_for_another_machine_binds_no_later_one(tmp_path: Path) -> None:
@@ -143,10 +180,11 @@ def test_amounts_are_told_in_units_of_their_size(tmp_path: Path, capsys) -> None
     assert told == ["5 B", "1.95 KiB", "999 MiB", "0.977 GiB", "16 GiB", "2,048 GiB"]
 
 
-def test_a_minute_of_1080p_is_counted_in_tokens_by_hand(tmp_path: Path) -> None:
+def test_a_minute_of_1080p_is_counted_in_tokens_by_hand(tmp_path: Path, capsys) -> None:
     write_shards(tmp_path / "shards")
     clip = planned(tmp_path)["clip"]
     assert clip["tokens"] == 360 * 67 * 120 and clip["bucket"] == "1920x1072x1437"
+    assert "a clip of 1920x1072x1437 (of 1920x1080x1440: sides in multiples of 16" in capsys.readouterr().out
 
 
 def test_shares_and_durations_that_training_would_show_are_planned(tmp_path: Path) -> None:
@@ -189,16 +227,6 @@ def test_a_vae_of_a_larger_stride_has_fewer_positions(tmp_path: Path, vae: str) 
         assert small[part][key] == pytest.approx(large[part][key] * 3 / 4)
     gib = [found["memory"]["gib"]["activations"] for found in (small, large)]
     assert gib[0] == pytest.approx(gib[1] / 4, rel=0.02)
-
-
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_zero_divides_what_its_stage_shards(zero: int) -> None:
-    held = kept(1000, zero=zero, ranks=4, moments=2, average=True)
-    assert held.weights == (1000 if zero == 3 else 4000)
-    assert held.gradients == (1000 if zero >= 2 else 4000)
-    assert (held.optimizer, held.average) == ((2000, 1000) if zero else (8000, 4000))
-    assert held.master == (1000 if zero else None)
-    assert held.total == held.weights + held.gradients + held.optimizer + held.average + (held.master or 0)
 
 
 @pytest.mark.parametrize(("dim", "depth"), [(64, 4), (128, 6)])
@@ -295,6 +323,10 @@ def test_the_vaes_activations_grow_with_its_pixels() -> None:
     [
         ("stage.job.target=dti", "stage.job.target=dti is not there; use one of vae, captioner, dit"),
         ("stage.job.ranks=0", "stage.job.ranks=0 must be at least 1"),
+        ("stage.job.ranks=64", "stage.job.ranks=64 with strategy=single, which is one process; use strategy=ddp"),
+        ("stage.job.nodes=2", "stage.job.nodes=2: must lie between 1 and stage.job.ranks=1"),
+        ("stage.device=h101", "stage.device=h101 is not there; use one of h100, h200, a100, cpu, or add"),
+        ("stage.devices.cpu.memory_gb_s=0", "stage.devices: memory_gb_s=0 must be positive"),
         ("stage.job.clip=1920x1080", "is not WIDTHxHEIGHTxFRAMES"),
     ],
 )

@@ -17,13 +17,14 @@ from soratrain.sweep import combinations
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"python -m ((?:soratrain|data_prep) [^`\n]*?=[^`\n]*?)(?:`|\s+#|\s*\n)", README)))
+SHOWN = README + (ROOT / "docs/slurm.md").read_text()
+COMMANDS = sorted(set(re.findall(r"python -m ((?:soratrain|data_prep) [^`\n]*?=[^`\n]*?)(?:`|\s+#|\s*\n)", SHOWN)))
 
 
 def test_the_readme_shows_every_stage():
     shown = " ".join(COMMANDS)
     assert len(COMMANDS) > 15
-    for stage in ("vae", "captioner", "recaption", "encode", "dit", "sample", "evaluate", "plan"):
+    for stage in ("vae", "captioner", "recaption", "encode", "dit", "sample", "evaluate", "plan", "sweep_report"):
         assert f"stage={stage}" in shown
 
 
@@ -40,10 +41,11 @@ def test_a_command_of_the_readme_composes(command):
         else [quote(words, TEXT_KEYS, LIST_KEYS)]
     )
     for run in runs:
-        config, _ = prepare(["machine=laptop", *run] if "machine=gpu" not in run else run)
+        machine = "gpu" if any(word.startswith("strategy=zero") for word in run) else "laptop"  # whose Muon it is not
+        config, _ = prepare(run if any(word.startswith("machine=") for word in run) else [f"machine={machine}", *run])
         assert config["stage"]["name"] in command
 
 
 def test_the_make_targets_that_the_readme_names_exist():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"make ([a-z-]+)", README)) - {"it"} <= targets
+    assert set(re.findall(r"(?:`|^    )make ([a-z-]+)", SHOWN, re.M)) <= targets

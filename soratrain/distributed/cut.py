@@ -1,0 +1,62 @@
+"""Nets whose parameters exist in slices only (ZeRO-3), each part cut up as soon as it is built.
+
+A part is what is put into an `nn.ModuleList`: a block is complete by then, and nobody initializes it afterwards. So a
+rank never holds more than its slices, one block, and what belongs to no block. What initial weights are does not depend
+on it: every strategy draws the same numbers in the same order. (Inside DeepSpeed's own `zero.Init` each layer is cut up
+before its parent can initialize it: zero-initialized outputs would silently not be zero.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+
+@contextmanager
+def cut_up_as_built(config: Any, weights: torch.dtype) -> Iterator[None]:
+    """Cut up every part of the nets that are built inside the block; `cut_up` does the rest of a net."""
+
+    def cut(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+        if isinstance(parent, nn.ModuleList) and module is not None:
+            cut_up(module, config, weights)
+
+    handle = register_module_module_registration_hook(cut)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def cut_up(net: nn.Module, config: Any, weights: torch.dtype) -> None:
+    """Leave each rank its slice of every parameter of `net`, which all ranks have built alike.
+
+    Args:
+        config: DeepSpeed's.
+        weights: type in which they are kept.
+    """
+    import deepspeed
+
+    class Init(deepspeed.zero.Init):
+        def _zero_init_param(self, param: Any) -> None:
+            param.data = param.data.to(weights)
+            if param.dim():
+                super()._zero_init_param(param)
+            else:  # DeepSpeed would broadcast it as bytes, which a tensor without dimensions cannot be viewed as
+                torch.distributed.broadcast(param.data, 0)
+                self._convert_to_deepspeed_param(param)
+                param.partition()
+
+    Init(module=net, config_dict_or_path=config)
+
+
+def fill(param: Any, values: Tensor, rank: int) -> None:
+    """Set a parameter that is cut up to whole `values`: this rank's slice of them."""
+    slice_ = param.ds_tensor
+    start = slice_.ds_numel * rank
+    own = values.detach().reshape(-1)[start : start + slice_.ds_numel]
+    slice_.data.view(-1)[: own.numel()].copy_(own)

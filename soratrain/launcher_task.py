@@ -1,0 +1,54 @@
+"""What a task of a SLURM job does, and what it has said at its end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from soratrain import slurm, slurm_folder
+
+HEAD = "== SLURM job"  # begins what one start of a job says
+
+
+def why(out: Path) -> str:
+    """Return why a run ended before it was done, from what its processes said last."""
+    said: list[str] = []
+    ranks = sorted((out / "logs").glob("rank-*.log"))
+    for log in [*ranks, *(Path(own) for own in [slurm_folder.worker(out).get("log")] if own and Path(own).is_file())]:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        starts = [place for place, line in enumerate(lines) if line.startswith(HEAD)]
+        lines = lines[starts[-1] + 1 :] if starts else lines
+        errors = [line for line in lines if line.startswith("error:")]
+        if errors:
+            return f"{errors[0]} ({log})"
+        said += [f"{lines[-1][:300]} ({log})"] if lines else []
+    return said[0] if said else f"it said nothing ({out}/logs)"
+
+
+def work(words: Sequence[str], out: str) -> None:
+    """Run a command in one task of a job and end with its exit code; what it says is kept in the run's folder.
+
+    Signals are the command's business: submitit would start the job again before anything is saved.
+    """
+    for known in (*slurm.SIGNALS, signal.SIGCONT):
+        signal.signal(known, lambda number, frame: None)
+    environment = dict(os.environ)
+    if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
+        environment.setdefault("OMP_NUM_THREADS", cpus)
+    rank, node = slurm.number("SLURM_PROCID") or 0, os.environ.get("SLURMD_NODENAME", "?")
+    log = Path(out) / "logs" / f"rank-{rank:05d}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        size = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+        start = f"start {slurm.restarts() + 1}, rank {rank} of {size} on {node}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        file.write(f"{HEAD} {slurm.job_id()}, {start}: soratrain {' '.join(words)}\n")
+        file.flush()
+        child = subprocess.Popen([sys.executable, "-m", "soratrain", *words], stdout=file, stderr=file, env=environment)
+        code = child.wait()
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
