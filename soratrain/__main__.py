@@ -57,12 +57,16 @@ def dispatch(argv: Sequence[str]) -> int:
 
 
 def main() -> int:
-    """Return the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    """Return the exit code: 0, 2 for what the user can mend, 1 for all else that fails, 130 after Ctrl-C."""
     try:
         return dispatch(sys.argv[1:])
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except Exception as error:
+        if not getattr(error, "shown", False):  # where other ranks had to hear of it, its traceback has been shown
+            raise
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: the same command goes on from here\n")
         return 130

@@ -21,8 +21,11 @@ from soratrain.callbacks.export import Export
 from soratrain.callbacks.metrics import Metrics
 from soratrain.callbacks.progress import Progress
 from soratrain.callbacks.sequence import ShareTokens
+from soratrain.callbacks.watch import Watch
 from soratrain.distributed.checkpoint import latest_checkpoint, read_state
+from soratrain.distributed.launcher import adopt
 from soratrain.distributed.mesh import Mesh, check_ranks
+from soratrain.distributed.phases import Phases
 from soratrain.distributed.strategy import Restorable, StrategyOptions, build_strategy
 from soratrain.errors import ConfigError
 from soratrain.stages.base import TrainStage
@@ -107,6 +110,7 @@ def build_trainer(
     log_every: int = 10,
     checkpoint_every: int = 500,
     keep: int = 2,
+    stall_minutes: float = 10.0,
     title: str = "training",
     logger: Callable[..., list[Logger]] | None = None,
     validation: Callable[..., L.Callback] | None = None,
@@ -131,6 +135,8 @@ def build_trainer(
         log_every: steps a row of metrics.
         checkpoint_every: steps between checkpoints, 0 for the last step only.
         keep: checkpoints that stay.
+        stall_minutes: a run of several processes in which nothing has moved for so long ends, and says which rank is
+            behind; one process only says where it stands. A first step, checkpoints and validations may take longer.
         title: what the progress bar calls it.
         logger: called with `out`, returns further loggers.
         validation, previews: called with `out`, the metrics, the weight average and the precision; each returns the
@@ -169,7 +175,8 @@ def build_trainer(
     assert isinstance(chosen, Restorable)
     chosen.sequence = sequence
     shared = [ShareTokens(timedelta(minutes=options.timeout_minutes))] if sequence > 1 else []
-    return L.Trainer(
+    phases = Phases()
+    trainer = L.Trainer(
         accelerator=device_type,
         devices=count,
         num_nodes=num_nodes,
@@ -180,7 +187,9 @@ def build_trainer(
         accumulate_grad_batches=accumulate,
         gradient_clip_val=clip or None,
         logger=(logger(out=out) if logger else []) or False,
+        profiler=phases,
         callbacks=[
+            Watch(phases, minutes=stall_minutes),
             *([average] if average else []),
             *([validation(**beside)] if validation else []),
             *([previews(**beside)] if previews else []),
@@ -202,6 +211,8 @@ def build_trainer(
         use_distributed_sampler=False,
         log_every_n_steps=log_every,
     )
+    adopt(trainer)
+    return trainer
 
 
 class StoppedError(KeyboardInterrupt):
@@ -225,13 +236,18 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
         stage.take_over(trainer)
     if start is not None and trainer.is_global_zero:
         log.info("going on from %s", start.name)
+    watch = next(item for item in callbacks if isinstance(item, Watch))
+    whole = False
     try:
         trainer.fit(stage, datamodule=data, ckpt_path=None if start is None else str(start), weights_only=True)
+        whole = True
     except (
         SystemExit
     ) as stopped:  # Lightning's way of passing on a KeyboardInterrupt, which it also ignores from then on
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from stopped
+    finally:
+        watch.part(wait=whole)
     if stop.received and trainer.global_step < stage.max_steps:
         raise StoppedError(f"stopped at step {trainer.global_step} of {stage.max_steps}; the same command goes on")
     return dict(metrics.row)
