@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
@@ -52,12 +52,18 @@ def speaks() -> bool:
     return not together() or dist.get_rank() == 0
 
 
+def own_store() -> Any:
+    """Return a connection to the store of its own: in a shared one each waits for the others' answers."""
+    store: Any = _get_default_store()
+    return store.clone()
+
+
 def watch() -> None:
     """Begin to look, once a process, whether another rank has stopped."""
     if not together() or os.getpid() in _watched:
         return
     _watched.add(os.getpid())
-    thread = threading.Thread(target=_look, args=(_get_default_store().clone(),), name="halt", daemon=True)
+    thread = threading.Thread(target=_look, args=(own_store(),), name="halt", daemon=True)
     thread.start()
     atexit.register(_end, thread)
 

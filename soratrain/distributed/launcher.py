@@ -19,6 +19,7 @@ import lightning as L
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from soratrain.children import ended_by
 from soratrain.distributed import halt
 
 EVERY = 0.5  # seconds between two looks
@@ -54,7 +55,7 @@ class Launcher(_SubprocessScriptLauncher):
         rank = self.cluster_environment.node_rank() * self.num_processes + number
         who = f"rank {rank} (process {self.procs[number - 1].pid})"
         if code < 0:
-            reason = f"{who} {killed_by(-code)}"
+            reason = f"{who} {ended_by(code)}; the same command goes on from the last checkpoint"
             if not halt.announce(reason, halt.OURS) and halt.together():
                 time.sleep(halt.PATIENCE)  # another's reason was first
             halt.end(reason, halt.OURS)
@@ -70,13 +71,6 @@ class Launcher(_SubprocessScriptLauncher):
             if process.poll() is None:
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
-
-
-def killed_by(number: int) -> str:
-    """Return in words which signal has ended a process."""
-    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
-    why = ", mostly for want of memory" if number == signal.SIGKILL else ""
-    return f"was killed by signal {number} ({name}){why}; the same command goes on from the last checkpoint"
 
 
 def adopt(trainer: L.Trainer) -> None:

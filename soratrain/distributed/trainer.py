@@ -21,6 +21,7 @@ from soratrain.callbacks.export import Export
 from soratrain.callbacks.metrics import Metrics
 from soratrain.callbacks.progress import Progress
 from soratrain.callbacks.sequence import ShareTokens
+from soratrain.callbacks.throughput import Throughput
 from soratrain.callbacks.watch import Watch
 from soratrain.distributed.checkpoint import latest_checkpoint, read_state
 from soratrain.distributed.launcher import adopt
@@ -111,6 +112,7 @@ def build_trainer(
     checkpoint_every: int = 500,
     keep: int = 2,
     stall_minutes: float = 10.0,
+    peak_tflops: float | None = None,
     title: str = "training",
     logger: Callable[..., list[Logger]] | None = None,
     validation: Callable[..., L.Callback] | None = None,
@@ -137,6 +139,7 @@ def build_trainer(
         keep: checkpoints that stay.
         stall_minutes: a run of several processes in which nothing has moved for so long ends, and says which rank is
             behind; one process only says where it stands. A first step, checkpoints and validations may take longer.
+        peak_tflops: dense bf16 peak of one device, of which `mfu` is the share; None takes that of a known GPU.
         title: what the progress bar calls it.
         logger: called with `out`, returns further loggers.
         validation, previews: called with `out`, the metrics, the weight average and the precision; each returns the
@@ -165,7 +168,8 @@ def build_trainer(
     if options.name == "single" and num_nodes > 1:
         raise ConfigError(f"trainer.num_nodes={num_nodes} with strategy=single: use strategy=ddp, zero2 or zero3")
     device_type = resolve_device(accelerator)
-    metrics = Metrics(out / "metrics.csv", every=log_every)
+    phases = Phases()
+    metrics = Metrics(out / "metrics.csv", every=log_every, throughput=Throughput(phases, peak_tflops))
     average = EMA(ema) if ema else None
     checkpoint = Checkpoint(out / "checkpoints", every=checkpoint_every, keep=keep)
     beside = {"out": out, "metrics": metrics, "ema": average, "precision": precision}
@@ -175,7 +179,6 @@ def build_trainer(
     assert isinstance(chosen, Restorable)
     chosen.sequence = sequence
     shared = [ShareTokens(timedelta(minutes=options.timeout_minutes))] if sequence > 1 else []
-    phases = Phases()
     trainer = L.Trainer(
         accelerator=device_type,
         devices=count,

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _get_default_store
 
 from soratrain.distributed import halt
 from soratrain.distributed.neighbours import GONE, STOPPED, Card
@@ -103,7 +102,7 @@ class Watchdog:
             halt.watch()
             halt.at_end(self.end_stopped)
             self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
-            self.store = _get_default_store().clone()
+            self.store = halt.own_store()
             works = [self.talk, self.listen]
         self.answered = time.monotonic()
         self.threads = [threading.Thread(target=work, name="watchdog", daemon=True) for work in works]

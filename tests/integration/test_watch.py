@@ -88,14 +88,14 @@ def test_a_rank_that_raises_ends_all_with_its_traceback_first(
 
 def test_where_one_process_starts_the_others_the_traceback_comes_before_what_follows_from_it(tmp_path: Path) -> None:
     process = script(tmp_path, fault="raise")
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 1 and said.count("Traceback") == 1
     assert said.index("TinyError: a mistake in the code\n") < said.index("error: rank 1 failed: TinyError")
 
 
 def test_a_process_that_is_killed_is_named_with_its_signal_by_the_one_that_started_it(tmp_path: Path) -> None:
     process = script(tmp_path, fault="kill")
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == 1 and "Traceback" not in said
     assert re.search(
         r"error: rank 1 \(process \d+\) was killed by signal 9 \(SIGKILL\), mostly for want of memory", said
