@@ -18,6 +18,7 @@ from soratrain.callbacks.checkpoint import Checkpoint, GracefulStop
 from soratrain.callbacks.compiled import CompileBlocks
 from soratrain.callbacks.ema import EMA
 from soratrain.callbacks.export import Export
+from soratrain.callbacks.finite import Finite
 from soratrain.callbacks.metrics import Metrics
 from soratrain.callbacks.progress import Progress
 from soratrain.callbacks.sequence import ShareTokens
@@ -201,6 +202,7 @@ def build_trainer(
             *shared,
             *([CompileBlocks()] if compile == "blocks" else []),
             *callbacks,
+            Finite(),
             Export(out / "weights", average),
             checkpoint,
             GracefulStop(checkpoint),
