@@ -37,6 +37,8 @@ FREE = (
     "trainer.checkpoint_every",
     "trainer.keep",
     "trainer.compile",
+    "trainer.stall_minutes",
+    "trainer.peak_tflops",
     "stage.module.dit.recompute",
     "stage.module.text.features",
     "trainer.validation",
