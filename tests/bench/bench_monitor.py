@@ -33,7 +33,7 @@ from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.dit import DiTStage
 
 TITLE = "Steps of dit=tiny (3.5 M parameters, AdamW, fp32, one thread) on a CPU, milliseconds"
-ROUNDS, STEPS, WARM = 7, 25, 4
+ROUNDS, STEPS, WARM = 5, 22, 4
 SHAPES = [(48, 64, 9), (64, 48, 9), (48, 48, 5), (64, 64, 1)] * 64
 CHANNELS = 16
 WAYS = ("nothing", "weights averaged", "monitor", "monitor, weights averaged")
