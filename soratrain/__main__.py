@@ -60,7 +60,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
 
 def ending(work: Callable[[], int]) -> int:
-    """Return the exit code: what `work` returns, 2 for what the user can mend, 130 after Ctrl-C.
+    """Return the exit code: what `work` returns, 2 for what the user can mend, 1 for all else, 130 after Ctrl-C.
 
     slurm.py says what a job's is that stops.
     """
@@ -74,6 +74,10 @@ def ending(work: Callable[[], int]) -> int:
         return 2
     except StoppedJobError as stopped:
         return stopped.code
+    except Exception as error:
+        if not getattr(error, "shown", False):  # where other ranks had to hear of it, its traceback has been shown
+            raise
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("interrupted: the same command goes on from here\n")
         return 130

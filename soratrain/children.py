@@ -1,7 +1,8 @@
-"""Run a command of the chain as a process of its own."""
+"""Processes of our own: running a command of the chain, and saying how one has ended."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Sequence
 
@@ -25,3 +26,12 @@ def run_child(words: Sequence[str]) -> int:
     if interrupted or code in (130, -2):
         raise KeyboardInterrupt
     return code
+
+
+def ended_by(code: int) -> str:
+    """Return in words how a process has ended, by its exit code."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+    why = ", mostly for want of memory" if -code == signal.SIGKILL else ""
+    return f"was killed by signal {-code} ({name}){why}"

@@ -43,6 +43,8 @@ FREE = (
     "trainer.max_shard_gb",
     "trainer.export",
     "trainer.compile",
+    "trainer.stall_minutes",
+    "trainer.peak_tflops",
     "stage.module.dit.recompute",
     "stage.module.text.features",
     "trainer.validation",

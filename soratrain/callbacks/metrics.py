@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import logging
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soratrain.callbacks.step import StepCallback
+from soratrain.callbacks.throughput import COLUMNS, Throughput
 from soratrain.data.atomic import replacing
 from soratrain.distributed.mesh import Mesh
+from soratrain.distributed.phases import Phases
 from soratrain.errors import DivergedError
 from soratrain.stages.base import CAPTIONS, COUNTS, MODES_SHOWN, SHARES, SHOWN, TrainStage, summed
 
 VITAL = {"loss": "loss", "grad_norm": "gradient's norm"}  # what must be finite, and what it is called
 log = logging.getLogger(__name__)
 
-NOT_REPEATABLE = ("seconds", "tokens_per_s", "samples_per_s")
+NOT_REPEATABLE = COLUMNS  # what depends on the machine, and on how often a run was stopped
 
 
 class Metrics(StepCallback):
@@ -40,22 +41,22 @@ class Metrics(StepCallback):
     Args:
         file: the CSV; its columns may grow. On a resumed run, rows of steps that will be done again are dropped.
         every: steps a row.
+        throughput: what measures its speed.
     """
 
-    def __init__(self, file: Path, *, every: int) -> None:
+    def __init__(self, file: Path, *, every: int, throughput: Throughput | None = None) -> None:
         super().__init__()
-        self.file, self.every = Path(file), every
+        self.file, self.every, self.throughput = Path(file), every, throughput or Throughput(Phases())
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}  # steps that each of the sums is of
         self.steps = 0
         self.mesh = Mesh(0, 1)
         self.row: dict[str, float] = {}
         self.rows: list[dict[str, str]] = []
-        self.began = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.began = time.monotonic()
+        self.throughput.begin()
         if trainer.is_global_zero:
             self.rows = [row for row in read_rows(self.file) if float(row["step"]) <= self.step]
             write_rows(self.file, self.rows)
@@ -68,6 +69,7 @@ class Metrics(StepCallback):
         norm = getattr(trainer.model, "get_global_grad_norm", lambda: None)()  # DeepSpeed clips by itself
         if norm is not None:
             values["grad_norm"] = torch.as_tensor(norm, dtype=torch.float64)
+        self.throughput.note(values)
         for key, value in values.items():
             self.sums[key] = self.sums[key] + value if key in self.sums else value
             self.counts[key] = self.counts.get(key, 0) + 1
@@ -91,7 +93,7 @@ class Metrics(StepCallback):
         Raises:
             DivergedError: on every rank, when the loss or the gradient of any is not finite.
         """
-        means, seconds = self.reduced(stage.device), time.monotonic() - self.began
+        means = self.reduced(stage.device)
         self.check(means)
         row: dict[str, float] = {"step": self.step}
         row |= {key: means[key] for key in sorted(means, key=lambda key: (key != "loss", key)) if not summed(key)}
@@ -100,9 +102,9 @@ class Metrics(StepCallback):
             if key in means:
                 row[key] = means[key] * self.steps
         row |= self.shares(means)
-        row["seconds"] = seconds / self.steps
-        row |= {f"{key}_per_s": row[key] / max(seconds, 1e-9) for key in ("tokens", "samples") if key in row}
-        self.row, self.sums, self.counts, self.steps, self.began = row, {}, {}, 0, time.monotonic()
+        row |= self.throughput.row(means, left=stage.max_steps - self.step, device=stage.device)
+        self.row, self.sums, self.counts, self.steps = row, {}, {}, 0
+        self.throughput.begin()
         for logger in trainer.loggers:
             logger.log_metrics({key: value for key, value in row.items() if key != "step"}, step=self.step)
         if trainer.is_global_zero:

@@ -131,7 +131,7 @@ class Previews(StepCallback):
             if trainer.is_global_zero:
                 self.write(trainer, clips)
                 log.info("samples at step %d: %s; %.1f s", self.step, self.sheet, time.monotonic() - began)
-            self.metrics.began += time.monotonic() - began
+            self.metrics.throughput.began += time.monotonic() - began
 
     def generator(self, stage: DiTStage) -> Generator:
         """Return what draws with the weights that the stage has now."""

@@ -16,6 +16,9 @@ from soratrain.callbacks.metrics import Metrics
 from soratrain.callbacks.step import StepCallback
 from soratrain.stages.base import TrainStage
 
+WIDE = 100  # columns
+MUCH = 0.05  # of the time waited for the loader
+
 log = logging.getLogger(__name__)
 
 
@@ -66,13 +69,17 @@ class Progress(StepCallback):
                 )
 
     def text(self) -> str:
-        """Return the newest loss and speed."""
+        """Return the newest loss and speed, the share of the hardware that is used, and of waiting if that is much."""
         row, parts = self.metrics.row, []
         if "loss" in row:
             parts.append(f"loss {row['loss']:.4g}")
         rates = (("tokens_per_s", "tokens/s"), ("samples_per_s", "samples/s"))
         parts += [f"{short(row[key])} {unit}" for key, unit in rates if key in row][:1]
-        return "  ".join(parts)
+        waits = [f"data {100 * row['data_wait']:.0f} %"] if row.get("data_wait", 0.0) >= MUCH else []
+        used = [f"MFU {100 * row['mfu']:.0f} %"] if "mfu" in row else []
+        if self.console.width < WIDE:  # room for one of them: what holds the run up
+            used = [] if waits else used
+        return "  ".join(parts + used + waits)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.stop()

@@ -96,7 +96,7 @@ class Validation(StepCallback):
             assert isinstance(stage, DiTStage)
             began = time.monotonic()
             self.measure(trainer, stage, self.held)
-            self.metrics.began += time.monotonic() - began
+            self.metrics.throughput.began += time.monotonic() - began
 
     def measure(self, trainer: L.Trainer, stage: DiTStage, held: HeldClips) -> None:
         """Measure now, and hand on what was found."""

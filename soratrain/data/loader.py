@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
-import re
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from soratrain.batch import Batch
+from soratrain.children import ended_by
 from soratrain.data.dataset import MicroBatches
 from soratrain.distributed import halt
 from soratrain.errors import DataError, UserError
 
-KILLED = re.compile(r"DataLoader worker.* (is killed by signal|exited unexpectedly)")
+TRIES = 3  # workers are started again so often without a micro-batch in between
+
+log = logging.getLogger(__name__)
 
 
 class Span(Sampler[int]):
@@ -49,28 +54,67 @@ class Outcomes(Dataset):
 
 
 class Loader(DataLoader[Batch]):
-    """A DataLoader that raises in this process what a worker hands over as an error, after all ranks know of it."""
+    """A DataLoader that raises in this process what a worker hands over as an error, after all ranks know of it.
+
+    Workers that die are started again at the micro-batch that is due: order and contents of all depend on their
+    numbers alone, so the run goes on as if nothing had been. One that dies again and again ends the run.
+    """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         halt.watch()
-        outcomes = super().__iter__()
-        while True:
-            try:
-                outcome = next(outcomes)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                if not KILLED.search(str(error)):
-                    raise
-                outcome = DataError(
-                    f"a loader process was killed ({' '.join(str(error).split())}). Mostly that is for want of memory:"
-                    " fewer data.workers, a smaller data.prefetch or data.cache need less; the same command goes on"
-                )
-                outcome.__cause__ = error
-            if isinstance(outcome, UserError):
-                halt.announce(str(outcome))
-                raise outcome
-            yield outcome
+        span = self.sampler
+        assert isinstance(span, Span)
+        first, due, tries = span.start, span.start, 0
+        outcomes: Iterator[Any] = super().__iter__()
+        try:
+            while True:
+                try:
+                    outcome = next(outcomes)
+                except StopIteration:
+                    return
+                except (RuntimeError, OSError, EOFError) as error:  # the last two: what it had sent went with it
+                    said = self.dead()
+                    if said is None:
+                        raise
+                    tries += 1
+                    if tries > TRIES:
+                        outcome = DataError(
+                            f"{said}, {tries} times in a row at micro-batch {due}. Fewer data.workers, a smaller"
+                            " data.prefetch or data.cache need less memory; the same command goes on"
+                        )
+                        outcome.__cause__ = error
+                    else:
+                        log.warning("%s; loading goes on from micro-batch %d (%d of %d tries)", said, due, tries, TRIES)
+                        span.start = due
+                        outcomes = self.anew()
+                        continue
+                if isinstance(outcome, UserError):
+                    halt.announce(str(outcome))
+                    raise outcome
+                yield outcome
+                due, tries = due + 1, 0
+        finally:
+            span.start = first
+
+    def dead(self) -> str | None:
+        """Return in words which worker has died of what; None where all live."""
+        workers = getattr(self._iterator, "_workers", [])
+        for _ in range(10):  # it may be dying
+            for number, worker in enumerate(workers):
+                code = worker.exitcode
+                if code is not None:
+                    return f"loader process {number} of {len(workers)} (process {worker.pid}) {ended_by(code)}"
+            time.sleep(0.1)
+        return None
+
+    def anew(self) -> Iterator[Batch]:
+        """End all workers and start others."""
+        old, self._iterator = self._iterator, None
+        for worker in getattr(old, "_workers", []):
+            worker.kill()  # it may wait for a lock that the dead one held
+        if old is not None:
+            old._shutdown_workers()  # type: ignore[attr-defined]
+        return super().__iter__()
 
 
 def serve(environment: Mapping[str, str], worker: int) -> None:

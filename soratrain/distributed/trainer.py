@@ -21,13 +21,18 @@ from soratrain.callbacks.checkpoint import Checkpoint, GracefulStop
 from soratrain.callbacks.compiled import CompileBlocks
 from soratrain.callbacks.ema import EMA
 from soratrain.callbacks.export import Export
+from soratrain.callbacks.finite import Finite
 from soratrain.callbacks.foretold import Foretold
 from soratrain.callbacks.metrics import Metrics
 from soratrain.callbacks.progress import Progress
 from soratrain.callbacks.sequence import ShareTokens
+from soratrain.callbacks.throughput import Throughput
+from soratrain.callbacks.watch import Watch
 from soratrain.distributed.checkpoint import read_state, saved_checkpoints
+from soratrain.distributed.launcher import adopt
 from soratrain.distributed.mesh import Mesh, check_ranks
 from soratrain.distributed.options import StrategyOptions
+from soratrain.distributed.phases import Phases
 from soratrain.distributed.strategy import Restorable, build_strategy
 from soratrain.errors import ConfigError, DataError
 from soratrain.stages.base import TrainStage
@@ -119,6 +124,8 @@ def build_trainer(
     elastic: bool = True,
     max_shard_gb: float = 5.0,
     export: str = "last",
+    stall_minutes: float = 10.0,
+    peak_tflops: float | None = None,
     title: str = "training",
     logger: Callable[..., list[Logger]] | None = None,
     validation: Callable[..., L.Callback] | None = None,
@@ -148,6 +155,9 @@ def build_trainer(
         elastic: whether a run may go on with another number of ranks than its checkpoint was written by.
         export: whose weights go to `weights/`: of the `last` step, or of the `best` checkpoint that is kept.
         max_shard_gb: size, in 10^9 bytes, above which a net's exported weights are spread over several files.
+        stall_minutes: a run of several processes in which nothing has moved for so long ends, and says which rank is
+            behind; one process only says where it stands. A first step, checkpoints and validations may take longer.
+        peak_tflops: dense bf16 peak of one device, of which `mfu` is the share; None takes that of a known GPU.
         title: what the progress bar calls it.
         logger: called with `out`, returns further loggers.
         validation, previews: called with `out`, the metrics, the weight average and the precision; each returns the
@@ -184,7 +194,8 @@ def build_trainer(
     if options.name == "single" and num_nodes > 1:
         raise ConfigError(f"trainer.num_nodes={num_nodes} with strategy=single: use strategy=ddp, zero2 or zero3")
     device_type = resolve_device(accelerator)
-    metrics = Metrics(out / "metrics.csv", every=log_every)
+    phases = Phases()
+    metrics = Metrics(out / "metrics.csv", every=log_every, throughput=Throughput(phases, peak_tflops))
     average = EMA(ema) if ema else None
     checkpoint = Checkpoint(
         out / "checkpoints", every=checkpoint_every, keep=keep, keep_best=keep_best, beside=checkpoint_async
@@ -210,8 +221,10 @@ def build_trainer(
         accumulate_grad_batches=accumulate,
         gradient_clip_val=clip or None,
         logger=(logger(out=out) if logger else []) or False,
+        profiler=phases,
         callbacks=[
             Foretold(options, average=bool(ema), half=precision == "bf16-mixed", cuda=device_type == "cuda"),
+            Watch(phases, minutes=stall_minutes),
             *([average] if average else []),
             *([validation(**beside)] if validation else []),
             *([previews(**beside)] if previews else []),
@@ -220,6 +233,7 @@ def build_trainer(
             *shared,
             *([CompileBlocks()] if compile == "blocks" else []),
             *callbacks,
+            Finite(),
             Export(
                 out / "weights", average, largest=int(max_shard_gb * 1e9), best=checkpoint if export == "best" else None
             ),
@@ -237,6 +251,7 @@ def build_trainer(
     )
     if slurm.in_job():  # what to do at a signal is GracefulStop's to say; Lightning's handlers wait for other ranks
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    adopt(trainer)
     return trainer
 
 
@@ -287,13 +302,18 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
     settle_accumulation(trainer, data, checkpoint.folder)
     if isinstance(stage, ManualStage) and not stage.automatic_optimization:
         stage.take_over(trainer)
+    watch = next(item for item in callbacks if isinstance(item, Watch))
+    whole = False
     try:
         trainer.fit(stage, datamodule=data, ckpt_path=str(checkpoint.folder) if start else None, weights_only=True)
+        whole = True
     except (
         SystemExit
     ) as stopped:  # Lightning's way of passing on a KeyboardInterrupt, which it also ignores from then on
         signal.signal(signal.SIGINT, signal.default_int_handler)
         raise KeyboardInterrupt from stopped
+    finally:
+        watch.part(wait=whole)
     if stop.received and trainer.global_step < stage.max_steps:
         raise StoppedError(
             f"stopped at step {trainer.global_step} of {stage.max_steps}; the same command goes on", stop.received

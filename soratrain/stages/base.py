@@ -26,6 +26,7 @@ from soratrain.stages.clipping import AdaptiveClip
 from soratrain.stages.guard import StepGuard
 
 COUNTS = ("tokens", "samples", "frames", "bad_steps", "clipped")  # reported quantities that are summed
+WORKED = ("flops", "padded")  # summed too, and shown as shares: of what the hardware can do, of what was computed
 CAPTIONS, MODES_SHOWN = "captions_", "modes_"
 SHARES = (CAPTIONS, MODES_SHOWN)  # how names begin of what is summed and shown as a share of samples; not averaged
 SHOWN = ("synthetic", "original", "none"), ("gt", "short", "long", "camera", "tags", "other")  # sources, types
@@ -33,7 +34,7 @@ SHOWN = ("synthetic", "original", "none"), ("gt", "short", "long", "camera", "ta
 
 def summed(key: str) -> bool:
     """Return whether a reported quantity is summed over micro-batches and ranks, not averaged."""
-    return key in COUNTS or key.startswith(SHARES)
+    return key in COUNTS or key in WORKED or key.startswith(SHARES)
 
 
 class TrainStage(L.LightningModule):
@@ -178,8 +179,9 @@ class TrainStage(L.LightningModule):
     def report(self, **values: Tensor | float) -> None:
         """Hand numbers of this micro-batch to the progress bar, `metrics.csv` and the logger.
 
-        `tokens`, `samples`, `frames`, `bad_steps`, `clipped` and what begins with `captions_` or `modes_` are counts,
-        summed over micro-batches and ranks; all else is averaged.
+        `tokens`, `samples`, `frames`, `bad_steps`, `clipped`, `flops` (operations that the clips needed), `padded`
+        (positions computed for nothing, which `tokens` leaves out) and what begins with `captions_` or `modes_` are
+        counts, summed over micro-batches and ranks; all else is averaged.
         """
         for key, value in values.items():
             number = value.detach().double() if isinstance(value, Tensor) else torch.tensor(float(value)).double()

@@ -87,6 +87,7 @@ class CaptionerStage(TrainStage):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Do so before a checkpoint too: only the first rank's buffers are saved."""
+        super().on_save_checkpoint(checkpoint)
         self.share_lengths()
 
     def share_lengths(self) -> None:

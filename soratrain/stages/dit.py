@@ -30,6 +30,7 @@ from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import CAPTIONS, MODES_SHOWN, TrainStage
 from soratrain.stages.live import LiveEncoder
 from soratrain.stages.plan_scale import DiTWork
+from soratrain.stages.work import TrainingFlops
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class DiTStage(TrainStage):
         self.objective, self.conditioning = objective, conditioning or Conditioning()
         self.live = None if vae is None else LiveEncoder(vae, pixels_per_batch)
         self.cut = 0
+        self.flops: TrainingFlops | None = None
         if text_init:
             self.start_from("text", text_init)
 
@@ -144,13 +146,20 @@ class DiTStage(TrainStage):
                 " or encode with the VAE that it is meant for"
             )
         cases = self.cases(latents)
-        losses, tokens = self.losses(latents, cases)
+        losses, packing, words = self.losses(latents, cases)
         loss = batch.mean(losses)
         self.report_captions(batch)
         if self.conditioning.mixed:
             self.report_modes(cases)
-        self.report(loss=loss, tokens=tokens, samples=len(batch))
+        self.report(loss=loss, tokens=packing.total, samples=len(batch), **self.worked(packing, words))
         return loss
+
+    def worked(self, packing: Packing, words: Packing) -> dict[str, float]:
+        """Return the operations that a micro-batch needed, and the positions by which ranks that share it pad it."""
+        if self.flops is None:
+            self.flops = TrainingFlops(self.factories["dit"])
+        sharing = getattr(self.trainer.strategy, "sequence", 1) if self._trainer is not None else 1
+        return {"flops": self.flops(packing.lengths, words.lengths), "padded": -packing.total % sharing}
 
     def encoded(self, batch: LatentBatch | VideoBatch) -> LatentBatch:
         """Return a batch of latents, made live where it is one of clips."""
@@ -168,16 +177,17 @@ class DiTStage(TrainStage):
             for draw, latent, ends in zip(batch.draws.tolist(), batch.latents, tails, strict=True)
         ]
 
-    def losses(self, batch: LatentBatch, cases: Sequence[Case]) -> tuple[Tensor, int]:
-        """Return each sample's loss `[B]` at a level of its own, and how many tokens the net has read."""
+    def losses(self, batch: LatentBatch, cases: Sequence[Case]) -> tuple[Tensor, Packing, Packing]:
+        """Return each sample's loss `[B]` at a level of its own, and the packings of tokens and text."""
         counts = torch.tensor([latent[0].numel() for latent in batch.latents]) // self.dit.patch_size
         sigma = self.objective.levels(batch.uniform("sigma"), counts)
-        return self.losses_at(sigma, batch, cases, self.read(batch))
+        text = self.read(batch)
+        return *self.losses_at(sigma, batch, cases, text), text[1]
 
     def losses_at(
         self, sigma: Tensor, batch: LatentBatch, cases: Sequence[Case], text: tuple[Tensor, Packing]
-    ) -> tuple[Tensor, int]:
-        """Return each sample's loss `[B]` at noise levels `sigma` `[B]`, and how many tokens the net has read.
+    ) -> tuple[Tensor, Packing]:
+        """Return each sample's loss `[B]` at noise levels `sigma` `[B]`, and the packing of the tokens.
 
         Args:
             text: features of the samples' captions, and their packing.
@@ -201,7 +211,7 @@ class DiTStage(TrainStage):
             errors = errors * torch.cat(
                 [errors.new_ones(len(item.target)) if item.weights is None else item.weights for item in shown]
             )
-        return flat.mean(errors) * weight, flat.tokens.packing.total
+        return flat.mean(errors) * weight, flat.tokens.packing
 
     def read(self, batch: LatentBatch) -> tuple[Tensor, Packing]:
         """Return the features of all captions, those of the empty prompt where one is dropped, and their packing."""

@@ -70,23 +70,51 @@ def test_a_rank_whose_data_fail_stops_all_ranks_with_its_reason(tmp_path, worker
     assert len(keys) == len(set(keys)) >= 4  # each once, whichever rank found it
 
 
-def test_a_killed_worker_is_a_clear_error_and_the_rest_comes_after_it(tmp_path):
+@pytest.mark.parametrize("sort", ["SIGKILL", "SIGSEGV"])
+def test_a_worker_that_dies_is_started_again_and_the_batches_are_the_same(sort, tmp_path, caplog):
     from data_tiny import write_latents
     from test_data_loader import cached, same
+
+    folder = write_latents(tmp_path / "shards", [(32, 32, 9)] * 40)
+    loader, found = cached(str(folder), workers=2, prefetch=1).loader(5, 40), []
+    with caplog.at_level("WARNING"):
+        for batch in loader:
+            found.append(batch)
+            if len(found) in (3, 20):
+                os.kill(loader._iterator._workers[len(found) % 2].pid, getattr(signal, sort))
+    number = int(getattr(signal, sort))
+    assert caplog.text.count(f"was killed by signal {number} ({sort})") == 2
+    assert "loading goes on from micro-batch" in caplog.text and "(1 of 3 tries)" in caplog.text
+    assert all(same(a, b) for a, b in zip(found, cached(str(folder)).loader(5, 40), strict=True))
+
+
+def test_a_worker_that_dies_again_and_again_is_a_clear_error(tmp_path):
+    from data_tiny import write_latents
+    from test_data_loader import cached
 
     from soratrain.errors import DataError
 
     folder = write_latents(tmp_path / "shards", [(32, 32, 9)] * 40)
-    loader = cached(str(folder), workers=2, prefetch=1).loader(0, 40)
-    batches, found = iter(loader), []
-    with pytest.raises(DataError, match="a loader process was killed.*the same command goes on"):
-        for batch in batches:
-            found.append(batch)
-            if len(found) == 3:
-                os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
-    assert 3 <= len(found) < 40
-    found += cached(str(folder), workers=2).loader(len(found), 40)
-    assert all(same(a, b) for a, b in zip(found, cached(str(folder)).loader(0, 40), strict=True))
+    loader = cached(str(folder), workers=1, prefetch=1).loader(0, 40)
+    items = loader.dataset.items
+    items.source = Deadly(items.source)
+    with pytest.raises(
+        DataError, match=r"loader process 0 of 1 .*killed by signal 9.*, 4 times in a row at micro-batch 0"
+    ):
+        next(iter(loader))
+
+
+class Deadly:
+    """A source of samples of which the first kills the process that loads it."""
+
+    def __init__(self, source):
+        self.manifest, self.reader = source.manifest, source.reader
+
+    def cached(self, index, bucket):
+        return False
+
+    def load(self, index, bucket, draw):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_workers_end_with_the_training_process_however_it_ends(tmp_path):

@@ -184,6 +184,31 @@ def test_ranks_skip_a_bad_step_alike_and_where_none_can_be_skipped_it_ends_the_r
         assert [row["bad_steps"] for row in steps(tmp_path)] == [0, 0, 1, 0, 0]
 
 
+class Overflow(L.Callback):
+    """Stands for an optimizer that overflows on finite gradients: a weight of one rank is infinite after step 3."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == 3 and trainer.global_rank == trainer.world_size - 1:
+            fragment = trainer.strategy.fragments()[0]
+            fragment.write(torch.full((fragment.numel,), float("inf")))
+
+
+def overflown(out: str, **settings: Any) -> None:
+    train(out, max_steps=6, checkpoint_every=1, callbacks=[Overflow()], **settings)
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", pytest.param("zero3", marks=pytest.mark.full)])
+def test_weights_that_are_no_numbers_are_never_saved(strategy: str, tmp_path: Path) -> None:
+    ranks = 1 if strategy == "single" else 2
+    with pytest.raises(RuntimeError, match="DivergedError: a weight is no number after step 3"):
+        run_ranks(overflown, ranks, out=str(tmp_path), strategy=strategy, ranks=ranks)
+    kept = saved_checkpoints(tmp_path / "checkpoints")
+    assert [folder.name for folder in kept] == ["step-00000001", "step-00000002"]
+    files = [file for folder in kept for file in folder.glob("*.safetensors")]
+    assert len(files) >= 2 and all(value.isfinite().all() for file in files for value in load_file(file).values())
+    assert not (tmp_path / "weights").exists()
+
+
 @pytest.mark.parametrize("strategy", QUICK_AND_SLOW)
 def test_two_ranks_stop_and_resume_as_if_unbroken(strategy: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"strategy": strategy, "ranks": 2, "clip": 0.3, "ema": 0.9, "max_steps": 5}

@@ -6,9 +6,11 @@ Run as a script it trains in as many processes as it is told: `python tiny_train
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -64,15 +66,47 @@ class SGDFactory(OptimizerFactory):
         return torch.optim.SGD(groups, lr=self.lr)
 
 
-class Stage(TrainStage):
-    """Learns to reverse its input; `poison` is a step whose loss is NaN, `interrupt` one that signals this process."""
+class TinyError(Exception):
+    """What a mistake in the code raises."""
 
-    def __init__(self, *, poison: int = -1, interrupt: int = -1, **kwargs: Any) -> None:
+
+def suffer(fault: str) -> None:
+    """Do to this process what `fault` says."""
+    if fault == "raise":
+        raise TinyError("a mistake in the code")
+    if fault == "sleep":
+        time.sleep(1000)
+    os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[fault])
+
+
+class Stage(TrainStage):
+    """Learns to reverse its input.
+
+    `poison` is a step whose loss is NaN, `interrupt` one that signals this process, and `fault` says what befalls the
+    rank `fault_rank` at step `fault_step`. Each micro-batch takes `pause` seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        poison: int = -1,
+        interrupt: int = -1,
+        fault: str = "",
+        fault_rank: int = 1,
+        fault_step: int = 3,
+        pause: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.poison, self.interrupt = poison, interrupt
+        self.fault, self.fault_rank, self.fault_step = fault, fault_rank, fault_step
+        self.pause = pause
 
     def training_step(self, batch: Numbers, batch_idx: int) -> Tensor:
         values = batch.values
+        time.sleep(self.pause)
+        if self.fault and (self.global_rank, self.global_step) == (self.fault_rank, self.fault_step):
+            suffer(self.fault)
         if self.global_step == self.interrupt and self.global_rank == 0:
             self.interrupt = -1
             os.kill(os.getpid(), signal.SIGTERM)
@@ -91,11 +125,13 @@ class Stage(TrainStage):
 class Micro(IterableDataset):
     """Micro-batches `first` to `last` of an endless sequence; rank r of R gets every R-th."""
 
-    def __init__(self, first: int, last: int, rank: int, ranks: int) -> None:
-        self.first, self.last, self.rank, self.ranks = first, last, rank, ranks
+    def __init__(self, first: int, last: int, rank: int, ranks: int, late: int = -1) -> None:
+        self.first, self.last, self.rank, self.ranks, self.late = first, last, rank, ranks, late
 
     def __iter__(self) -> Iterator[Numbers]:
         for index in range(self.first + self.rank, self.last, self.ranks):
+            if index == self.late:
+                suffer("sleep")
             yield Numbers(torch.randn(BATCH, SIZE, generator=torch.Generator().manual_seed(index)))
 
     def __len__(self) -> int:
@@ -105,14 +141,15 @@ class Micro(IterableDataset):
 class Data(L.LightningDataModule):
     """Counts the micro-batches that the optimizer has used, over all ranks."""
 
-    def __init__(self, *, per_step: int, max_steps: int) -> None:
+    def __init__(self, *, per_step: int, max_steps: int, late: int = -1) -> None:
         super().__init__()
-        self.per_step, self.max_steps, self.consumed = per_step, max_steps, 0
+        self.per_step, self.max_steps, self.consumed, self.late = per_step, max_steps, 0, late
 
     def train_dataloader(self) -> DataLoader:
         ranks = self.trainer.world_size
         return DataLoader(
-            Micro(self.consumed, self.per_step * self.max_steps, self.trainer.global_rank, ranks), batch_size=None
+            Micro(self.consumed, self.per_step * self.max_steps, self.trainer.global_rank, ranks, self.late),
+            batch_size=None,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,6 +180,9 @@ def train(
     width: int = 10,
     weights: str = "fp32",
     reduce: str = "fp32",
+    stall_minutes: float = 10.0,
+    num_nodes: int = 1,
+    late: int = -1,
     callbacks: Sequence[L.Callback] = (),
     trainer: Mapping[str, Any] | None = None,
     **stage: Any,
@@ -150,6 +190,7 @@ def train(
     """Train the tiny stage; return trainer, stage and last metrics. `stop_at` ends early, as a kill would.
 
     What build_trainer takes beyond the arguments here, `trainer` holds.
+    `late` is a micro-batch for which its rank waits for ever.
     """
     L.seed_everything(1, verbose=False)
     factory = (
@@ -177,10 +218,12 @@ def train(
         checkpoint_every=checkpoint_every,
         keep=keep,
         precision=precision,
+        stall_minutes=stall_minutes,
+        num_nodes=num_nodes,
         callbacks=[Spy(Path(out) / "whole.pt"), *callbacks],
         **(trainer or {}),
     )
-    data = Data(per_step=per_step, max_steps=max_steps)
+    data = Data(per_step=per_step, max_steps=max_steps, late=late)
     return built, module, fit(built, module, data)
 
 
@@ -207,8 +250,14 @@ class Measured(L.Callback):
             pl_module.score = (trainer.global_step, self.losses[trainer.global_step])
 
 
-if __name__ == "__main__":
+def main(settings: Mapping[str, Any]) -> None:
+    """Train as the command line would, errors and exit codes included."""
     from soratrain.__main__ import ending
 
+    logging.basicConfig(level=logging.WARNING)
+    sys.exit(ending(lambda: train(**settings) and 0))
+
+
+if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(ending(lambda: train(**json.loads(sys.argv[1])) and 0))
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,68 @@
+"""What the throughput monitor says is what was done."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+import pytest
+import torch
+
+from soratrain.callbacks.throughput import Throughput, peak_of
+from soratrain.distributed.phases import Phases
+from soratrain.errors import ConfigError
+from soratrain.models.dit import DiT
+from soratrain.stages.plan_cost import forward_flops
+from soratrain.stages.work import TrainingFlops
+
+CPU = torch.device("cpu")
+
+
+def test_a_row_says_rates_use_waiting_padding_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    phases = Phases()
+    monitor = Throughput(phases, peak_tflops=0.001)
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    monitor.begin()
+    for _ in range(4):
+        monitor.note({"flops": torch.tensor(1e9), "tokens": torch.tensor(300.0)})
+    phases.waited += 0.5
+    monkeypatch.setattr(time, "monotonic", lambda: 108.0)
+    row = monitor.row({"flops": 1e9, "tokens": 300.0, "samples": 6.0, "padded": 100.0}, left=10, device=CPU)
+    memory = row.pop("memory_gib")
+    assert row == pytest.approx(
+        {
+            "seconds": 2.0,
+            "tokens_per_s": 150.0,
+            "samples_per_s": 3.0,
+            "mfu": 0.5,
+            "data_wait": 0.0625,
+            "padding": 0.25,
+            "seconds_left": 20.0,
+        }
+    )
+    assert 0.05 < memory < 24
+
+
+def test_balance_is_the_mean_work_by_that_of_the_most_loaded_rank_step_by_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monitor = Throughput(Phases())
+    monitor.begin()
+    monkeypatch.setattr(monitor, "gathered", lambda values, device: [[0.0, 1.0, 4.0, 2.0], [0.0, 2.0, 2.0, 4.0]])
+    row = monitor.row({}, left=0, device=CPU)
+    assert row["balance"] == pytest.approx((3 + 3) / (4 + 4)) and "mfu" not in row
+
+
+def test_known_gpus_have_their_own_peak_and_a_cpu_has_none() -> None:
+    assert peak_of("NVIDIA H100 80GB HBM3") == 989.0 and peak_of("NVIDIA H100 PCIe") == 756.0
+    assert peak_of("NVIDIA A100-SXM4-80GB") == 312.0
+    assert peak_of("NVIDIA A10G") == 70.0 and peak_of("NVIDIA A40") == 149.7
+    assert peak_of("NVIDIA L4") == 121.0 and peak_of("NVIDIA L40S") == 362.0 and peak_of("Voodoo 2") is None
+    with pytest.raises(ConfigError, match="trainer.peak_tflops=0"):
+        Throughput(Phases(), 0)
+
+
+def test_training_is_counted_as_three_forward_passes_of_the_same_pack() -> None:
+    factory = partial(DiT, channels=4, dim=64, depth=3, num_heads=2, text_dim=8, mlp_ratio=4.0)
+    lengths, words = [320, 64, 16], [3, 1, 5]
+    assert TrainingFlops(factory)(lengths, words) == 3 * forward_flops(factory(), lengths, words)[0]

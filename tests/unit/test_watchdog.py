@@ -1,0 +1,103 @@
+"""When a run counts as stalled, who is behind, and what a process knows of the one beside it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from soratrain.distributed.neighbours import GONE, RUNS, STOPPED, UNKNOWN, Card
+from soratrain.distributed.phases import Phases, Standing
+from soratrain.distributed.watchdog import Seen, verdict
+
+LIMIT = 60.0
+
+
+def seen(moves: int, *, moved: float, heard: float = 1000.0, phase: str = "data", free: bool = False) -> Seen:
+    return Seen(Standing(phase, 12, moves, 0.0, free), 1.0, heard, moved)
+
+
+def test_the_rank_that_has_done_least_is_behind_once_nobody_has_moved_for_so_long() -> None:
+    ranks = [seen(50, moved=900.0, phase="optimizer"), seen(48, moved=890.0), seen(50, moved=930.0)]
+    assert verdict(ranks, 980.0, LIMIT) is None  # the last moved 50 s ago
+    words, behind = verdict(ranks, 1000.0, LIMIT) or ("", [])
+    assert behind == [1]
+    assert words == "no step has ended for 70 s: rank 1 is behind, at step 12 (data), and the others wait"
+
+
+def test_a_rank_in_its_first_step_or_a_long_phase_may_take_its_time_and_so_may_those_who_wait_for_it() -> None:
+    assert verdict([seen(50, moved=0.0), seen(48, moved=0.0, phase="validation", free=True)], 1000.0, LIMIT) is None
+    assert verdict([], 1000.0, LIMIT) is None
+
+
+def test_a_rank_whose_thread_is_silent_is_named_before_those_that_wait_for_it() -> None:
+    words, behind = verdict([seen(48, moved=900.0), seen(50, moved=900.0, heard=930.0)], 1000.0, LIMIT) or ("", [])
+    assert behind == [1] and words.startswith("rank 1 has shown no sign of life for 70 s, since step 12 (data)")
+
+
+def test_where_all_stand_alike_it_is_nobody_s_fault() -> None:
+    words, behind = verdict([seen(48, moved=900.0), seen(48, moved=900.0)], 1000.0, LIMIT) or ("", [])
+    assert behind == [0, 1] and "all ranks stand at step 12 (data); is the network between them up?" in words
+
+
+@pytest.mark.parametrize(
+    ("actions", "phase", "free"),
+    [
+        ([], "beginning or end", True),
+        (["run_training_epoch"], "between steps", False),
+        (["run_training_epoch", "[_TrainingEpochLoop].train_dataloader_next"], "data", False),
+        (["run_training_epoch", "[LightningModule]S.optimizer_step"], "optimizer", False),
+        (
+            ["run_training_epoch", "[LightningModule]S.optimizer_step", "[Strategy]D.backward"],
+            "forward/backward",
+            False,
+        ),
+        (["run_training_epoch", "[Callback]Validation.on_train_batch_end"], "validation", True),
+        (["run_training_epoch", "[Callback]Checkpoint.on_train_batch_end", "save_checkpoint"], "checkpoint", True),
+    ],
+)
+def test_the_innermost_known_action_is_the_phase(actions: list[str], phase: str, free: bool) -> None:
+    phases, done = Phases(), 7
+    phases.follow(lambda: done)
+    done = 8
+    for action in actions:
+        phases.start(action)
+    standing = phases.standing()
+    assert (standing.phase, standing.step, standing.moves, standing.free) == (phase, 9, len(actions), free)
+    done = 7
+    assert phases.standing().free  # the first step, which may compile
+
+
+def test_waiting_for_the_loader_is_added_up() -> None:
+    phases = Phases()
+    for name, pause in (("[L].train_dataloader_next", 0.05), ("[Strategy]D.backward", 0.05)):
+        with phases.profile(name):
+            time.sleep(pause)
+    assert 0.05 <= phases.waited < 0.095
+
+
+def test_a_process_is_known_to_run_to_be_stopped_and_to_have_gone() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    own = Card.own()
+    try:
+        begun = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        card = Card(own.host, own.namespace, process.pid, begun)
+        assert Card.read(card.text()) == card and card.state() == RUNS
+        card.kill()  # only what is stopped
+        os.kill(process.pid, signal.SIGSTOP)
+        deadline = time.monotonic() + 5
+        while card.state() != STOPPED and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert card.state() == STOPPED
+        assert Card(own.host, "elsewhere", process.pid, begun).state() == UNKNOWN
+        assert Card(own.host, own.namespace, process.pid, "1").state() == GONE  # another with the same number
+        card.kill()
+        assert process.wait(5) == -signal.SIGKILL and card.state() == GONE
+    finally:
+        process.kill()
+        process.wait()
