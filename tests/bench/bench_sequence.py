@@ -34,7 +34,7 @@ TITLE = (
     f" width {DIM}, {HEADS} heads, MLP x{RATIO}"
 )
 ROUNDS = 3
-CLIPS = {"33 frames of 256x256": (9, 32, 32), "65 frames of 384x256": (17, 32, 48)}  # latents (t, h, w)
+CLIPS = {"33 frames of 256x256": (9, 32, 32), "65 frames of 256x256": (17, 32, 32)}  # latents (t, h, w)
 
 
 def tokens(shape: tuple[int, int, int]) -> int:
