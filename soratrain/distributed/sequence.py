@@ -163,7 +163,7 @@ class _Whole(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, ulysses: Ulysses) -> Tensor:
         ctx.ulysses = ulysses
         out = x.new_empty(ulysses.size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=ulysses.group)
+        dist.all_gather(list(out.chunk(ulysses.size)), x.contiguous(), group=ulysses.group)
         return out
 
     @staticmethod
