@@ -16,6 +16,7 @@ from soratrain.data.fitting import GRID
 from soratrain.data.plan import Plan
 from soratrain.distributed.memory import dit_activations, measured_activations
 from soratrain.distributed.options import StrategyOptions
+from soratrain.models.dit import Block, DiT
 from soratrain.models.frozen_text import FrozenText
 from soratrain.models.vae import VAE
 from soratrain.stages.plan_cost import forward_flops
@@ -49,10 +50,10 @@ class DiTWork:
     def __init__(
         self, factory: partial, net: nn.Module, stride: Sequence[int], *, half: bool, sequence: int = 1
     ) -> None:
-        shape = factory.keywords
         self.net, self.half, self.sequence = net, half, sequence
-        self.recompute = shape.get("recompute", "none")
-        self.sizes = {name: shape[name] for name in ("dim", "depth", "mlp_ratio")}
+        self.recompute = factory.keywords.get("recompute", "none")
+        assert isinstance(net, DiT) and isinstance(block := net.blocks[0], Block)
+        self.sizes: dict[str, Any] = {"dim": net.dim, "depth": net.depth, "mlp_ratio": block.up.out_features / net.dim}
         rows, columns = stride[1:]
         self.grid = GRID**2, rows * columns * math.prod(net.patch)  # type: ignore[arg-type]
 
