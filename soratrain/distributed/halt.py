@@ -30,8 +30,8 @@ KEY = "soratrain/halt"  # the reason
 CLAIM = "soratrain/claim"  # whose reason it is
 EVERY = 0.5  # seconds between two looks
 LINGER = 3.0  # seconds for the others to see it, before this process and perhaps the store are gone
-PATIENCE = 10.0  # seconds in which the rank that has caused a lost connection is heard of
-DEADLINE = 20.0  # seconds in which a rank that has said its reason tidies up
+PATIENCE = 20.0  # seconds in which the rank that has caused a lost connection is heard of
+DEADLINE = 30.0  # seconds in which a rank that has said its reason tidies up
 USERS, OURS = 2, 1  # exit codes: what the user can mend, and all else
 LOST = re.compile(
     r"connection (was )?(closed|reset|refused)|closed by peer|broken pipe|timed? ?out|NCCL|gloo|recvBytes|aborted", re.I

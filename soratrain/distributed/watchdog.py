@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 PLACE = "soratrain/watch"
 BEAT = 5.0  # seconds between two signs of life, fewer where stalls are to be found sooner
+MEETING = 0.2  # seconds between two looks for the cards of others, until they are there
 GONE_FOR = 3.0  # seconds for whoever started a process to say how it ended
 PARTING = 10.0  # seconds for which the rank that holds the store waits for the others at the end
 
@@ -168,7 +169,7 @@ class Watchdog:
             self.store.set(f"{PLACE}/card/{self.rank}", Card.own().text())
             seen: list[Seen] = []
             last = time.monotonic()
-            while not self.over.wait(self.every):
+            while not self.over.wait(min(self.every, MEETING) if self.unknown else self.every):
                 now = time.monotonic()
                 late, last = now - last > 2 * self.every + 1, now
                 own = {"beat": now, "standing": asdict(self.phases.standing())}
@@ -198,9 +199,14 @@ class Watchdog:
             found.append(Seen(standing, said["beat"], heard, moved))
         return found
 
+    @property
+    def unknown(self) -> set[int]:
+        """Whose cards are still to be read: of rank 0 and of the next rank on this node."""
+        return {0, self.beside} - {self.rank} - set(self.cards)
+
     def read_cards(self) -> None:
-        """Read the cards of rank 0 and of the next rank on this node, once they are there."""
-        for rank in {0, self.beside} - {self.rank} - set(self.cards):
+        """Read the cards that are still to be read, where they are there."""
+        for rank in self.unknown:
             if self.store.check([f"{PLACE}/card/{rank}"]):
                 self.cards[rank] = Card.read(self.store.get(f"{PLACE}/card/{rank}"))
 
@@ -228,8 +234,8 @@ class Watchdog:
 
     def holder(self) -> str:
         """Return in words who holds the store."""
-        started_by_others = "TORCHELASTIC_RUN_ID" in os.environ
-        return "the launcher's store, where the ranks meet," if started_by_others else "rank 0, where the ranks meet,"
+        launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return "the launcher's store, where the ranks meet," if launcher else "rank 0, where the ranks meet,"
 
     def end_all(self, reason: str, behind: list[int]) -> None:
         """End all ranks; those behind show where they stand."""
