@@ -80,7 +80,9 @@ class Options:
             # a job whose process cannot reach SLURM, in a container say, has its script start it again
             "slurm_teardown": [
                 "code=$?",
-                f'if [ "$code" = {slurm.AGAIN} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+                "job=$SLURM_JOB_ID",
+                'if [ -n "$SLURM_ARRAY_TASK_ID" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi',
+                f'if [ "$code" = {slurm.AGAIN} ]; then scontrol requeue "$job"; fi',
                 'exit "$code"',
             ],
             "slurm_additional_parameters": {"requeue": True, **self.additional_parameters},

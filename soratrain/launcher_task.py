@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from soratrain import slurm, slurm_folder
 
@@ -33,10 +34,20 @@ def why(out: Path) -> str:
 def work(words: Sequence[str], out: str) -> None:
     """Run a command in one task of a job and end with its exit code; what it says is kept in the run's folder.
 
-    Signals are the command's business: submitit would start the job again before anything is saved.
+    Signals are the command's business: submitit would start the job again before anything is saved. They are passed
+    on, since many clusters signal a task's first process only (proctrack/cgroup).
     """
-    for known in (*slurm.SIGNALS, signal.SIGCONT):
-        signal.signal(known, lambda number, frame: None)
+    heard: list[int] = []
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: Any) -> None:
+        heard.append(number)
+        for child in children:
+            child.send_signal(number)
+
+    for known in slurm.SIGNALS:
+        signal.signal(known, pass_on)
+    signal.signal(signal.SIGCONT, lambda number, frame: None)
     environment = dict(os.environ)
     if cpus := os.environ.get("SLURM_CPUS_PER_TASK"):
         environment.setdefault("OMP_NUM_THREADS", cpus)
@@ -48,7 +59,13 @@ def work(words: Sequence[str], out: str) -> None:
         start = f"start {slurm.restarts() + 1}, rank {rank} of {size} on {node}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
         file.write(f"{HEAD} {slurm.job_id()}, {start}: soratrain {' '.join(words)}\n")
         file.flush()
-        child = subprocess.Popen([sys.executable, "-m", "soratrain", *words], stdout=file, stderr=file, env=environment)
+        command = [sys.executable, "-m", "soratrain", *words]
+        signal.pthread_sigmask(signal.SIG_BLOCK, slurm.SIGNALS)  # the command unblocks them once it listens
+        child = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+        children.append(child)
+        for number in heard:
+            child.send_signal(number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, slurm.SIGNALS)
         code = child.wait()
     if code:
         sys.exit(code if code > 0 else 128 - code)

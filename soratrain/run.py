@@ -73,11 +73,12 @@ def detect_precision() -> str:
 
 
 def global_rank() -> int:
-    """Return this process's rank, before any process group exists."""
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
-        if os.environ.get(name, "").isdigit():
-            return int(os.environ[name])
-    return 0
+    """Return this process's rank, before any process group exists.
+
+    SLURM's word counts where srun started this process; others inherit it from the batch script or shell.
+    """
+    names = ("RANK", "SLURM_PROCID", "LOCAL_RANK") if slurm.in_step() else ("RANK", "LOCAL_RANK")
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
 
 
 def start_logging() -> None:

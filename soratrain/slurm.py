@@ -97,6 +97,11 @@ def check_tasks(nodes: int, devices: int | str, *, single: bool = False) -> None
                 f"this SLURM job has {asked} tasks, and the command was started once, without srun; write: srun python"
                 " -m soratrain …"
             )
+        if "SLURM_NTASKS" in os.environ and devices != "auto" and nodes * int(devices) > 1:
+            raise ConfigError(
+                f"trainer.num_nodes={nodes} trainer.devices={devices} in a SLURM job of one task: ask for"
+                f" --nodes={nodes} --ntasks-per-node={devices}, and write: srun python -m soratrain …"
+            )
         return
     tasks, on = number("SLURM_STEP_NUM_TASKS") or 1, number("SLURM_STEP_NUM_NODES") or 1
     each = devices if devices != "auto" else 1 if single else tasks_per_node()
@@ -173,6 +178,7 @@ def listen() -> None:
         _listener = os.getpid()
         for known in SIGNALS:
             signal.signal(known, _heard)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # whoever started this one may have held them back
 
 
 def _heard(received: int, frame: FrameType | None) -> None:
@@ -210,7 +216,7 @@ def going_on(requeues: int, rank: int) -> Iterator[None]:
 
 def start_again(received: int, requeues: int) -> int:
     """Have the job started again, if it was stopped for a reason to, and return this process's exit code."""
-    job, name = facts("job", os.environ["SLURM_JOB_ID"]), signal.Signals(received).name
+    job, name = facts("job", job_id()), signal.Signals(received).name
     state, limit = job.get("JobState"), job.get("Reason") == "TimeLimit"
     if received == signal.SIGTERM and not (limit or (state == "RUNNING" and preempted(job))):
         log.info("SLURM job %s was ended (%s): it does not start again by itself", job_id(), state or name)
@@ -220,7 +226,7 @@ def start_again(received: int, requeues: int) -> int:
         return 130
     for attempt in range(ATTEMPTS):
         time.sleep(min(attempt, 1))
-        if ask("scontrol", "requeue", os.environ["SLURM_JOB_ID"]) is not None:
+        if ask("scontrol", "requeue", job_id()) is not None:
             log.info("SLURM job %s starts again and goes on (%s; restart %d)", job_id(), name, restarts() + 1)
             return 130
     log.info("SLURM job %s was stopped (%s) and cannot requeue itself: exit code %d", job_id(), name, AGAIN)

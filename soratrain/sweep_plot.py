@@ -83,7 +83,8 @@ def against(
         why = "no run is done" if not done else "nothing was swept over"
         chart.text(((area[0] + area[2]) / 2, (area[1] + area[3]) / 2), why, 15, FAINT, "mm")
         return
-    two = [key for key in keys if len(numbers(done, key) or []) > 1 and key != "seed"][:2]
+    everywhere = [key for key in keys if all(key in run.values for run in done)]  # a sweep may be widened by a key
+    two = [key for key in everywhere if len(numbers(done, key) or []) > 1 and key != "seed"][:2]
     if len(two) == 2:
         heat_map(chart, area, done, two, name)
         return

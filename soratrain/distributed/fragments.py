@@ -139,12 +139,6 @@ def assemble(
             yield name, mine[name][0][1].reshape(form.shape).to("cpu", copy=True)
 
 
-def meeting_place() -> torch.device:
-    """Return the device whose tensors can be exchanged between ranks, wherever their numbers are kept."""
-    nccl = dist.is_initialized() and dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
-
-
 def shapes_of(module: nn.Module) -> dict[str, list[int]]:
     """Return the whole shape of every parameter and persistent buffer."""
     named: Mapping[str, Tensor] = {**dict(module.named_parameters()), **persistent_buffers(module)}

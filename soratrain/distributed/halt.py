@@ -36,6 +36,7 @@ USERS, OURS = 2, 1  # exit codes: what the user can mend, and all else
 LOST = re.compile(
     r"connection (was )?(closed|reset|refused)|closed by peer|broken pipe|timed? ?out|NCCL|gloo|recvBytes|aborted", re.I
 )
+DIED = "another process of this run has died"  # what a rank says that knows no more
 _watched: set[int] = set()  # processes in which the thread runs
 _over = threading.Event()
 _told = threading.Event()  # this process's reason is known
@@ -112,8 +113,11 @@ def failed(error: BaseException) -> None:
     if not together() or isinstance(error, KeyboardInterrupt | SystemExit):
         return
     watch()
+    if DIED in str(error):
+        time.sleep(PATIENCE)
     if isinstance(error, UserError):
-        announce(str(error))
+        if not error.alike:  # else all ranks have found it, and the first says it
+            announce(str(error))
         return
     if LOST.search(f"{type(error).__name__}: {error}"):
         time.sleep(PATIENCE)

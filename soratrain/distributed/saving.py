@@ -26,6 +26,7 @@ from torch import Tensor
 from soratrain.amounts import memory
 from soratrain.data.atomic import sync
 from soratrain.distributed.checkpoint import FORMAT, gather, own_place, part_of, with_checksum
+from soratrain.distributed.halt import DIED
 from soratrain.distributed.image import Image
 from soratrain.distributed.room import available
 from soratrain.errors import DataError, UserError, on_all_ranks
@@ -35,7 +36,6 @@ from soratrain.models.tensor_file import Form, Layout
 log = logging.getLogger(__name__)
 
 SHARE = 0.5  # of the free memory that copies may take
-DIED = "another process of this run has died"
 
 
 @dataclass
@@ -239,7 +239,7 @@ def told(rank: int, error: Exception) -> str:
 
 def not_written(folder: Path, problem: str) -> UserError:
     """Return the error that says so."""
-    mend = "give the same command again"
-    if problem != DIED:
-        mend = f"free space there and {mend}, or choose another `run`"
-    return on_all_ranks(DataError(f"checkpoint {folder} was not written ({problem}); the one before stands: {mend}"))
+    said = f"checkpoint {folder} was not written ({problem}); the one before stands:"
+    if problem == DIED:  # perhaps the first, which would speak for all
+        return DataError(f"{said} give the same command again")
+    return on_all_ranks(DataError(f"{said} free space there and give the same command again, or choose another `run`"))

@@ -31,7 +31,7 @@ PLACE = "soratrain/watch"
 BEAT = 5.0  # seconds between two signs of life, fewer where stalls are to be found sooner
 MEETING = 0.2  # seconds between two looks for the cards of others, until they are there
 GONE_FOR = 3.0  # seconds for whoever started a process to say how it ended
-PARTING = 10.0  # seconds for which the rank that holds the store waits for the others at the end
+PARTING = 120.0  # seconds for which the rank that holds the store waits for the others at the end
 
 
 @dataclass
@@ -134,6 +134,7 @@ class Watchdog:
         now = time.monotonic()
         if now - last > 2 * self.every + 1:
             self.phases.since = self.answered = now
+            self.wrong = {}
         return now
 
     def alone(self) -> None:

@@ -181,10 +181,11 @@ def step_time(work: Work, options: StrategyOptions, device: Device, *, ranks: in
     passes = PASSES * work.kept / (device.memory_gb_s * GIGA)
     cpu = device.launch_us and not device.hidden  # where nothing runs ahead
     memory = passes + launches if cpu else max(passes, launches - computing - again)
-    ring = bandwidth(device, ranks, nodes) * ranks / max(ranks - 1, 1)
-    under, after = (volume / ring for volume in volumes(options, work.parameters, work.micro_batches))
-    # ZeRO-3 sends in all of a step, what is reduced once only in the backward pass of the last micro-batch
-    room = device.hidden * (computing + again + memory) * (1.0 if options.zero >= 2 else 2 / 3 / work.micro_batches)
+    passed = (ranks - 1) / ranks / bandwidth(device, ranks, nodes)
+    under, after = (volume * passed for volume in volumes(options, work.parameters, work.micro_batches))
+    # ZeRO-3 sends in all of a step, ZeRO-2 in backward passes; what is reduced once, in that of the last micro-batch
+    sending = {3: 1.0, 2: 2 / 3}.get(options.zero, 2 / 3 / work.micro_batches)
+    room = device.hidden * (computing + again + memory) * sending
     messages = max(under - room, 0.0) + after + work.exchanged / (device.intra_gb_s * GIGA)
     share = work.parameters / (ranks if options.zero else 1)
     speed = device.host_memory_gb_s if options.offload else device.memory_gb_s

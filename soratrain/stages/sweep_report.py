@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from soratrain.data.atomic import replacing
@@ -65,7 +66,7 @@ class SweepReport:
 
 def show(runs: Sequence[Outcome], keys: Sequence[str], name: str, title: str) -> None:
     """Print the runs, best first."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     for heading in ("run", *keys, name, "steps", "seconds", "state"):
         right = heading in (name, "steps", "seconds")
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
@@ -74,7 +75,8 @@ def show(runs: Sequence[Outcome], keys: Sequence[str], name: str, title: str) ->
         figures = [f"{value:.6g}" if math.isfinite(value) else "-", run.rows[-1]["step"] if run.rows else "-"]
         figures.append(f"{seconds:.0f}" if math.isfinite(seconds) else "-")
         state = f"{run.state}: {run.note}" if run.note else run.state
-        table.add_row(run.folder.name, *(run.values.get(key, "-") for key in keys), *figures, state)
+        values = (run.values.get(key, "-") for key in keys)
+        table.add_row(*map(escape, (run.folder.name, *values, *figures, state)))
     console = Console()
     console.print(table) if console.is_terminal else Console(width=160).print(table)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
+from soratrain.callbacks.watch import Watch
 from soratrain.distributed.fragments import assemble
 from soratrain.distributed.options import StrategyOptions
 from soratrain.distributed.trainer import build_trainer
@@ -44,7 +45,7 @@ class Look(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         fragments = trainer.strategy.fragments()  # type: ignore[attr-defined]
-        self.state = dict(assemble(fragments, [fragment.read() for fragment in fragments]))
+        self.state = dict(assemble(fragments, [fragment.read() for fragment in fragments], torch.device("cpu")))
         raise Loaded
 
 
@@ -78,6 +79,8 @@ def built(folder: str, strategy: str, ranks: int, begin: str = "", weigh: bool =
         devices=ranks,
         callbacks=[look],
     )
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks[:] = [one for one in callbacks if not isinstance(one, Watch)]  # what is raised here ends no other rank
     if weigh:
         configure = stage.configure_model
 

@@ -13,13 +13,13 @@ import pytest
 import torch
 from ranks import run_ranks
 from tiny_training import SGDFactory
-from torch import nn
 
 from soratrain.data.datamodule import LatentData
 from soratrain.diffusion.conditioning import MODES, Conditioning
 from soratrain.diffusion.flow import Flow
 from soratrain.distributed.strategy import StrategyOptions
 from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.models import weights
 from soratrain.models.dit import DiT
 from soratrain.models.text import ByteTextEncoder
 from soratrain.optim import Schedule
@@ -46,13 +46,22 @@ WAYS = {  # name: strategy, ranks, of which share their tokens
 QUICK = "sequence-2, zero2"
 
 
-def at_random(net: type[nn.Module], **options: Any) -> nn.Module:
-    """Return a net of which nothing begins at zero, so that no gradient is zero for want of another weight."""
-    built = net(**options)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.15)
-    return built
+def factories(**options: Any) -> dict[str, partial]:
+    """Return the factory of each net."""
+    return {
+        "dit": partial(DiT, channels=4, dim=32, depth=2, num_heads=4, text_dim=8, **options),
+        "text": partial(ByteTextEncoder, dim=8, depth=1, num_heads=2, table=32, max_tokens=12),
+    }
+
+
+def write_weights(folder: Path) -> Path:
+    """Write nets of which nothing begins at zero, so that no gradient is zero for want of another weight."""
+    torch.manual_seed(1)
+    for name, factory in factories().items():
+        state = factory().state_dict()
+        noised = {key: value + 0.15 * torch.randn_like(value) for key, value in state.items()}
+        weights.save(folder, name, noised, factory, {})
+    return folder
 
 
 class Gradients(L.Callback):
@@ -76,19 +85,20 @@ class Gradients(L.Callback):
 
 
 def run(
-    out: str, latents: str, strategy: str, ranks: int, sequence: int, **options: Any
+    out: str, latents: str, begin: str, strategy: str, ranks: int, sequence: int, **options: Any
 ) -> list[dict[str, np.ndarray]]:
     """Train; return the gradients of each step."""
     L.seed_everything(1, verbose=False)
     stage = DiTStage(
-        dit=partial(at_random, DiT, channels=4, dim=32, depth=2, num_heads=4, text_dim=8, **options),
-        text=partial(at_random, ByteTextEncoder, dim=8, depth=1, num_heads=2, table=32, max_tokens=12),
+        **factories(**options),
         objective=Flow(),
         optimizer=SGDFactory(lr=0.1),
         schedule=Schedule(warmup_steps=0),
         max_steps=STEPS,
         conditioning=Conditioning(mix=dict.fromkeys(MODES, 0.14), tail_frames=[1]),
     )
+    for name in factories():
+        stage.start_from(name, begin)
     data = LatentData(
         latents=latents, tails=[1], seed=3, max_steps=STEPS, batching="pack", tokens_per_batch=80, canonical_ranks=2
     )
@@ -144,7 +154,7 @@ def write_noise(folder: Path) -> Path:
 def compared(tmp_path: Path, names: list[str], **options: Any) -> list[tuple[str, float, float, str]]:
     """Return, for each way, how far it is from a single process."""
     latents = str(write_noise(tmp_path / "latents"))
-    common = {"latents": latents, **options}
+    common = {"latents": latents, "begin": str(write_weights(tmp_path / "begin")), **options}
     (expected,) = run_ranks(run, 1, out=str(tmp_path / "single"), strategy="single", ranks=1, sequence=1, **common)
     found = []
     for name in names:
@@ -163,6 +173,7 @@ def same_counts(out: Path, one: Path) -> None:
 
     for row, other in zip(steps(out), steps(one), strict=True):
         assert [row[key] for key in ("tokens", "samples")] == [other[key] for key in ("tokens", "samples")]
+        assert other.pop("padding") == 0 <= row.pop("padding") < 0.03  # what shared tokens are filled up with
         assert row == pytest.approx(other, rel=1e-4)
 
 

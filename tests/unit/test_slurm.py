@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from soratrain import slurm, slurm_folder
 from soratrain.errors import ConfigError
+from soratrain.run import global_rank
 
 IN_JOB = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "train"}
 STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "n[3-4]"}
@@ -103,6 +107,12 @@ def test_a_job_of_other_processes_than_the_trainers_is_refused_with_both_mends(j
     job.setenv("SLURM_NTASKS", "4")
     with pytest.raises(ConfigError, match="has 4 tasks, and the command was started once, without srun; write: srun"):
         slurm.check_tasks(1, "auto")
+    job.setenv("SLURM_NTASKS", "1")
+    with pytest.raises(
+        ConfigError, match="devices=4 in a SLURM job of one task: ask for --nodes=1 --ntasks-per-node=4"
+    ):
+        slurm.check_tasks(1, 4)
+    slurm.check_tasks(1, 1)
     for name, value in STEP.items():
         job.setenv(name, value)
     slurm.check_tasks(2, 2)
@@ -148,3 +158,41 @@ def test_a_run_that_another_job_works_on_is_refused_and_fresh_starts_over_once(
     job.setenv("SLURM_RESTART_COUNT", "1")
     slurm_folder.begin(out)
     assert slurm_folder.begun_before(out)  # it has been, when the job began
+
+
+def test_a_task_of_an_array_asks_for_itself_and_not_for_the_array(job: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    job.setenv("SLURM_ARRAY_JOB_ID", "17")  # the last task has the array's number
+    job.setenv("SLURM_ARRAY_TASK_ID", "3")
+    command(tmp_path, "scontrol", '[ "$1" = show ] && echo "JobState=RUNNING PreemptTime=2026-11-28T17:10:05"; exit 0')
+    assert slurm.start_again(signal.SIGTERM, 100) == 130
+    assert (tmp_path / "scontrol.said").read_text() == "show job 17_3 -o\nrequeue 17_3\n"
+
+
+def test_a_rank_that_another_process_has_started_in_a_job_is_not_the_batch_scripts(job: pytest.MonkeyPatch) -> None:
+    job.delenv("RANK", raising=False)
+    job.setenv("SLURM_PROCID", "0")
+    job.setenv("LOCAL_RANK", "1")
+    assert global_rank() == 1
+    job.setenv("SLURM_STEP_ID", "0")
+    assert global_rank() == 0
+
+
+def test_a_signal_to_a_task_alone_reaches_its_command_even_before_that_listens(tmp_path: Path) -> None:
+    program, told = tmp_path / "python", tmp_path / "told"
+    program.write_text(
+        f"#!{sys.executable}\nimport signal, sys, time\ndef told(*_):\n    open({str(told)!r}, 'w').close()\n"
+        "    sys.exit(7)\ntime.sleep(1)\nsignal.signal(signal.SIGUSR1, told)\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])\ntime.sleep(60)\n"
+    )
+    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    code = f"import sys; sys.executable = {str(program)!r}\nfrom soratrain.launcher_task import work\n"
+    code += f"work([], {str(tmp_path)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **IN_JOB})
+    try:
+        end = time.monotonic() + 60
+        while not list(tmp_path.glob("logs/*.log")) and time.monotonic() < end:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == 7 and told.exists()
+    finally:
+        process.kill()

@@ -141,3 +141,19 @@ def test_ticks_are_round_and_lie_within_the_scale(values: list[float], ticks: li
 
 def test_numbers_are_short() -> None:
     assert [short(value) for value in (0, 0.5, 1e-3, 3.5e-5, 123456)] == ["0", "0.5", "1e-3", "3.5e-5", "1.23e5"]
+
+
+def test_a_sweep_that_was_widened_by_another_key_is_drawn_and_nothing_is_read_as_markup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    root = Path("outputs/default/dit/sweep")
+    for number, (rate, depth) in enumerate([("1e-3", ""), ("1e-4", ""), ("1e-3", "4"), ("1e-4", "2")]):
+        words = [f"optimizer.lr={rate}", "inputs.shards=[data/a,data/b]", *([f"dit.depth={depth}"] if depth else [])]
+        make(root, f"r{number}", [*words, f"seed={number}"], loss=0.5 + number)
+    failed = make(root, "bad", ["optimizer.lr=1e-2", "inputs.shards=[/data/x]"])
+    (failed / "log.txt").write_text("error: [/data/x] is not there\n")
+    SweepReport(out=tmp_path / "report", run="default", folder=str(root))()
+    said = capsys.readouterr().out
+    assert "[/data/x] is not there" in said and "[data/a,data/b]" in said
+    assert (tmp_path / "report" / "dit.png").is_file()
