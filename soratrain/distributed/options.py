@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from soratrain.errors import ConfigError
@@ -53,10 +54,10 @@ class StrategyOptions:
                 f"strategy.reduce=bf16 with strategy={self.name}: gradients are averaged in fp32 there; use zero1,"
                 " zero2 or zero3, or strategy.reduce=fp32"
             )
-        if self.bucket < 1 or self.live < 0 or self.timeout_minutes <= 0:
+        if self.bucket < 1 or self.live < 0 or not 0 < self.timeout_minutes < math.inf:
             raise ConfigError(
                 f"strategy.bucket={self.bucket}, live={self.live}, timeout_minutes={self.timeout_minutes}: must be"
-                " positive"
+                " positive and finite"
             )
 
     @property

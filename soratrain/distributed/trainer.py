@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import warnings
@@ -189,8 +190,8 @@ def build_trainer(
         raise ConfigError(
             f"trainer.export=best with trainer.keep_best={keep_best}: none is kept; set trainer.keep_best=1"
         )
-    if max_shard_gb <= 0:
-        raise ConfigError(f"trainer.max_shard_gb={max_shard_gb}: must be above 0")
+    if not 0 < max_shard_gb < math.inf:
+        raise ConfigError(f"trainer.max_shard_gb={max_shard_gb}: must be above 0 and finite")
     if options.name == "single" and num_nodes > 1:
         raise ConfigError(f"trainer.num_nodes={num_nodes} with strategy=single: use strategy=ddp, zero2 or zero3")
     device_type = resolve_device(accelerator)
@@ -223,8 +224,8 @@ def build_trainer(
         logger=(logger(out=out) if logger else []) or False,
         profiler=phases,
         callbacks=[
-            Foretold(options, average=bool(ema), half=precision == "bf16-mixed", cuda=device_type == "cuda"),
             Watch(phases, minutes=stall_minutes),
+            Foretold(options, average=bool(ema), half=precision == "bf16-mixed", cuda=device_type == "cuda"),
             *([average] if average else []),
             *([validation(**beside)] if validation else []),
             *([previews(**beside)] if previews else []),
