@@ -16,7 +16,9 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -29,7 +31,7 @@ log = logging.getLogger(__name__)
 
 PLACE = "soratrain/watch"
 BEAT = 5.0  # seconds between two signs of life, fewer where stalls are to be found sooner
-MEETING = 0.2  # seconds between two looks for the cards of others, until they are there
+MEETING = timedelta(seconds=30)  # for which a rank waits at the beginning for the cards of others
 GONE_FOR = 3.0  # seconds for whoever started a process to say how it ended
 PARTING = 120.0  # seconds for which the rank that holds the store waits for the others at the end
 
@@ -104,6 +106,7 @@ class Watchdog:
             halt.at_end(self.end_stopped)
             self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
             self.store = halt.own_store()
+            self.meet()
             works = [self.talk, self.listen]
         self.answered = time.monotonic()
         self.threads = [threading.Thread(target=work, name="watchdog", daemon=True) for work in works]
@@ -167,10 +170,9 @@ class Watchdog:
     def talk(self) -> None:
         """Leave signs of life, and read those of others."""
         try:
-            self.store.set(f"{PLACE}/card/{self.rank}", Card.own().text())
             seen: list[Seen] = []
             last = time.monotonic()
-            while not self.over.wait(min(self.every, MEETING) if self.unknown else self.every):
+            while not self.over.wait(self.every):
                 now = time.monotonic()
                 late, last = now - last > 2 * self.every + 1, now
                 own = {"beat": now, "standing": asdict(self.phases.standing())}
@@ -204,6 +206,13 @@ class Watchdog:
     def unknown(self) -> set[int]:
         """Whose cards are still to be read: of rank 0 and of the next rank on this node."""
         return {0, self.beside} - {self.rank} - set(self.cards)
+
+    def meet(self) -> None:
+        """Leave this process's card and read others', who begin at the same time; that of a late one is read later."""
+        with suppress(RuntimeError):
+            self.store.set(f"{PLACE}/card/{self.rank}", Card.own().text())
+            self.store.wait([f"{PLACE}/card/{rank}" for rank in sorted(self.unknown)], MEETING)
+            self.read_cards()
 
     def read_cards(self) -> None:
         """Read the cards that are still to be read, where they are there."""
