@@ -78,8 +78,9 @@ def ending(work: Callable[[], int]) -> int:
         if not getattr(error, "shown", False):  # where other ranks had to hear of it, its traceback has been shown
             raise
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted: the same command goes on from here\n")
+    except KeyboardInterrupt as stopped:
+        if not other_rank():
+            sys.stderr.write(f"{str(stopped) or 'interrupted: the same command goes on from here'}\n")
         return 130
 
 
