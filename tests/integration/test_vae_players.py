@@ -16,7 +16,7 @@ from test_strategies import same_training, steps
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from vae_c import NET, SAMPLES, begun, clips, train
 
-from soratrain.callbacks.metrics import read_rows
+from soratrain.callbacks.metrics import NOT_REPEATABLE, read_rows
 from soratrain.distributed.checkpoint import CheckpointReader, latest_checkpoint, saved_checkpoints
 from soratrain.errors import ConfigError, DataError, DivergedError
 from soratrain.models import weights
@@ -148,7 +148,7 @@ def test_two_processes_skip_what_one_of_them_finds_bad_and_resume_bit_for_bit(tm
 def steps_of(out: Path) -> list[dict[str, str]]:
     """Return the rows less what time decides; a skipped step has no figures."""
     return [
-        {name: value for name, value in row.items() if name not in ("seconds", "samples_per_s")}
+        {name: value for name, value in row.items() if name not in NOT_REPEATABLE}
         for row in read_rows(out / "metrics.csv")
     ]
 
