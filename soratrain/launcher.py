@@ -25,7 +25,7 @@ from soratrain import slurm, slurm_folder
 from soratrain.errors import ConfigError
 from soratrain.launcher_options import Options
 from soratrain.launcher_task import why, work
-from soratrain.sweep import Run, failed, given_of, metric_of, run_of
+from soratrain.sweep import Run, failed, metric_of, run_of
 from soratrain.sweep_runs import record
 
 TARGET = "hydra_plugins.soratrain.SlurmLauncher"  # Hydra takes launchers from this package only, and a name for one
@@ -101,7 +101,7 @@ class SlurmLauncher(Launcher):
             raise refusal(" ".join(str(error).split())[-300:], options) from error
         for job, run in zip(jobs, runs, strict=True):
             slurm_folder.assign(run.out, job=job.job_id, log=str(job.paths.stdout))
-            record(run.out, given_of(run), here=False)
+            record(run.out, run.given, here=False)
             if run.fresh:
                 (run.out / "result.json").unlink(missing_ok=True)  # of what the job starts over
         each = f"{options.nodes} node{'s' * (options.nodes > 1)} × {options.tasks_per_node} tasks"

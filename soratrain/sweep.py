@@ -58,14 +58,19 @@ class Run:
     Attributes:
         words: of its command, after `python -m soratrain`.
         out: its folder.
-        called: its overrides in one line.
+        given: those of the words that make it, as they were given.
         fresh: it starts over.
     """
 
     words: tuple[str, ...]
     out: Path
-    called: str
+    given: tuple[str, ...]
     fresh: bool
+
+    @property
+    def called(self) -> str:
+        """Its overrides in one line."""
+        return " ".join(self.given)
 
     @property
     def done(self) -> bool:
@@ -76,31 +81,26 @@ def run_of(overrides: Sequence[str], config: DictConfig) -> Run:
     """Return the run of some overrides, as the command that anyone could type."""
     given = [item for item in overrides if not split_override(item)[0].startswith(("hydra.", "hydra/"))]
     words = quote(given, TEXT_KEYS, LIST_KEYS)
-    shown = [item for item in words if split_override(item)[0] not in HIDDEN]
-    if len(shown) < len(words) and "out" in dict(map(split_override, words)):
+    shown = tuple(item for item in words if split_override(item)[0] not in HIDDEN)
+    if "out" in dict(map(split_override, words)):
         out = Path(str(config.out))
     else:
         out = Path("outputs") / str(config.run) / config.stage.name / "sweep" / folder_hash(words)
         words.append(f"out={out}")
-    return Run(tuple(words), out, " ".join(shown), bool(config.fresh))
+    return Run(tuple(words), out, shown, bool(config.fresh))
 
 
 def job(config: DictConfig) -> float:
     """Run one job of the sweep in a process of its own and return its metric, NaN where it fails."""
     run = run_of(list(HydraConfig.get().overrides.task), config)
     sys.stderr.write(f"sweep: {run.called} → {run.out}\n")
-    record(run.out, given_of(run), here=True)
+    record(run.out, run.given, here=True)
     code = run_child([sys.executable, "-m", "soratrain", *run.words])
     if code:
-        record(run.out, given_of(run), here=True, code=code)
+        record(run.out, run.given, here=True, code=code)
         failed.append(f"{run.called} (exit code {code}; why stands above)")
         return math.nan
     return metric_of(run.out)
-
-
-def given_of(run: Run) -> list[str]:
-    """Return the overrides that make a run, as they were given."""
-    return [item for item in run.words if split_override(item)[0] not in HIDDEN]
 
 
 def metric_of(out: Path) -> float:

@@ -139,9 +139,3 @@ class Whole:
                 yield next(parameters)
             else:
                 yield name, self.buffers[name].detach().cpu()
-
-
-def whole_state(trainer: L.Trainer) -> dict[str, Tensor]:
-    """Return every parameter and persistent buffer, whole and on the CPU, on rank 0; collective."""
-    whole = Whole(trainer)
-    return {name: tensor for name, tensor in whole.tensors(sorted(whole.forms)) if trainer.is_global_zero}

@@ -34,13 +34,13 @@ class Foretold(L.Callback):
         if stage != "fit" or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, TrainStage)
-        with torch.random.fork_rng(), torch.device("meta"):
-            nets = [factory() for factory in pl_module.factories.values()]
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            nets = {name: factory() for name, factory in pl_module.factories.items()}
         ask = getattr(getattr(trainer, "datamodule", None), "plan", None)
-        with torch.random.fork_rng():
-            activations = pl_module.activations(ask(), self.half) if ask else None
+        with torch.random.fork_rng(devices=[]):  # a VAE's are measured
+            activations = pl_module.activations(ask(), nets, self.half) if ask else None
         self.memory = components(
-            nets,
+            nets.values(),
             self.options,
             ranks=trainer.world_size,
             optimizer=pl_module.optimizer_factory.name,
@@ -67,8 +67,7 @@ def shortages(held: Memory, room: dict[bool, int]) -> list[str]:
     places = {True: "the host's memory, shared by its processes", False: "a process's or GPU's memory"}
     return [
         f"{memory(held.total(host=host))} is more than {places[host]}, {memory(least)}: use more ranks, another"
-        " strategy,"
-        " dit.recompute=full, or fewer tokens (data.tokens_per_batch)"
+        " strategy, smaller micro-batches (data.tokens_per_batch), or for a DiT dit.recompute=full"
         for host, least in room.items()
         if held.total(host=host) > least
     ]

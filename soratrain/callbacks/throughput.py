@@ -5,6 +5,7 @@ Nothing here makes a device wait but the end of a row of metrics, which waits fo
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -31,7 +32,9 @@ COLUMNS = ("seconds", "tokens_per_s", "samples_per_s", "mfu", "data_wait", "bala
 
 def peak_of(name: str) -> float | None:
     """Return the TFLOP/s of a GPU by its name; None of one that is not known."""
-    return next((peak for part, peak in PEAKS if part in name), None)
+    if "Laptop" in name:  # slower than the card it is named after
+        return None
+    return next((peak for part, peak in PEAKS if re.search(rf"\b{re.escape(part)}\b", name)), None)
 
 
 class Throughput:

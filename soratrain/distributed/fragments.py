@@ -43,11 +43,6 @@ class Fragment:
     trained: bool = True
     replicated: bool = True
 
-    @property
-    def whole(self) -> bool:
-        """Whether this is the entire parameter."""
-        return self.numel == self.shape.numel()
-
     def read(self, tensor: Tensor | None = None) -> Tensor:
         """Return these numbers, flat, of the holder or of a `tensor` shaped like it (an optimizer's state)."""
         source = (self.holder if tensor is None else tensor).detach()

@@ -114,8 +114,13 @@ class TrainStage(L.LightningModule):
         scheduler = LambdaLR(optimizer, lambda step: self.schedule(step, self.max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    def activations(self, plan: Plan, half: bool) -> int | None:
-        """Return the bytes that the largest micro-batch keeps, in bf16 (`half`) or fp32; None where that is unknown."""
+    def activations(self, plan: Plan, nets: Mapping[str, nn.Module], half: bool) -> int | None:
+        """Return the bytes that the largest micro-batch keeps; None where that is unknown.
+
+        Args:
+            nets: the stage's, on meta.
+            half: in bf16, not fp32.
+        """
         return None
 
     def exported(self) -> dict[str, tuple[nn.Module, partial, dict[str, Any]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -93,12 +93,9 @@ class DiTStage(TrainStage):
                     f" objective.prediction={self.objective.prediction}; use those, or begin without init"
                 )
 
-    def activations(self, plan: Plan, half: bool) -> int | None:
-        factory = self.factories["dit"]
-        with torch.device("meta"):
-            net = factory()
+    def activations(self, plan: Plan, nets: Mapping[str, nn.Module], half: bool) -> int | None:
         sequence = getattr(self.trainer.strategy, "sequence", 1)
-        return DiTWork(factory, net, STRIDE, half=half, sequence=sequence).activations(plan.blocks.largest[0])
+        return DiTWork(nets["dit"], STRIDE, half=half, sequence=sequence).activations(plan.blocks.largest[0])
 
     def configure_model(self) -> None:
         """Build the nets, and load the VAE where latents are made live.

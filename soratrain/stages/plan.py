@@ -229,7 +229,7 @@ class PlanStage:
     def dit(self, parts: Mapping[str, nn.Module]) -> DiTWork:
         """Return what the DiT computes and keeps."""
         stride = stride_of(self.nets["vae"])
-        return DiTWork(self.nets["dit"], parts["dit"], stride, half=self.half, sequence=self.sequence)
+        return DiTWork(parts["dit"], stride, half=self.half, sequence=self.sequence)
 
     def time(self, parts: Mapping[str, nn.Module], plan: Plan, run: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return how long a step takes; None for a net of which nothing is known."""

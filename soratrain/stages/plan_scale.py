@@ -40,19 +40,15 @@ class DiTWork:
     """What a DiT computes and keeps.
 
     Args:
-        factory: of the net.
-        net: the same, on meta.
+        net: on meta.
         stride: of the VAE in time, rows and columns, which says how many tokens a clip has.
         half: whether it computes in bf16.
         sequence: ranks that share the tokens of each micro-batch.
     """
 
-    def __init__(
-        self, factory: partial, net: nn.Module, stride: Sequence[int], *, half: bool, sequence: int = 1
-    ) -> None:
-        self.net, self.half, self.sequence = net, half, sequence
-        self.recompute = factory.keywords.get("recompute", "none")
+    def __init__(self, net: nn.Module, stride: Sequence[int], *, half: bool, sequence: int = 1) -> None:
         assert isinstance(net, DiT) and isinstance(block := net.blocks[0], Block)
+        self.net, self.half, self.sequence = net, half, sequence
         self.sizes: dict[str, Any] = {"dim": net.dim, "depth": net.depth, "mlp_ratio": block.up.out_features / net.dim}
         rows, columns = stride[1:]
         self.grid = GRID**2, rows * columns * math.prod(net.patch)  # type: ignore[arg-type]
@@ -66,7 +62,7 @@ class DiTWork:
         return dit_activations(
             tokens=-(-self.tokens(counted) // self.sequence),
             itemsize=2 if self.half else 4,
-            recompute=recompute or self.recompute,
+            recompute=recompute or self.net.recompute,
             shared=self.sequence > 1,
             **self.sizes,
         )
@@ -86,7 +82,7 @@ class DiTWork:
         shown = sum(count * bucket.tokens for count, bucket in zip(counts, plan.assignment.buckets, strict=True))
         # of a block's products (4 D² to see, 4 D² to read but for what text gives, two of its MLP) the first of the MLP
         up = self.sizes["mlp_ratio"] / (6 + 2 * self.sizes["mlp_ratio"])
-        again = {"none": (0.0, 0.0), "selective": (up, 0.0), "full": (1.0, 1.0)}[self.recompute]
+        again = {"none": (0.0, 0.0), "selective": (up, 0.0), "full": (1.0, 1.0)}[self.net.recompute]
         return Work(
             products=products / self.sequence,
             attention=attention / self.sequence,

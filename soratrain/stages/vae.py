@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -203,7 +203,7 @@ class VAEStage(ManualStage):
             total = total + self.gradient_weight * across
         return total
 
-    def activations(self, plan: Plan, half: bool) -> int | None:
+    def activations(self, plan: Plan, nets: Mapping[str, nn.Module], half: bool) -> int | None:
         return vae_activations(self.factories["vae"], plan, self.crop, half=half)
 
     def configure_model(self) -> None:

@@ -197,19 +197,8 @@ def said(done: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """Yield a folder on a disk of a megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("only root can mount a small disk")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 @pytest.mark.full
+@pytest.mark.parametrize("small_disk", [1], indirect=True)
 @pytest.mark.parametrize(("strategy", "ranks", "beside"), [("single", 1, True), ("zero2", 2, True), ("ddp", 2, False)])
 def test_a_full_disk_is_one_line_the_last_checkpoint_stands_and_with_room_the_command_goes_on(
     strategy: str, ranks: int, beside: bool, tmp_path: Path, small_disk: Path

@@ -17,7 +17,7 @@ from tiny_training import SGDFactory
 from soratrain.data.datamodule import LatentData
 from soratrain.diffusion.conditioning import MODES, Conditioning
 from soratrain.diffusion.flow import Flow
-from soratrain.distributed.strategy import StrategyOptions
+from soratrain.distributed.options import StrategyOptions
 from soratrain.distributed.trainer import build_trainer, fit
 from soratrain.models import weights
 from soratrain.models.dit import DiT

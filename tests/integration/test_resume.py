@@ -209,27 +209,29 @@ def test_weights_that_are_no_numbers_are_never_saved(strategy: str, tmp_path: Pa
     assert not (tmp_path / "weights").exists()
 
 
+BF16 = {"precision": "bf16-mixed", "weights": "bf16"}
+SHARDED = ("zero2", "zero3", "zero2_offload", "zero3_offload")
+
+
 @pytest.mark.parametrize("strategy", QUICK_AND_SLOW)
 def test_two_ranks_stop_and_resume_as_if_unbroken(strategy: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"strategy": strategy, "ranks": 2, "clip": 0.3, "ema": 0.9, "max_steps": 5}
-    run_ranks(outcome, 2, out=str(tmp_path / "whole"), **settings)
-    run_ranks(outcome, 2, out=str(tmp_path / "broken"), stop_at=3, **settings)
-    run_ranks(outcome, 2, out=str(tmp_path / "broken"), **settings)
-    assert steps(tmp_path / "whole") == steps(tmp_path / "broken")
-    one, other = (torch.load(tmp_path / run / "whole.pt", weights_only=True) for run in ("whole", "broken"))
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    stop_and_go_on(tmp_path, strategy=strategy, clip=0.3)
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("strategy", ["zero2", "zero3", "zero2_offload", "zero3_offload"])
+@pytest.mark.parametrize("strategy", SHARDED)
 def test_ranks_with_weights_in_bf16_stop_and_resume_as_if_unbroken(strategy: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"strategy": strategy, "ranks": 2, "ema": 0.9, "max_steps": 5}
-    settings |= {"precision": "bf16-mixed", "weights": "bf16"}
-    run_ranks(outcome, 2, out=str(tmp_path / "whole"), **settings)
-    run_ranks(outcome, 2, out=str(tmp_path / "broken"), stop_at=3, **settings)
-    run_ranks(outcome, 2, out=str(tmp_path / "broken"), **settings)
-    assert steps(tmp_path / "whole") == steps(tmp_path / "broken")
-    one, other = (torch.load(tmp_path / run / "whole.pt", weights_only=True) for run in ("whole", "broken"))
+    stop_and_go_on(tmp_path, strategy=strategy, **BF16)
+
+
+def stop_and_go_on(folder: Path, **settings: Any) -> None:
+    """Compare two ranks that stop after three steps and go on with two that do not stop, bit for bit."""
+    settings = {"ranks": 2, "ema": 0.9, "max_steps": 5, **settings}
+    run_ranks(outcome, 2, out=str(folder / "whole"), **settings)
+    run_ranks(outcome, 2, out=str(folder / "broken"), stop_at=3, **settings)
+    run_ranks(outcome, 2, out=str(folder / "broken"), **settings)
+    assert steps(folder / "whole") == steps(folder / "broken")
+    one, other = (torch.load(folder / run / "whole.pt", weights_only=True) for run in ("whole", "broken"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from soratrain.callbacks.export import whole_state
-from soratrain.distributed.strategy import StrategyOptions
+from soratrain.callbacks.export import Whole
+from soratrain.distributed.options import StrategyOptions
 from soratrain.distributed.trainer import build_trainer, fit
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import TrainStage
@@ -234,7 +234,8 @@ class Spy(L.Callback):
         self.file = file
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        state = whole_state(trainer)
+        whole = Whole(trainer)
+        state = dict(whole.tensors(sorted(whole.forms)))
         if trainer.is_global_zero:
             torch.save(state, self.file)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from soratrain.batch import VideoBatch, draw_of
-from soratrain.distributed.strategy import StrategyOptions
+from soratrain.distributed.options import StrategyOptions
 from soratrain.distributed.trainer import build_trainer, fit
 from soratrain.models import weights
 from soratrain.models.discriminator import PatchDiscriminator

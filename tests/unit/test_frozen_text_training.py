@@ -17,7 +17,7 @@ from soratrain.data.datamodule import LatentData
 from soratrain.diffusion.conditioning import Conditioning
 from soratrain.diffusion.flow import Flow
 from soratrain.distributed.checkpoint import latest_checkpoint
-from soratrain.distributed.strategy import StrategyOptions
+from soratrain.distributed.options import StrategyOptions
 from soratrain.distributed.trainer import build_trainer, fit
 from soratrain.errors import DataError
 from soratrain.models.dit import DiT

@@ -13,7 +13,7 @@ from torch import nn
 
 from soratrain.callbacks.checkpoint import Checkpoint
 from soratrain.distributed.fragments import Fragment, assemble, whole_fragments
-from soratrain.distributed.strategy import StrategyOptions
+from soratrain.distributed.options import StrategyOptions
 from soratrain.distributed.trainer import build_trainer, resolve_device, resolve_devices
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights

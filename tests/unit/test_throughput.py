@@ -58,6 +58,8 @@ def test_known_gpus_have_their_own_peak_and_a_cpu_has_none() -> None:
     assert peak_of("NVIDIA A100-SXM4-80GB") == 312.0
     assert peak_of("NVIDIA A10G") == 70.0 and peak_of("NVIDIA A40") == 149.7
     assert peak_of("NVIDIA L4") == 121.0 and peak_of("NVIDIA L40S") == 362.0 and peak_of("Voodoo 2") is None
+    for other in ("NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU"):
+        assert peak_of(other) is None
     with pytest.raises(ConfigError, match="trainer.peak_tflops=0"):
         Throughput(Phases(), 0)
 

@@ -18,7 +18,7 @@ from soratrain.diffusion.conditioning import Conditioning
 from soratrain.diffusion.flow import Flow
 from soratrain.diffusion.objective import Objective
 from soratrain.diffusion.sampler import Sampler
-from soratrain.distributed.strategy import StrategyOptions
+from soratrain.distributed.options import StrategyOptions
 from soratrain.distributed.trainer import build_trainer, fit
 from soratrain.models import weights
 from soratrain.models.dit import DiT
