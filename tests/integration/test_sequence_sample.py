@@ -18,8 +18,8 @@ sys.path.insert(0, str(UNIT))
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a chain whose nets are small and at random, and a clip to begin from."""
+    from sample_chain import clip
     from test_dit_stage import write_chain
-    from test_sample_ways import clip
 
     from soratrain.media import write_video
 
@@ -31,9 +31,11 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draw(chain: str, out: str, sequence: int, rolled: bool = False, full_disk: bool = False) -> dict[str, Any]:
     """Draw three clips, two of them in one batch, or one that goes on from another in windows."""
-    from test_sample_ways import T2V, Extend, Sample, Sampler
-
+    from soratrain.diffusion.sampler import Sampler
     from soratrain.stages import sample_files
+    from soratrain.stages.sample import Sample
+    from soratrain.stages.sample_joined import Extend
+    from soratrain.stages.sample_tasks import T2V
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", out)
