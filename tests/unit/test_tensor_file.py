@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
@@ -95,3 +96,17 @@ def test_a_file_that_is_missing_and_a_damaged_index_are_one_line(tmp_path: Path)
     index.write_text("{}")
     with pytest.raises(DataError, match=r"index\.json cannot be read"):
         weights.load(tmp_path, "text")
+
+
+def test_what_was_written_does_not_stay_in_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensor_file, "WINDOW", 1 << 22)
+    if tmp_path.stat().st_dev == Path("/dev/shm").stat().st_dev:
+        pytest.skip("a file system in memory keeps everything there")
+    let_go: list[tuple[int, int]] = []
+    real = os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda *given: (let_go.append(given[1:3]), real(*given)), raising=False)
+    data = memoryview(os.urandom(11 << 20))
+    size, _ = tensor_file.write(tmp_path / "file", b"header  ", iter([data[: 5 << 20], data[5 << 20 :]]))
+    assert (tmp_path / "file").read_bytes() == b"header  " + bytes(data) and size == 8 + len(data)
+    starts = [start for start, _ in let_go]
+    assert len(starts) >= 3 and starts == sorted(starts) and starts[0] == 0
