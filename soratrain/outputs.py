@@ -53,6 +53,7 @@ FREE = (
     "stage.data.prefetch",
     "stage.data.cache",
     "stage.job.workers",
+    "stage.job.sequence",
     "stage.job.remote",
 )
 OF_A_CLAIM = ("config.yaml", "upstream.yaml", "log.txt")  # what is in a folder before anything is made

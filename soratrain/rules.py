@@ -15,7 +15,7 @@ PUBLISHED = "soratrain.models.published."  # VAEs that others have trained
 FROZEN_TEXT = "soratrain.models.frozen_text."
 ZERO = ("zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 AIMED = ("evaluate", "plan")  # stages that have targets
-SHARES_TOKENS = ("dit", "sample", "plan target=dit")  # stages in which processes can share the tokens of a clip
+SHARES_CLIPS = ("dit", "sample", "encode", "plan target=dit")  # stages in which processes can share a clip
 
 
 def check_latents(config: Mapping[str, Any]) -> None:
@@ -36,7 +36,7 @@ def check_latents(config: Mapping[str, Any]) -> None:
 
 
 def check_parallel(config: Mapping[str, Any]) -> None:
-    """Refuse tokens shared where there are none, by one process, or by so many that heads cannot be dealt out.
+    """Refuse clips shared where none can be, by one process, or by so many that heads cannot be dealt out.
 
     Raises:
         ConfigError: names the mend.
@@ -47,11 +47,16 @@ def check_parallel(config: Mapping[str, Any]) -> None:
     if sequence == 1:
         return
     said = stage["name"] + (f" target={config['target']}" if stage["name"] in AIMED else "")
-    if said not in SHARES_TOKENS:
-        stages = ", ".join(f"stage={name}" for name in SHARES_TOKENS)
+    if said not in SHARES_CLIPS:
+        stages = ", ".join(f"stage={name}" for name in SHARES_CLIPS)
         raise ConfigError(
-            f"parallel.sequence={sequence}: processes share the tokens of a DiT's clips in {stages}, and not in"
-            f" stage={said}; leave it out"
+            f"parallel.sequence={sequence}: processes share clips in {stages}, and not in stage={said}; leave it out"
+        )
+    if stage["name"] == "encode" and str(config["vae"].get("_target_")).startswith(PUBLISHED):
+        raise ConfigError(
+            f"parallel.sequence={sequence} with vae={config['vae']['_target_'].removeprefix(PUBLISHED).lower()}: its"
+            " pictures cannot be cut up, since each number depends on the whole; leave it out: processes then share the"
+            " shards"
         )
     if stage["kind"] == "fit" and config["strategy"].get("name") == "single":
         raise ConfigError(

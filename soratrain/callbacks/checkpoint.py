@@ -17,8 +17,10 @@ import torch.distributed as dist
 from soratrain import slurm
 from soratrain.callbacks.step import StepCallback
 from soratrain.distributed.checkpoint import (
+    UnreadableError,
     folder_of,
     gather,
+    problem_of,
     read_state,
     remove_parts,
     saved_checkpoints,
@@ -48,6 +50,7 @@ class Checkpoint(StepCallback):
 
     Attributes:
         scores: the loss of each step that has a checkpoint with one.
+        untouched: steps whose checkpoints are not removed: whether they are among the best could not be read.
     """
 
     def __init__(self, folder: Path, *, every: int, keep: int, keep_best: int = 0, beside: bool = True) -> None:
@@ -61,6 +64,7 @@ class Checkpoint(StepCallback):
         self.saver = Saver(beside=beside, after=self.tidy)
         self.saved = -1
         self.scores: dict[int, float] = {}
+        self.untouched: set[int] = set()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.saver.open()
@@ -85,8 +89,8 @@ class Checkpoint(StepCallback):
         if self.step:
             self.saved = self.step
         if self.keep_best:
-            found = scores_of(self.folder) if trainer.is_global_zero else {}
-            self.scores = {step: score for step, score in gather(found)[0].items() if step <= self.step}
+            scores, self.untouched = gather(scores_of(self.folder) if trainer.is_global_zero else None)[0]
+            self.scores = {step: score for step, score in scores.items() if step <= self.step}
 
     def on_step(self, trainer: L.Trainer, stage: TrainStage) -> None:
         self.saver.poll()
@@ -108,15 +112,31 @@ class Checkpoint(StepCallback):
         return sorted(self.scores, key=lambda step: (self.scores[step], step))[: self.keep_best]
 
     def best_folder(self, trainer: L.Trainer) -> Path | None:
-        """Return the whole checkpoint of the lowest loss, None where that is the present step's or there is none."""
+        """Return the whole checkpoint of the lowest loss, None where that is the present step's or there is none.
+
+        One that is not whole is passed over, saying so; collective.
+        """
         self.saver.wait()
         stage, step = trainer.lightning_module, trainer.global_step
         assert isinstance(stage, TrainStage)
-        present = score_at(stage, step)
-        best = self.best()[:1]
-        if not best or best[0] == step or (present is not None and present < self.scores[best[0]]):
-            return None
-        return folder_of(self.folder, best[0])
+        present, best, problem = score_at(stage, step), self.best(), None
+        there = gather([step_of(folder) for folder in saved_checkpoints(self.folder)])[0]
+        for number in sorted(self.scores, key=lambda one: (self.scores[one], one)):
+            if number == step or (present is not None and present < self.scores[number]):
+                return None
+            if number not in there and number not in best:
+                continue  # long removed
+            folder = folder_of(self.folder, number)
+            problem = problem_of(folder)
+            if problem is None:
+                return folder
+            if trainer.is_global_zero:
+                log.warning("%s; the next best is exported instead", problem)
+            if not isinstance(problem, UnreadableError):
+                del self.scores[number]
+        if problem is not None and trainer.is_global_zero:
+            log.warning("no other is whole: the weights of the last step, %d, are exported", step)
+        return None
 
     def told(self) -> dict[str, float]:
         """Return what a run's result says of its best checkpoint; nothing where none is kept."""
@@ -165,7 +185,7 @@ class Checkpoint(StepCallback):
         """Remove the checkpoints that are not to stay, now that `newest` is whole."""
         step, best = step_of(newest), self.best()
         older = [folder for folder in saved_checkpoints(self.folder) if step_of(folder) <= step]
-        kept = {*older[-self.keep :], *(folder_of(self.folder, number) for number in best)}
+        kept = {*older[-self.keep :], *(folder_of(self.folder, number) for number in (*best, *self.untouched))}
         for folder in saved_checkpoints(self.folder):
             if folder not in kept:  # later ones too: they were damaged, or the run would have gone on from there
                 shutil.rmtree(folder, ignore_errors=True)
@@ -178,17 +198,24 @@ def score_at(stage: TrainStage, step: int) -> float | None:
     return stage.score[1]
 
 
-def scores_of(folder: Path) -> dict[int, float]:
-    """Return the losses that the checkpoints under `folder` hold, by step; of damaged ones none."""
-    found = {}
+def scores_of(folder: Path) -> tuple[dict[int, float], set[int]]:
+    """Return the losses that the checkpoints under `folder` hold, by step, and the steps of which that is not known.
+
+    Those cannot be read now; damaged ones are in neither.
+    """
+    found, unknown = {}, set()
     for place in saved_checkpoints(folder):
         try:
             score = read_state(place).get(SCORE)
+        except UnreadableError as error:
+            log.warning("%s; it stays where it is", error)
+            unknown.add(step_of(place))
+            continue
         except DataError:
             continue
         if score is not None:
             found[step_of(place)] = float(score)
-    return found
+    return found, unknown
 
 
 class GracefulStop(StepCallback):

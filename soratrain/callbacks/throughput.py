@@ -51,6 +51,7 @@ class Throughput:
         self.phases, self.given = phases, peak_tflops
         self.began, self.waited = 0.0, 0.0
         self.work: list[float] = []  # of this rank, step by step
+        self.seconds: float | None = None  # of a step, by the newest row
 
     def begin(self) -> None:
         """Begin a row now."""
@@ -69,7 +70,7 @@ class Throughput:
             left: steps that are still to come.
         """
         passed = max(time.monotonic() - self.began, 1e-9)
-        seconds = passed / max(len(self.work), 1)
+        seconds = self.seconds = passed / max(len(self.work), 1)
         ranks = self.gathered([self.phases.waited - self.waited, peak_memory(device), *self.work], device)
         found = {"seconds": seconds}
         found |= {f"{key}_per_s": means[key] / seconds for key in ("tokens", "samples") if key in means}
@@ -85,6 +86,12 @@ class Throughput:
         found["memory_gib"] = max(rank[1] for rank in ranks) / GIB
         found["seconds_left"] = seconds * left
         return found
+
+    def seconds_left(self, steps: int) -> float | None:
+        """Return how long so many steps will take, by the newest row; before the first, by its steps so far, if any."""
+        if self.seconds is not None:
+            return self.seconds * steps
+        return (time.monotonic() - self.began) / len(self.work) * steps if self.work else None
 
     def gathered(self, values: list[float], device: torch.device) -> list[list[float]]:
         """Return every rank's numbers, of which each has as many."""

@@ -154,7 +154,14 @@ class Window:
 
 
 def load_clip(
-    data: bytes, *, fps: Fraction, frames: int, bucket: Bucket, stride: int = 1, draw: int | None = None
+    data: bytes,
+    *,
+    fps: Fraction,
+    frames: int,
+    bucket: Bucket,
+    stride: int = 1,
+    draw: int | None = None,
+    within: tuple[slice, slice, slice] | None = None,
 ) -> np.ndarray:
     """Return a clip's window as uint8 `[T, H, W, 3]` of the bucket's size.
 
@@ -165,13 +172,16 @@ def load_clip(
         bucket: height, width and frames to give.
         stride: every how many source frames one is taken.
         draw: decides window and crop; None takes the middle of both, for caches and evaluation.
+        within: frames, rows and columns of that window that are wanted; all by default. No other frame is kept.
 
     Raises:
         DataError: the bytes cannot be decoded, or are not what the manifest says.
     """
     window = Window.of(frames, bucket, stride, draw)
-    pixels = to_rgb(decode(data, fps=fps, start=window.start, count=window.count, stride=stride))
-    return np.ascontiguousarray(crop(scale(pixels, bucket), bucket, draw))
+    times, rows, columns = within or (slice(0, window.count), slice(None), slice(None))
+    start, count = window.start + times.start * stride, times.stop - times.start
+    pixels = to_rgb(decode(data, fps=fps, start=start, count=count, stride=stride))
+    return np.ascontiguousarray(crop(scale(pixels, bucket), bucket, draw)[:, rows, columns])
 
 
 def load_whole(data: bytes, *, fps: Fraction, frames: int, bucket: Bucket) -> np.ndarray:

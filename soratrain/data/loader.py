@@ -22,7 +22,8 @@ from soratrain.data.dataset import MicroBatches
 from soratrain.distributed import halt
 from soratrain.errors import DataError, UserError
 
-TRIES = 3  # workers are started again so often without a micro-batch in between
+TRIES = 3  # workers are started again so often at one micro-batch
+MANY, RECENT = 12, 1000  # and so often in as many micro-batches, however many of them came in between
 
 log = logging.getLogger(__name__)
 
@@ -57,14 +58,16 @@ class Loader(DataLoader[Batch]):
     """A DataLoader that raises in this process what a worker hands over as an error, after all ranks know of it.
 
     Workers that die are started again at the micro-batch that is due: order and contents of all depend on their
-    numbers alone, so the run goes on as if nothing had been. One that dies again and again ends the run.
+    numbers alone, so the run goes on as if nothing had been. One that dies again and again ends the run: at the same
+    micro-batch, or now and then, each time costing as much as beginning anew.
     """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         halt.watch()
         span = self.sampler
         assert isinstance(span, Span)
-        first, due, tries = span.start, span.start, 0
+        first, due = span.start, span.start
+        deaths: list[int] = []  # the micro-batches that were due when workers died, of late
         outcomes: Iterator[Any] = super().__iter__()
         try:
             while True:
@@ -76,10 +79,12 @@ class Loader(DataLoader[Batch]):
                     said = self.dead()
                     if said is None:
                         raise
-                    tries += 1
-                    if tries > TRIES:
+                    deaths = [*(number for number in deaths if number > due - RECENT), due]
+                    tries = deaths.count(due)
+                    if tries > TRIES or len(deaths) > MANY:
+                        how = f"{tries} times in a row" if tries > TRIES else f"{len(deaths)} times of late, the last"
                         outcome = DataError(
-                            f"{said}, {tries} times in a row at micro-batch {due}. Fewer data.workers, a smaller"
+                            f"{said}, {how} at micro-batch {due}. Fewer data.workers, a smaller"
                             " data.prefetch or data.cache need less memory; the same command goes on"
                         )
                         outcome.__cause__ = error
@@ -92,7 +97,7 @@ class Loader(DataLoader[Batch]):
                     halt.announce(str(outcome))
                     raise outcome
                 yield outcome
-                due, tries = due + 1, 0
+                due += 1
         finally:
             span.start = first
 

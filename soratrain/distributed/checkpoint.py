@@ -30,6 +30,11 @@ log = logging.getLogger(__name__)
 
 FORMAT = 2
 CHUNK = 1 << 22  # bytes read at once for a checksum
+GONE = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # what is not there, rather than out of reach
+
+
+class UnreadableError(DataError):
+    """A checkpoint that cannot be read now, and may be whole: it is not passed over, and not removed."""
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
@@ -87,24 +92,39 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Return the plain values of a checkpoint.
 
     Raises:
+        UnreadableError: it cannot be read now, or not by this version.
         DataError: it is damaged or incomplete; the message says how.
     """
     try:
         state = json.loads((folder / "state.json").read_text())
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
-    except (OSError, ValueError) as error:
+    except (*GONE, ValueError) as error:
         raise DataError(f"checkpoint {folder} has no readable state.json ({error})") from error
-    if state.get("format") != FORMAT:
-        raise DataError(f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}")
+    except OSError as error:
+        raise unreadable(folder, "state.json", error) from error
     stored = state.pop("crc32", None)
-    if stored != zlib.crc32(json.dumps(state).encode()):
+    intact = stored == zlib.crc32(json.dumps(state).encode())
+    if state.get("format") != FORMAT:
+        kind = UnreadableError if intact else DataError
+        raise kind(f"checkpoint {folder} has format {state.get('format')}; this version reads {FORMAT}")
+    if not intact:
         raise DataError(f"checkpoint {folder}: state.json does not have the checksum it was written with")
     for name, facts in state["files"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+        try:
+            size = (folder / name).stat().st_size
+        except GONE:
+            size = None
+        except OSError as error:
+            raise unreadable(folder, name, error) from error
+        if size != facts["bytes"]:
             raise DataError(f"checkpoint {folder}: {name} is missing or cut short")
     return state
+
+
+def unreadable(folder: Path, name: str, error: OSError) -> UnreadableError:
+    """Return the error that says that a file of a checkpoint is out of reach."""
+    return UnreadableError(f"checkpoint {folder}: {name} cannot be read now ({error.strerror or error})")
 
 
 def check(folder: Path, share: int = 0, shares: int = 1) -> None:
@@ -114,13 +134,16 @@ def check(folder: Path, share: int = 0, shares: int = 1) -> None:
         share, shares: only every so many-th file, from this one on, where others check the rest.
 
     Raises:
+        UnreadableError: it cannot be read now.
         DataError: it is damaged.
     """
     for name, facts in list(sorted(read_state(folder)["files"].items()))[share::shares]:
         try:
             found = crc32(folder / name)
+        except GONE as error:
+            raise DataError(f"checkpoint {folder}: {name} is missing") from error
         except OSError as error:
-            raise DataError(f"checkpoint {folder}: {name} cannot be read ({error.strerror})") from error
+            raise unreadable(folder, name, error) from error
         if found != facts["crc32"]:
             raise DataError(f"checkpoint {folder}: {name} does not have the checksum it was written with")
 
@@ -130,22 +153,43 @@ def saved_checkpoints(root: str | Path) -> list[Path]:
     return sorted(path for path in Path(root).glob("step-*") if path.is_dir() and path.name[5:].isdigit())
 
 
-def latest_checkpoint(root: str | Path) -> Path | None:
-    """Return the newest whole checkpoint under `root`, or None; damaged ones are skipped with a warning.
+def problem_of(folder: Path) -> DataError | None:
+    """Return what is wrong with a checkpoint, None where it is whole.
 
     Where ranks have found each other, all call it: they share the reading, and agree.
     """
-    rank, ranks = own_place()
+    found: DataError | None = None
+    try:
+        check(folder, *own_place())
+    except DataError as error:
+        found = error
+    said = [one for one in gather(found and (isinstance(found, UnreadableError), str(found))) if one]
+    if not said:
+        return None
+    out_of_reach, words = min(said)  # what one rank finds damaged, another's rights do not mend
+    return UnreadableError(words) if out_of_reach else DataError(words)
+
+
+def latest_checkpoint(root: str | Path) -> Path | None:
+    """Return the newest whole checkpoint under `root`, or None; damaged ones are skipped with a warning.
+
+    Where ranks have found each other, all call it, and agree.
+
+    Raises:
+        UnreadableError: on every rank, where a newer one cannot be read now: it may be whole.
+    """
     for folder in reversed(gather(saved_checkpoints(root))[0]):
-        said = None
-        try:
-            check(folder, rank, ranks)
-        except DataError as error:
-            said = str(error)
-        problem = next((one for one in gather(said) if one), None)
+        problem = problem_of(folder)
         if problem is None:
             return folder
-        if rank == 0:
+        if isinstance(problem, UnreadableError):
+            raise on_all_ranks(
+                UnreadableError(
+                    f"{problem}: see to that and give the same command again, or move the folder away to go on from"
+                    " the one before"
+                )
+            )
+        if own_place()[0] == 0:
             log.warning("%s; it is left out", problem)
     return None
 

@@ -35,6 +35,9 @@ def cut_up_as_built(config: Any, weights: torch.dtype) -> Iterator[None]:
 def cut_up(net: nn.Module, config: Any, weights: torch.dtype) -> None:
     """Leave each rank its slice of every parameter of `net`, which all ranks have built alike.
 
+    Where weights are kept in fewer bits than fp32, a trained parameter's `exact` is that slice in fp32, on the CPU:
+    what an optimizer that updates weights in fp32 begins from.
+
     Args:
         config: DeepSpeed's.
         weights: type in which they are kept.
@@ -43,20 +46,29 @@ def cut_up(net: nn.Module, config: Any, weights: torch.dtype) -> None:
 
     class Init(deepspeed.zero.Init):
         def _zero_init_param(self, param: Any) -> None:
-            param.data = param.data.to(weights)
+            whole = param.data
+            param.data = whole.to(weights)
             if param.dim():
                 super()._zero_init_param(param)
             else:  # DeepSpeed would broadcast it as bytes, which a tensor without dimensions cannot be viewed as
                 torch.distributed.broadcast(param.data, 0)
                 self._convert_to_deepspeed_param(param)
                 param.partition()
+            if weights != torch.float32 and param.requires_grad:
+                param.exact = own_slice(param, whole, torch.distributed.get_rank()).to("cpu", torch.float32, copy=True)
 
     Init(module=net, config_dict_or_path=config)
 
 
 def fill(param: Any, values: Tensor, rank: int) -> None:
     """Set a parameter that is cut up to whole `values`: this rank's slice of them."""
-    slice_ = param.ds_tensor
-    start = slice_.ds_numel * rank
-    own = values.detach().reshape(-1)[start : start + slice_.ds_numel]
-    slice_.data.view(-1)[: own.numel()].copy_(own)
+    own = own_slice(param, values, rank)
+    param.ds_tensor.data.view(-1)[: own.numel()].copy_(own)
+    if hasattr(param, "exact"):
+        param.exact.copy_(own)
+
+
+def own_slice(param: Any, values: Tensor, rank: int) -> Tensor:
+    """Return a rank's slice, flat and without its padding, of the whole `values` of a parameter that is cut up."""
+    start = param.ds_tensor.ds_numel * rank
+    return values.detach().reshape(-1)[start : start + param.ds_tensor.ds_numel]

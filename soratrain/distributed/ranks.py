@@ -20,12 +20,17 @@ import torch
 import torch.distributed as dist
 
 from soratrain import slurm
+from soratrain.distributed.mesh import Mesh
 from soratrain.errors import DataError, UserError
 
 T = TypeVar("T")
 ARRIVAL = timedelta(minutes=30)  # how long the first to come waits for the last
 LONGEST = timedelta(days=30)  # how long one that has done its part waits; one that has died is noticed at once
 PARENT = "SORATRAIN_PARENT"  # the process that started this one
+
+
+class ElsewhereError(DataError):
+    """What another rank of this job has said."""
 
 
 def number(*names: str) -> int | None:
@@ -55,12 +60,14 @@ class Ranks:
         rank, size: its number, and how many there are.
         local: its number on this node.
         group: over which they meet.
+        before: the number among all of a job's ranks of the first of these, where they are but some of them.
     """
 
     rank: int = 0
     size: int = 1
     local: int = 0
     group: Any = None
+    before: int = 0
 
     @classmethod
     @contextmanager
@@ -91,6 +98,10 @@ class Ranks:
         """Whether this is the one that speaks for all."""
         return self.rank == 0
 
+    def team(self, mesh: Mesh, group: Any) -> Ranks:
+        """Return this process among those of its group in `mesh`, which meet over `group`."""
+        return Ranks(mesh.place, mesh.sequence, self.local, group, before=self.rank - mesh.place)
+
     def check(self) -> None:
         """Go no further where the process that started this one has died: its heir may be at work already.
 
@@ -114,19 +125,21 @@ class Ranks:
             result = work()
         except (UserError, OSError) as error:
             failure = error
-        found: list[Any] = [(result, None if failure is None else str(failure))]
+        whose = "" if isinstance(failure, ElsewhereError) else f"rank {self.before + self.rank}: "
+        said = None if failure is None else f"{whose}{failure}"
+        found: list[Any] = [(result, said)]
         if self.size > 1:
             found = [None] * self.size
             try:
-                dist.all_gather_object(found, (result, None if failure is None else str(failure)), self.group)
+                dist.all_gather_object(found, (result, said), self.group)
             except RuntimeError as error:
                 if failure is None:
                     raise DataError("another process of this job has died; the same command goes on") from error
         if failure is not None:
             raise failure
-        for rank, (_, said) in enumerate(found):
+        for _, said in found:
             if said is not None:
-                raise DataError(f"rank {rank}: {said}")
+                raise ElsewhereError(said)
         return [result for result, _ in found]
 
 

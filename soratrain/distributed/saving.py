@@ -117,14 +117,15 @@ class Saver:
         if problem is not None:
             raise not_written(folder, problem)
         layout = Layout.of({key: Form.of(value) for key, value in tensors.items()}) if tensors else None
-        if wait or not self.ready or not self.has_room(0 if layout is None else layout.nbytes):
+        beside = not wait and self.ready and self.has_room(0 if layout is None else layout.nbytes)
+        pieces = self.copied(layout, tensors) if beside else None
+        if pieces is None:
             names = [] if layout is None else list(layout.starts)
             save = Save(folder, layout, (tensor_file.raw(tensors[name]) for name in names), starts, state)
             self.write(save, None)
             if save.problem is not None:
                 raise not_written(folder, save.problem)
             return
-        pieces = self.image.take(layout, tensors) if layout is not None else []
         save = Save(folder, layout, pieces, starts, state)
         thread = threading.Thread(target=self.write, args=(save, self.groups[0]), name="checkpoint")
         self.under_way = (save, thread)
@@ -167,6 +168,25 @@ class Saver:
         """Give the copy's memory back; nothing may be under way."""
         self.image.free()
 
+    def copied(self, layout: Layout | None, tensors: Mapping[str, Tensor]) -> Iterable[memoryview] | None:
+        """Return the bytes of a copy; None on every rank where one got no memory for it, as from then on."""
+        pieces: Iterable[memoryview] = []
+        said = None
+        try:
+            pieces = self.image.take(layout, tensors) if layout is not None else []
+        except (MemoryError, RuntimeError) as error:  # the latter is what torch says
+            said = told(own_place()[0], error)
+        problem = next((one for one in gather(said) if one), None)
+        if problem is None:
+            return pieces
+        self.beside = False
+        for _ in pieces:  # a GPU may still be copying
+            pass
+        self.image.free()
+        if own_place()[0] == 0:
+            log.warning("checkpoints are written while training waits: there was no memory for a copy (%s)", problem)
+        return None
+
     def has_room(self, nbytes: int) -> bool:
         """Return whether every node has memory for its ranks' copies, decided and said at the first save."""
         if self.decided:
@@ -198,7 +218,7 @@ class Saver:
                 path = part / f"rank-{rank:05d}.safetensors"
                 size, crc = tensor_file.write(path, save.layout.header, save.pieces, save.given_up.is_set)
                 report = {"file": path.name, "bytes": size, "crc32": crc, "starts": dict(save.starts)}
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, all ranks hear of it, and the last one stands
             report = {"error": told(rank, error)}
         try:
             reports = gather(report, group)
@@ -223,18 +243,26 @@ class Saver:
                 shutil.rmtree(save.folder, ignore_errors=True)
                 os.replace(part, save.folder)
                 sync(save.folder.parent)
-                if self.after is not None:
-                    self.after(save.folder)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - as above
                 problem = told(0, error)
         if problem is not None:
             shutil.rmtree(part, ignore_errors=True)
-        return problem
+            return problem
+        try:
+            if self.after is not None:
+                self.after(save.folder)
+        except Exception as error:  # noqa: BLE001 - this one is whole whatever becomes of older ones
+            log.warning("%s is written, but older checkpoints were not removed (%s)", save.folder, told(0, error))
+        return None
 
 
 def told(rank: int, error: Exception) -> str:
-    """Return in words what went wrong on a rank."""
-    return f"rank {rank}: {getattr(error, 'strerror', None) or error}"
+    """Return in a line what went wrong on a rank."""
+    known = isinstance(error, OSError | RuntimeError | MemoryError)
+    words = " ".join(str(getattr(error, "strerror", None) or error).split())
+    if isinstance(error, MemoryError):
+        words = words or "out of memory"
+    return f"rank {rank}: {words if known else f'{type(error).__name__}: {words}'}"
 
 
 def not_written(folder: Path, problem: str) -> UserError:

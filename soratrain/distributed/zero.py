@@ -99,7 +99,29 @@ class Sharded(Restorable, DeepSpeedStrategy):
             ConfigError: the optimizer needs whole matrices.
         """
         assert self.model is not None
+        exact = self.exact_weights() if self.weights != torch.float32 else {}
         self._initialize_deepspeed_train(self.model)
+        for fragment in self.fragments():  # DeepSpeed's fp32 weights were made from those in bf16
+            if fragment.trained and fragment.name in exact:
+                start, values = exact[fragment.name]
+                fragment.write(values[fragment.start - start :][: fragment.numel])
+
+    def exact_weights(self) -> dict[str, tuple[int, Tensor]]:
+        """Return the trained weights as they were drawn or loaded, before they are rounded to bf16: fp32, on the CPU.
+
+        Under ZeRO-3 they are this rank's slices, which are then forgotten by their parameters.
+
+        Returns:
+            Where each begins in its parameter, and the flat values, by name.
+        """
+        found = {}
+        for name, param in self.lightning_module.named_parameters():
+            if hasattr(param, "exact"):
+                found[name] = (param.ds_tensor.ds_numel * self.global_rank, param.exact)
+                del param.exact
+            elif param.requires_grad and not hasattr(param, "ds_id"):
+                found[name] = (0, param.detach().cpu().flatten())
+        return found
 
     def _setup_model_and_optimizer(self, model: Any, optimizer: Any, lr_scheduler: Any = None) -> Any:
         if isinstance(optimizer, Muon):

@@ -1,7 +1,8 @@
 """stage=encode: every clip of the shards through the VAE once, into shards of latents.
 
 One source shard is one unit of work: its manifest part is written last, so what has a part is done, and the same
-command goes on with the others. Processes share the units; what a unit becomes does not depend on who does it.
+command goes on with the others. Processes share the units; what a unit becomes does not depend on who does it. Where
+processes work in groups, a group shares each unit: every long clip of it, and the batches of short ones.
 """
 
 from __future__ import annotations
@@ -18,22 +19,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from soratrain.data.assignment import Assignment, Bucket
 from soratrain.data.atomic import replacing
 from soratrain.data.buckets import Buckets
-from soratrain.data.manifest import Manifest, write_manifest
+from soratrain.data.manifest import Manifest
 from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
-from soratrain.data.shards import ShardWriter
-from soratrain.distributed.ranks import Ranks, deal
+from soratrain.distributed.mesh import Mesh, check_ranks
+from soratrain.distributed.ranks import LONGEST, Ranks, deal
+from soratrain.distributed.sequence import group_of
 from soratrain.errors import DataError
 from soratrain.models.autoencoders import load_vae
 from soratrain.models.vae import VAE
-from soratrain.stages.encoding import AROUND, ClipEncoder, pixels, pixels_by_shard, trimmed
-from soratrain.stages.latents import SCHEMA, Groups, store
-from soratrain.stages.pace import Pace, in_bytes, progress
+from soratrain.stages.encode_output import Output
+from soratrain.stages.encoding import ClipEncoder, pixels, pixels_by_shard, trimmed
+from soratrain.stages.encoding_parts import Part
+from soratrain.stages.encoding_rounds import Encoded, rounds
+from soratrain.stages.latents import SCHEMA, Clip, Groups
+from soratrain.stages.pace import Pace, progress
 from soratrain.stages.texts import Texts
 from soratrain.stages.vae_latents import encoder_hash
 
@@ -42,13 +48,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """All that a rank needs to encode its shards."""
+    """All that a rank needs to encode its shards.
+
+    Attributes:
+        mesh, team: the groups of ranks, and this rank among those of its own.
+    """
 
     manifest: Manifest
     assignment: Assignment
     vae: VAE
     device: torch.device
     texts: Texts | None
+    mesh: Mesh
+    team: Ranks
 
 
 class Encode:
@@ -69,6 +81,7 @@ class Encode:
         max_bad: share of clips that may be unreadable before the job stops; a few always may.
         max_bytes: size of an output shard.
         remote: how shards in a store are read.
+        sequence: processes that encode each long clip together.
 
     Raises:
         ConfigError: a value out of range.
@@ -92,6 +105,7 @@ class Encode:
         max_bad: float = 0.01,
         max_bytes: int = 256 << 20,
         remote: Remote | None = None,
+        sequence: int = 1,
     ) -> None:
         self.encoding = ClipEncoder(
             tail_frames=tail_frames,
@@ -102,6 +116,7 @@ class Encode:
         self.out, self.shards, self.vae_folder, self.buckets = Path(out), shards, vae, buckets
         self.text, self.captions, self.device = text, captions, device
         self.workers, self.max_bad, self.max_bytes, self.remote = workers, max_bad, max_bytes, remote
+        self.sequence = sequence
 
     def __call__(self) -> dict[str, float]:
         """Encode what is not encoded yet; return clips, clips a second of this call, megabytes, and what was left out.
@@ -110,14 +125,18 @@ class Encode:
             DataError: the folder holds latents of something else, or too many clips cannot be read.
         """
         with Ranks.joined() as ranks:
-            work = self._prepare(ranks)
+            mesh = Mesh(ranks.rank, ranks.size, self.sequence)
+            check_ranks(mesh.sequence, mesh.size, "the processes of this job")
+            # before anything fails on one rank alone: the others would wait for it here
+            team = ranks.team(mesh, group_of(mesh, LONGEST, "gloo") if mesh.sequence > 1 else None)
+            work = self._prepare(ranks, mesh, team)
             ranks.together(lambda: self._claim(work) if ranks.first else None)
             began = time.monotonic()
             done = sum(ranks.together(lambda: self._encode(work, ranks)))
             seconds = time.monotonic() - began
             return ranks.together(lambda: self._finish(work, done / seconds) if ranks.first else {})[0]
 
-    def _prepare(self, ranks: Ranks) -> Work:
+    def _prepare(self, ranks: Ranks, mesh: Mesh, team: Ranks) -> Work:
         """Read what is needed, and see that the buckets fit the VAE."""
         manifest = read_manifest(self.shards)
         cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
@@ -126,7 +145,7 @@ class Encode:
         assignment = self.buckets.assign(manifest, lambda bucket: 1)
         for bucket in assignment.buckets:
             vae.check_size(bucket.frames, bucket.height, bucket.width)
-        return Work(manifest, assignment, vae, device, Texts.of(self.text, self.captions, device))
+        return Work(manifest, assignment, vae, device, Texts.of(self.text, self.captions, device), mesh, team)
 
     def fingerprint(self, work: Work) -> dict[str, str]:
         """Return what the latents depend on: the VAE's encoder, the clips, what is taken of them how, and the texts."""
@@ -164,34 +183,22 @@ class Encode:
         text = None if work.texts is None else work.texts.encoder.record()
         begun = {"schema": SCHEMA, "kind": "latents", "fingerprint": fingerprint, "text": text, "complete": False}
         self._write(begun | self._dataset())
-        sizes = list(zip(work.assignment.buckets, map(len, work.assignment.members), strict=True))
-        size, clips = sum(n * self.encoding.bytes_of(work.vae, bucket) for bucket, n in sizes), sum(n for _, n in sizes)
         frozen = text is not None and text.get("kind") != "byte"
-        log.info(
-            "%s clips of %d sizes, %s of latents, about %s on disk%s;"
-            " %s frames beyond each clip's 1 + 4k, at most %d, are left out",
-            f"{clips:,}",
-            len(sizes),
-            in_bytes(size),
-            in_bytes(size + clips * AROUND),
-            " and the captions' features beside them" if frozen else "",
-            f"{trimmed(work.manifest, work.assignment):,}",
-            max(bucket.frames for bucket in work.assignment.buckets),
-        )
+        log.info("%s", self.encoding.foretold(work.vae, work.manifest, work.assignment, features=frozen))
         for reason, count in work.assignment.dropped.items():
             log.info("%s clips are not encoded: %s", f"{count:,}", reason)
 
     def _encode(self, work: Work, ranks: Ranks) -> int:
-        """Encode this rank's shards that are not encoded yet; return how many clips they held."""
-        costs = pixels_by_shard(work.manifest, work.assignment)
-        todo = [number for number in deal(costs, ranks.size)[ranks.rank] if not self._part(number).is_file()]
+        """Encode its group's shards that are not encoded yet; return how many clips they held, once for a group."""
+        costs, mesh = pixels_by_shard(work.manifest, work.assignment), work.mesh
+        own = deal(costs, mesh.data_ranks)[mesh.data_rank]
+        todo = work.team.together(lambda: [number for number in own if not self._part(number).is_file()])[0]
         clips = sum(int(np.isin(work.manifest.shard[members], todo).sum()) for members in work.assignment.members)
-        done, failed, pace = 0, 0, Pace(clips, sum(costs[number] for number in todo), ranks.size)
+        done, failed, pace = 0, 0, Pace(clips, sum(costs[number] for number in todo), mesh.data_ranks)
         with progress(shown=ranks.first) as bar:
             task = bar.add_task(f"encode (rank 0 of {ranks.size})" if ranks.size > 1 else "encode", total=clips)
             for number in todo:
                 for bucket, encoded, unreadable in self._encode_shard(work, number):
-                    ranks.check()
                     done, failed = done + encoded, failed + unreadable
                     bar.advance(task, encoded + unreadable)
                     self._bear(failed, len(work.manifest))
@@ -199,7 +206,7 @@ class Encode:
                         log.info("%s", said)
         if work.texts is not None and work.texts.cut:
             log.warning("%s captions are longer than text.max_tokens and were cut", f"{work.texts.cut:,}")
-        return done
+        return done if mesh.counts else 0
 
     def _bear(self, failed: int, clips: int) -> None:
         if failed > max(3, self.max_bad * clips):
@@ -209,27 +216,41 @@ class Encode:
 
     def _encode_shard(self, work: Work, number: int) -> Iterator[tuple[Bucket, int, int]]:
         """Encode a source shard into shards of its own; yield each batch's bucket, clips done, and clips unreadable."""
-        manifest, strides = work.manifest, work.assignment.stride
-        groups = Groups(manifest, list(self.encoding.groups(manifest, work.assignment, number)), strides, self.remote)
-        for unfinished in self.out.glob(f".latents-{number:05d}-*"):
-            unfinished.unlink()
-        rows = []
-        with ShardWriter(self.out, self.max_bytes, prefix=f"latents-{number:05d}") as writer:
-            for bucket, clips in DataLoader(groups, batch_size=None, num_workers=self.workers):
-                for clip in clips:
-                    if clip.video is None:
-                        log.warning("clip %s is not encoded: %s", manifest.row(clip.index).key, clip.failure)
-                whole = [clip for clip in clips if clip.video is not None]
-                places = [manifest.row(clip.index) for clip in whole]
-                latents = self.encoding(work.vae, [clip.video for clip in whole], work.device)
-                if work.texts is not None:
-                    texts = work.texts([row.key for row in places], [clip.captions for clip in whole])
-                    latents = [{**latent, **text} for latent, text in zip(latents, texts, strict=True)]
-                for clip, row, tensors in zip(whole, places, latents, strict=True):
-                    stride = int(strides[clip.index])
-                    rows.append(store(writer, row, tensors, bucket=bucket, stride=stride, captions=clip.captions))
-                yield bucket, len(whole), len(clips) - len(whole)
-        write_manifest(self.out, rows, part=number)
+        manifest, strides, team = work.manifest, work.assignment.stride, work.team
+        batches = self.encoding.batches(work.vae, manifest, work.assignment, number, team.size)
+        plan = list(rounds(batches, team.size))
+        own = [each.of(team.rank) for each in plan]
+        wanted, parts = [item[0] for item in own if item], [item[1] for item in own if item]
+        groups = Groups(manifest, wanted, strides, self.remote, parts)
+        loaded = iter(DataLoader(groups, batch_size=None, num_workers=self.workers))
+        how: dict[str, Any] = {"max_bytes": self.max_bytes, "manifest": manifest, "strides": strides}
+        with Output(self.out, number, active=team.first, **how) as output:
+            team.together(output.open)
+            for each, item in zip(plan, own, strict=True):
+                made = team.together(partial(self._made, work, loaded, item[1]) if item else lambda: None)
+                whole = list(each.whole(made))
+                team.together(partial(output.add, whole))
+                for bucket, clips in whole:
+                    unreadable = sum(bool(clip.failure) for clip in clips)
+                    yield bucket, len(clips) - unreadable, unreadable
+            team.together(output.close)
+
+    def _made(self, work: Work, loaded: Iterator[tuple[Bucket, list[Clip]]], part: Part | None) -> list[Encoded] | None:
+        """Return what this rank makes of the next clips, or of its part of them; the texts are the first one's part."""
+        work.team.check()
+        _, clips = next(loaded)
+        whole = [clip for clip in clips if clip.video is not None]
+        videos = [clip.video for clip in whole if clip.video is not None]
+        latents = self.encoding(work.vae, videos, work.device, part)
+        texts: Sequence[dict[str, Tensor]] = [{} for _ in whole]
+        if work.texts is not None and (part is None or work.team.first):
+            keys = [work.manifest.row(clip.index).key for clip in whole]
+            texts = work.texts(keys, [clip.captions for clip in whole])
+        made = {
+            clip.index: Encoded(clip.index, clip.captions, latent, text)
+            for clip, latent, text in zip(whole, latents, texts, strict=True)
+        }
+        return [made.get(clip.index) or Encoded(clip.index, [], failure=clip.failure) for clip in clips]
 
     def _finish(self, work: Work, rate: float) -> dict[str, float]:
         """Mark the folder as whole and return its figures."""

@@ -14,8 +14,12 @@ from soratrain.data.manifest import Manifest
 from soratrain.errors import ConfigError
 from soratrain.models.tiles import LEAST
 from soratrain.models.vae import VAE
+from soratrain.stages.encoding_parts import LATENT, Part, divide
+from soratrain.stages.encoding_rounds import Batch
+from soratrain.stages.pace import in_bytes
 
 AROUND = 3500  # bytes a clip takes besides: its K.json, names of tensors, tokens of captions, and what a tar pads
+FEATURES = " and the captions' features beside them"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,28 +50,47 @@ class ClipEncoder:
     def __str__(self) -> str:
         return f"{self.tails}:{self.dtype}"
 
-    def groups(self, manifest: Manifest, assignment: Assignment, shard: int) -> Iterator[tuple[Bucket, np.ndarray]]:
-        """Yield the clips of a source shard, as many of one bucket together as are encoded at once."""
+    def batches(
+        self, vae: VAE, manifest: Manifest, assignment: Assignment, shard: int, ranks: int
+    ) -> Iterator[tuple[Batch, list[Part]]]:
+        """Yield the clips of a source shard, as many of one bucket together as are encoded at once.
+
+        With each come the parts that `ranks` processes make of it; none where one of them encodes it.
+        """
         for bucket, members in zip(assignment.buckets, assignment.members, strict=True):
             mine = members[manifest.shard[members] == shard]
             size = max(1, self.pixels_per_batch // pixels(bucket))
-            yield from ((bucket, mine[start : start + size]) for start in range(0, len(mine), size))
+            long = ranks > 1 and pixels(bucket) > self.pixels_per_batch
+            parts = divide(vae, bucket, ranks, self.tails) if long else []
+            yield from (((bucket, mine[start : start + size]), parts) for start in range(0, len(mine), size))
 
     @torch.no_grad()
-    def __call__(self, vae: VAE, videos: Sequence[np.ndarray], device: torch.device) -> list[dict[str, Tensor]]:
-        """Return `latent` and the tails of clips of one size, uint8 `[T, H, W, 3]`: stored type, on the CPU."""
+    def __call__(
+        self, vae: VAE, videos: Sequence[np.ndarray], device: torch.device, part: Part | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Return `latent` and the tails of clips of one size, uint8 `[T, H, W, 3]`: stored type, on the CPU.
+
+        Args:
+            part: the clips are but what this part of each reads; its own positions are returned.
+        """
         if not videos:
             return []
         stacked = torch.from_numpy(np.stack(videos))
 
-        def encode(video: Tensor) -> Tensor:
+        def encode(name: str, video: Tensor) -> Tensor:
             pieces = latents_of(vae, video, device, self.pixels_per_batch)
-            return torch.cat([piece.to("cpu", DTYPES[self.dtype]) for piece in pieces], dim=2)
+            latent = torch.cat([piece.to("cpu", DTYPES[self.dtype]) for piece in pieces], dim=2)
+            return latent if part is None else part.of(latent, name)
 
+        tails = self._tails(stacked.shape[1]) if part is None or part.ends else []
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
-            found = {"latent": encode(stacked)}
-            found |= {f"tail{frames}": encode(stacked[:, -frames:]) for frames in self._tails(stacked.shape[1])}
-        return [{name: each[place].contiguous() for name, each in found.items()} for place in range(len(stacked))]
+            found = {LATENT: encode(LATENT, stacked)}
+            found |= {name: encode(name, stacked[:, -frames:]) for name, frames in ((f"tail{n}", n) for n in tails)}
+        whole = torch.contiguous_format  # of each clip alone, for it may be sent
+        return [
+            {name: each[place].clone(memory_format=whole) for name, each in found.items()}
+            for place in range(len(stacked))
+        ]
 
     def bytes_of(self, vae: VAE, bucket: Bucket) -> int:
         """Return the bytes of the latent and the tails of one clip."""
@@ -75,6 +98,21 @@ class ClipEncoder:
         steps = sum(1 + (frames - 1) // time for frames in (bucket.frames, *self._tails(bucket.frames)))
         numbers = vae.latent_channels * steps * (bucket.height // high) * (bucket.width // wide)
         return numbers * DTYPES[self.dtype].itemsize
+
+    def foretold(self, vae: VAE, manifest: Manifest, assignment: Assignment, *, features: bool) -> str:
+        """Return in words how much there is to encode, and what it will take.
+
+        Args:
+            features: whether those of a frozen text encoder are stored too, whose size is not known.
+        """
+        sizes = list(zip(assignment.buckets, map(len, assignment.members), strict=True))
+        size, clips = sum(n * self.bytes_of(vae, bucket) for bucket, n in sizes), sum(n for _, n in sizes)
+        return (
+            f"{clips:,} clips of {len(sizes)} sizes, {in_bytes(size)} of latents, about"
+            f" {in_bytes(size + clips * AROUND)} on disk{FEATURES if features else ''};"
+            f" {trimmed(manifest, assignment):,} frames beyond each clip's 1 + 4k, at most"
+            f" {max(bucket.frames for bucket in assignment.buckets)}, are left out"
+        )
 
     def _tails(self, frames: int) -> list[int]:
         return [count for count in self.tails if count <= frames]

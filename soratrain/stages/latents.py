@@ -33,6 +33,7 @@ from soratrain.data.members import open_folder, read_members
 from soratrain.data.remote import Remote
 from soratrain.data.shards import ShardWriter
 from soratrain.errors import DataError
+from soratrain.stages.encoding_parts import Part
 
 SCHEMA = 2  # of K.json and dataset.json
 
@@ -48,7 +49,14 @@ class Clip:
 
 
 class Groups(Dataset):
-    """Groups of clips of one bucket, each decoded as one item; `remote`: how shards in a store are read."""
+    """Groups of clips of one bucket, each decoded as one item.
+
+    Args:
+        manifest, stride: of the clips; every how many source frames one is taken.
+        groups: the size of each, and its clips.
+        remote: how shards in a store are read.
+        parts: of each group, what is wanted of its clips; all by default.
+    """
 
     def __init__(
         self,
@@ -56,8 +64,9 @@ class Groups(Dataset):
         groups: Sequence[tuple[Bucket, np.ndarray]],
         stride: np.ndarray,
         remote: Remote | None = None,
+        parts: Sequence[Part | None] | None = None,
     ) -> None:
-        self.manifest, self.groups, self.stride = manifest, groups, stride
+        self.manifest, self.groups, self.stride, self.parts = manifest, groups, stride, parts
         self.reader = open_folder(manifest, manifest.folder, remote)
 
     def __len__(self) -> int:
@@ -65,9 +74,11 @@ class Groups(Dataset):
 
     def __getitem__(self, number: int) -> tuple[Bucket, list[Clip]]:
         bucket, members = self.groups[number]
-        return bucket, [self._load(int(index), bucket) for index in members]
+        part = self.parts[number] if self.parts else None
+        within = None if part is None else part.pixels
+        return bucket, [self._load(int(index), bucket, within) for index in members]
 
-    def _load(self, index: int, bucket: Bucket) -> Clip:
+    def _load(self, index: int, bucket: Bucket, within: tuple[slice, slice, slice] | None) -> Clip:
         row = self.manifest.row(index)
         try:
             header, media = read_members(self.reader, row)
@@ -76,7 +87,7 @@ class Groups(Dataset):
             return Clip(
                 index,
                 captions_of(header),
-                load_clip(media, fps=fps, frames=row.frames, bucket=bucket, stride=stride),
+                load_clip(media, fps=fps, frames=row.frames, bucket=bucket, stride=stride, within=within),
             )
         except DataError as error:
             return Clip(index, [], None, str(error))

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from ranks import run_ranks
@@ -20,6 +21,7 @@ from test_strategies import outcome, same_training, steps
 from tiny_training import Measured, Net, train
 
 from soratrain.callbacks import export
+from soratrain.distributed import checkpoint
 from soratrain.distributed.checkpoint import CheckpointReader, latest_checkpoint, read_state, saved_checkpoints
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
@@ -84,6 +86,46 @@ def test_the_best_checkpoint_can_be_exported_and_the_run_is_none_the_worse(
         if not key.startswith("buffer/"):  # those are made from the weights that are exported
             numel = torch.Size(ended[0].state["shapes"][key.split("/", 1)[1]]).numel()
             assert torch.equal(*(reader.read(key, 0, numel) for reader in ended))
+
+
+class Spoil(L.Callback):
+    """Damages a checkpoint when training is over, or puts it out of reach."""
+
+    def __init__(self, folder: Path, reach: pytest.MonkeyPatch | None) -> None:
+        self.folder, self.reach = folder, reach
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        file = self.folder / "rank-00000.safetensors"
+        if self.reach is None:
+            content = bytearray(file.read_bytes())
+            content[-7] ^= 1
+            file.write_bytes(content)
+            return
+        original = checkpoint.crc32
+
+        def out_of_reach(path: Path) -> int:
+            if path == file:
+                raise PermissionError(13, "Permission denied", str(path))
+            return original(path)
+
+        self.reach.setattr(checkpoint, "crc32", out_of_reach)
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_best_checkpoint_that_is_not_whole_is_not_exported_and_the_next_best_is(
+    damaged: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints" / "step-00000005"
+    how: dict[str, Any] = {"keep_best": 2, "validation": partial(Measured, LOSSES), "export": "best"}
+    with caplog.at_level("WARNING", logger="soratrain"):
+        spoil = Spoil(folder, None if damaged else monkeypatch)
+        _, _, result = train(tmp_path, max_steps=8, trainer=how, callbacks=[spoil])
+    assert weights.document_of(tmp_path, "net")["extra"]["step"] == 3
+    why = "does not have the checksum" if damaged else "cannot be read now (Permission denied)"
+    assert f"step-00000005: rank-00000.safetensors {why}" in caplog.text
+    assert "; the next best is exported instead" in caplog.text
+    assert names(tmp_path) == ([3, 6, 8] if damaged else [3, 5, 6, 8])  # what is damaged is not kept for its loss
+    assert result["best_step"] == (3 if damaged else 5)
 
 
 def test_without_keep_best_what_is_measured_keeps_nothing(tmp_path: Path) -> None:

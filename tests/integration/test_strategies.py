@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from tiny_training import Net, train
+from tiny_training import Net, Spy, train
 
 from soratrain.distributed.components import components
 from soratrain.distributed.options import StrategyOptions
@@ -111,6 +111,33 @@ def test_weights_in_bf16_train_as_those_in_fp32_to_the_precision_of_bf16(
     assert moved > 0, "the optimizer's weights are not those in bf16"
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=0.02, atol=0.02)
+
+
+class Begun(Spy):
+    """Keeps the whole weights that the optimizer begins with."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        Spy.on_train_end(self, trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pass
+
+
+def begun(out: str, **settings: Any) -> None:
+    train(out, callbacks=[Begun(Path(out) / "begun.pt")], max_steps=1, **settings)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["zero2", *(pytest.param(name, marks=pytest.mark.full) for name in ("zero3", "zero2_offload", "zero3_offload"))],
+)
+def test_the_optimizer_begins_with_weights_that_were_never_rounded(strategy: str, tmp_path: Path) -> None:
+    run_ranks(begun, 1, out=str(tmp_path / "one"))
+    run_ranks(begun, 2, out=str(tmp_path / "two"), strategy=strategy, ranks=2, **BF16)
+    ours, theirs = (torch.load(tmp_path / run / "begun.pt", weights_only=True) for run in ("one", "two"))
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in ours.values())
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
 
 
 @pytest.mark.full

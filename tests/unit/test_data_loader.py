@@ -12,8 +12,10 @@ import pytest
 import torch
 from data_tiny import key, write_clips
 from loading import SHAPES, cached, damage, same, video
+from torch.utils.data import Dataset
 
 from soratrain.batch import draw_of
+from soratrain.data import loader as loading_again
 from soratrain.data.buckets import Table
 from soratrain.errors import ConfigError, DataError
 
@@ -42,6 +44,39 @@ def test_ctrl_c_is_the_training_process_own_affair(latents):
     os.kill(loader._iterator._workers[0].pid, signal.SIGINT)  # as a terminal does to all processes of a command
     found += batches
     assert all(same(a, b) for a, b in zip(found, cached(latents).loader(0, 8), strict=True))
+
+
+class Dying(Dataset):
+    """Items of which each number's first `times` tries end as they do where the worker has died."""
+
+    def __init__(self, times: dict[int, int]) -> None:
+        self.times = dict(times)
+
+    def __getitem__(self, number: int) -> int:
+        if self.times.get(number, 0):
+            self.times[number] -= 1
+            raise RuntimeError("DataLoader worker exited unexpectedly")
+        return number
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        ({2: 3, 500: 3, 1499: 3, 1500: 3}, None),  # of which no thousand micro-batches have more than nine
+        (dict.fromkeys(range(0, 2000, 90), 1), None),  # nor these more than twelve
+        ({2: 4}, "worker 0 died, 4 times in a row at micro-batch 2. Fewer data.workers"),
+        (dict.fromkeys(range(0, 2000, 80), 1), "worker 0 died, 13 times of late, the last at micro-batch 960. Fewer"),
+    ],
+)
+def test_workers_are_started_again_but_not_for_ever(times, said, monkeypatch):
+    loader = loading_again.Loader(Dying(times), batch_size=None, sampler=loading_again.Span(0, 2000))
+    monkeypatch.setattr(loader, "dead", lambda: "worker 0 died")
+    if said is None:
+        assert list(loader) == list(range(2000))
+    else:
+        with pytest.raises(DataError) as refused:
+            list(loader)
+        assert str(refused.value).startswith(said)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

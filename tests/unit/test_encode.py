@@ -6,6 +6,7 @@ import hashlib
 import json
 import tarfile
 import zlib
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import partial
 from itertools import islice
@@ -54,13 +55,13 @@ FACTORY = partial(
 SIZES = [(9, 32, 48), (7, 32, 48), (1, 32, 32), (17, 16, 32), (9, 32, 48), (1, 32, 32)]  # frames, height, width
 
 
-def write_shards(folder: Path, damaged: int | None = None) -> None:
-    """Write six clips into two shards; clip 1 has 7 frames, which are trimmed to 5."""
+def write_shards(folder: Path, damaged: int | None = None, sizes: Sequence[tuple[int, int, int]] = SIZES) -> None:
+    """Write six clips into two shards; of `SIZES`, clip 1 has 7 frames, which are trimmed to 5."""
     rows = []
     for part in range(2):
         with ShardWriter(folder, prefix=f"part{part}") as writer:
             for index in range(3 * part, 3 * part + 3):
-                frames, height, width = SIZES[index]
+                frames, height, width = sizes[index]
                 generator = np.random.default_rng(index)
                 low = generator.integers(0, 256, (frames, height // 8, width // 8, 3), dtype=np.uint8)
                 video = low.repeat(8, 1).repeat(8, 2)

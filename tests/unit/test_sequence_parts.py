@@ -97,6 +97,7 @@ def test_ranks_that_make_no_whole_groups_are_refused_with_what_divides_them(sequ
         ("stage=vae parallel.sequence=2 strategy=ddp", "and not in stage=vae; leave it out"),
         ("stage=plan target=vae parallel.sequence=2", "and not in stage=plan target=vae; leave it out"),
         ("stage=recaption parallel.sequence=2", "and not in stage=recaption; leave it out"),
+        ("stage=encode parallel.sequence=2 vae=wan", "parallel.sequence=2 with vae=wan: its pictures cannot be cut up"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_in_one_line(words: str, said: str) -> None:
@@ -109,3 +110,6 @@ def test_a_run_may_go_on_with_its_tokens_shared_otherwise() -> None:
     config = compose(["stage=dit", "strategy=ddp", "parallel.sequence=2", "dit.num_heads=4"])[0]
     validate(config)
     assert config["trainer"]["sequence"] == 2 and not matters("trainer.sequence") and not matters("parallel.sequence")
+    config = compose(["stage=encode", "strategy=ddp", "parallel.sequence=4"])[0]
+    validate(config)
+    assert config["stage"]["job"]["sequence"] == 4 and not matters("stage.job.sequence")

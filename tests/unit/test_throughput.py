@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import time
 from functools import partial
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
+from soratrain.callbacks.metrics import Metrics
+from soratrain.callbacks.progress import Progress
 from soratrain.callbacks.throughput import Throughput, peak_of
 from soratrain.distributed.phases import Phases
 from soratrain.errors import ConfigError
@@ -41,6 +48,60 @@ def test_a_row_says_rates_use_waiting_padding_and_time_left(monkeypatch: pytest.
         }
     )
     assert 0.05 < memory < 24
+
+
+def test_the_time_left_is_the_newest_row_s_and_before_the_first_that_of_its_steps_so_far(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monitor = Throughput(Phases())
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monitor.begin()
+    assert monitor.seconds_left(9) is None
+    monitor.note({})
+    now[0] = 103.0
+    assert monitor.seconds_left(9) == 27.0
+    monitor.note({})
+    now[0] = 104.0
+    assert monitor.row({}, left=9, device=CPU)["seconds_left"] == monitor.seconds_left(9) == 18.0
+    monitor.begin()
+    monitor.note({})
+    now[0] = 109.0  # a step that took long is of the next row
+    assert monitor.seconds_left(8) == 16.0
+
+
+ROW = {
+    "loss": 0.51234, "seconds": 2.0, "tokens_per_s": 123_456.0, "samples_per_s": 3.0, "mfu": 0.431, "data_wait": 0.06,
+    "padding": 0.121, "balance": 0.97, "memory_gib": 71.36, "seconds_left": 3760.0,
+}  # fmt: skip
+CHIEF = "1:02:40  loss 0.5123  123k tokens/s"
+
+
+@pytest.mark.parametrize(
+    ("width", "changed", "said"),
+    [
+        (80, {}, f"{CHIEF}  data 6 %  MFU 43 %"),
+        (80, {"data_wait": 0.01}, f"{CHIEF}  MFU 43 %  71.4 GiB"),
+        (60, {}, CHIEF),
+        (120, {}, f"{CHIEF}  data 6 %  MFU 43 %  71.4 GiB  bal 97 %  pad 12 %"),
+        (120, {"mfu": None, "balance": None, "padding": 0.0}, f"{CHIEF}  data 6 %  71.4 GiB"),
+    ],
+)
+def test_the_bar_shows_on_one_line_what_fits_the_chief_things_first(
+    width: int, changed: dict[str, float | None], said: str
+) -> None:
+    metrics = Metrics(Path("unused.csv"), every=10)
+    metrics.row = {key: value for key, value in (ROW | changed).items() if value is not None}
+    metrics.throughput.seconds = metrics.row["seconds"]
+    progress = Progress(metrics, title="dit")
+    progress.console = Console(width=width, force_terminal=True, file=StringIO(), color_system=None)
+    progress.step = 120
+    progress.open(2000)
+    progress.on_step(SimpleNamespace(is_global_zero=True), SimpleNamespace(max_steps=2000))
+    progress.stop()
+    shown = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", progress.console.file.getvalue())
+    line = [line for line in re.split(r"[\r\n]+", shown) if line.strip()][-1].rstrip()
+    assert " 120/2000 " in line and line.endswith(said) and len(line) <= width
 
 
 def test_balance_is_the_mean_work_by_that_of_the_most_loaded_rank_step_by_step(
