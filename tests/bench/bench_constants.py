@@ -42,7 +42,18 @@ def timed(work: Callable[[], object]) -> list[float]:
     return taken[1:]
 
 
-def products(peak: float) -> list[float]:
+def of_the_peak(work: Callable[[], object], done: float) -> list[float]:
+    """Return the part of a square product's speed that `work`, so many operations, reaches; the two in turn."""
+    from soratrain.stages.plan_device import measured_tflops
+
+    found = []
+    for _ in range(ROUNDS):
+        peak = measured_tflops(False, seconds=0.2)[0] * 1e12
+        found.append(done / min(timed(work)) / peak)
+    return found
+
+
+def products() -> list[float]:
     """Return the part of the peak that a block's products reach, forwards and backwards."""
     shapes = ((DIM, 3 * DIM), (DIM, DIM), (DIM, 3 * DIM), (3 * DIM, DIM))
     layers = [torch.nn.Linear(*shape) for shape in shapes]
@@ -54,10 +65,10 @@ def products(peak: float) -> list[float]:
             layer(x).backward(gradient)
 
     done = 3 * 2 * TOKENS * sum(rows * columns for rows, columns in shapes)
-    return [done / seconds / peak for seconds in timed(work)]
+    return of_the_peak(work, done)
 
 
-def attention(peak: float) -> list[float]:
+def attention() -> list[float]:
     """Return the part of the peak that attention reaches, forwards and backwards, which are 2.5 times as much."""
     q, k, v = (torch.randn(TOKENS // LENGTH, HEADS, LENGTH, DIM // HEADS, requires_grad=True) for _ in range(3))
     gradient = torch.randn(q.shape)
@@ -66,7 +77,7 @@ def attention(peak: float) -> list[float]:
         F.scaled_dot_product_attention(q, k, v).backward(gradient)
 
     done = 3.5 * 4 * TOKENS * LENGTH * DIM
-    return [done / seconds / peak for seconds in timed(work)]
+    return of_the_peak(work, done)
 
 
 def memory() -> list[float]:
@@ -106,7 +117,7 @@ def measure() -> list[dict[str, str]]:
     from counting import of_a_block
 
     from soratrain.schema import CONF
-    from soratrain.stages.plan_device import described, measured_tflops
+    from soratrain.stages.plan_device import described
     from soratrain.stages.plan_time import OPERATIONS, PASSES
 
     torch.set_num_threads(1)
@@ -123,9 +134,8 @@ def measure() -> list[dict[str, str]]:
         add(f"operations of a block, {kind}", OPERATIONS[half], [operations], "counted: all that are no views")
         add(f"passes over what is kept, {kind}", PASSES[half][1], [both], "counted: bytes read and written")
         add(f"of them forwards, {kind}", PASSES[half][0], [forwards], "")
-    peak = max(measured_tflops(False)[0] for _ in range(ROUNDS)) * 1e12
-    add("cpu: matmul, of the peak", used.matmul, products(peak), f"{TOKENS} tokens of width {DIM}, fp32")
-    add("cpu: attention, of the peak", used.attention, attention(peak), f"{LENGTH} tokens, {HEADS} heads, fp32")
+    add("cpu: matmul, of the peak", used.matmul, products(), f"{TOKENS} tokens of width {DIM}, fp32")
+    add("cpu: attention, of the peak", used.attention, attention(), f"{LENGTH} tokens, {HEADS} heads, fp32")
     add("cpu: memory_gb_s", used.memory_gb_s, memory(), f"adding {FAR >> 20} Mi numbers in place")
     add("cpu: launch_us", used.launch_us, launches(OPERATIONS[False]), "blocks on 4 tokens of width 48")
     add("cpu: intra_gb_s", used.intra_gb_s, exchanged(), "gloo, 64 MiB summed over two processes")
