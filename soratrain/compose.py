@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from soratrain.errors import ConfigError
-from soratrain.schema import CONF, ROOT_KEYS, groups, launchers, suggest
+from soratrain.schema import CONF, OPEN, ROOT_KEYS, groups, launchers, suggest
 
 TEXT_KEYS = (
     "prompt",
@@ -120,7 +120,8 @@ def unknown_key(error: Exception, overrides: Sequence[str]) -> str | None:
         node = OmegaConf.select(base, parent) if parent else base
     except (HydraException, OmegaConfBaseException):
         return None
-    return f"{key}: no such key; {suggest(leaf, node)}" if OmegaConf.is_dict(node) else f"{key}: no such key"
+    said = f"{key}: no such key; {suggest(leaf, node)}" if OmegaConf.is_dict(node) else f"{key}: no such key"
+    return f"{said}; a new one begins with a plus: '+{key}={{like:…}}'" if parent in OPEN else said
 
 
 def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -73,6 +73,7 @@ SEEDS = 2**32
 # what others interpolate is checked first, so that it is blamed: these groups, the root's own values, the trainer
 SOURCES = ("machine", "inputs", "parallel", "validation")
 OF_THE_ROOT = ("inputs", "parallel", "fvd")  # plain groups of the root's own file
+OPEN = ("stage.devices",)  # what stands there has names of the user's own; who reads it checks it
 ROOT_KEYS = tuple(field.name for field in fields(Root))
 
 
@@ -179,6 +180,8 @@ def check_plain(path: str, node: Mapping[str, Any], known: Mapping[str, list[Any
         if name not in known:
             siblings = [item[len(path) + 1 :] for item in known if item.startswith(path + ".")]
             raise ConfigError(f"{name}={value!r}: no such key; {suggest(key, (s for s in siblings if '.' not in s))}")
+        if name in OPEN and isinstance(value, Mapping):
+            continue
         if not any(same_kind(value, example) for example in known[name]):
             raise ConfigError(f"{name}={value!r}: must be like {known[name][0]!r}")
         if isinstance(value, Mapping) and any(isinstance(example, Mapping) and example for example in known[name]):

@@ -39,6 +39,7 @@ class Foretold(L.Callback):
         ask = getattr(getattr(trainer, "datamodule", None), "plan", None)
         with torch.random.fork_rng(devices=[]):  # a VAE's are measured
             activations = pl_module.activations(ask(), nets, self.half) if ask else None
+        beside, unknown = pl_module.beside(nets)
         self.memory = components(
             nets.values(),
             self.options,
@@ -49,8 +50,9 @@ class Foretold(L.Callback):
             cuda=self.cuda,
             accumulates=trainer.accumulate_grad_batches > 1,
             activations=activations,
+            beside=beside,
         )
-        log.info("%s", self.memory.line(self.options.name, "cuda" if self.cuda else "cpu"))
+        log.info("%s%s", self.memory.line(self.options.name, "cuda" if self.cuda else "cpu"), unknown)
         for line in shortages(self.memory, self.room(trainer)):
             log.warning("%s", line)
 

@@ -19,22 +19,27 @@ from soratrain.distributed.memory import GIB
 from soratrain.distributed.phases import Phases
 from soratrain.errors import ConfigError
 
-# dense bf16 TFLOP/s by what a GPU's name holds, from the makers' data sheets; the first that fits counts
-PEAKS = (
-    ("GB200", 2500.0), ("B200", 2250.0), ("H200", 989.0), ("H100 NVL", 835.0), ("H100 PCIe", 756.0), ("H100", 989.0),
-    ("GH200", 989.0), ("H800", 989.0), ("H20", 148.0), ("A100", 312.0), ("A800", 312.0), ("A40", 149.7), ("A10G", 70.0),
-    ("A10", 125.0), ("L40S", 362.0), ("L40", 181.0), ("L4", 121.0), ("RTX 6000 Ada", 364.0), ("RTX A6000", 154.8),
-    ("RTX 5090", 209.5), ("RTX 4090", 165.2), ("RTX 3090", 71.0), ("MI300X", 1307.0), ("MI325X", 1307.0),
-)  # fmt: skip
+# dense bf16 TFLOP/s by what a GPU is called, from the makers' data sheets; the longest name that fits counts
+PEAKS = {
+    "GB200": 2500.0, "B200": 2250.0, "H200 NVL": 835.0, "H200": 989.0, "H100 NVL": 835.0, "H100 PCIe": 756.0,
+    "H100": 989.0, "GH200": 989.0, "H800": 989.0, "H20": 148.0, "A100": 312.0, "A800": 312.0, "A40": 149.7,
+    "A10G": 70.0, "A10": 125.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0, "RTX 6000 Ada": 364.0, "RTX A6000": 154.8,
+    "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71.0, "MI300X": 1307.0, "MI325X": 1307.0,
+}  # fmt: skip
+OTHERS = re.compile(r"Ti|SUPER|D|NVL|PCIe|PG\d+\w*|MIG|Laptop|Max-Q", re.IGNORECASE)  # words of another card's name
 WORK = ("flops", "tokens", "frames", "samples")  # by which the work of a rank's step is measured: the first there is
 COLUMNS = ("seconds", "tokens_per_s", "samples_per_s", "mfu", "data_wait", "balance", "memory_gib", "seconds_left")
 
 
 def peak_of(name: str) -> float | None:
-    """Return the TFLOP/s of a GPU by its name; None of one that is not known."""
-    if "Laptop" in name:  # slower than the card it is named after
-        return None
-    return next((peak for part, peak in PEAKS if re.search(rf"\b{re.escape(part)}\b", name)), None)
+    """Return the TFLOP/s of a GPU by its name; None of one that is not known, or is but named after a known one."""
+    words = name.replace("-", " ").casefold()
+    for part in sorted(PEAKS, key=len, reverse=True):
+        if found := re.search(rf"(?<!\w){re.escape(part.casefold())}(?!\w)", words):
+            rest = words[found.end() :].split()
+            same = part in ("A100", "A800") and "pcie" in rest  # as fast, by the sheet
+            return PEAKS[part] if same or not any(OTHERS.fullmatch(word) for word in rest) else None
+    return None
 
 
 class Throughput:

@@ -7,6 +7,7 @@ from typing import Any
 
 from soratrain.data.buckets import Stored
 from soratrain.data.dataset import ClipSource, LatentSource, Source
+from soratrain.data.fitting import TIME
 from soratrain.data.held_out import HeldOut
 from soratrain.data.manifest import Manifest
 from soratrain.data.plan import Plan
@@ -101,6 +102,21 @@ class LatentData(PlannedData):
     def stored_texts(self) -> dict[str, dict[str, Any] | None]:
         """Return of each folder of latents whose text features or tokens it says to hold; None where it holds none."""
         return {folder: described(folder).get("text") for folder in self.folders}
+
+    def stride(self) -> tuple[int, int, int] | None:
+        """Return frames, rows and columns of pixels under a position of these latents; None where it cannot be read.
+
+        A sample of one frame does not tell the first of these, which is that of all VAEs.
+        """
+        assignment = self.plan().assignment
+        number = max(range(len(assignment.buckets)), key=lambda place: assignment.buckets[place].frames)
+        bucket = assignment.buckets[number]
+        try:
+            tensors, *_ = self.source(self.manifest, self.plan(), 0).load(int(assignment.members[number][0]), bucket, 0)
+        except DataError:
+            return None  # reading it in training says why
+        _, _, rows, columns = tensors["latent"].shape
+        return TIME, bucket.height // rows, bucket.width // columns
 
     def source(self, manifest: Manifest, plan: Plan, cache: int) -> Source:
         """Return a reader of safetensors members."""

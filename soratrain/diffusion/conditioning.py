@@ -95,6 +95,11 @@ class Conditioning:
         """The modes of the mix that need a tail."""
         return [name for name in ENDS if self.mix.get(name)]
 
+    def twice(self, frames: int) -> float:
+        """Return the share of clips of so many latent frames that are shown with one more, as an end has one twice."""
+        fits = any(frames - (tail - 1) // TIME > 1 for tail in self.tail_frames)
+        return math.fsum(self.mix.get(name, 0.0) for name in ENDS) if fits else 0.0
+
     def check_patch(self, patch: Patch) -> None:
         """Refuse ends where a token spans several latent frames.
 

@@ -144,6 +144,25 @@ def stride_at(place: str | Path) -> tuple[int, int, int]:
         return tuple(weights.factory_of(document)().stride)  # type: ignore[return-value]
 
 
+def outline(place: str | Path) -> tuple[tuple[int, int, int], int]:
+    """Return the stride of the VAE at `place` and how many numbers its weights are, from its config alone.
+
+    Raises:
+        ConfigError: what reads it is not installed.
+        DataError: there is none, or its config cannot be read.
+    """
+    if find(place) is not None or not (Path(place).exists() or not HUB_ID.fullmatch(str(place))):
+        _, kind, config = describe(place)
+        with torch.device("meta"):
+            net = getattr(required("diffusers"), kind.class_name).from_config(config)
+        stride = kind.stride_in(config)
+    else:
+        with torch.device("meta"):
+            net = weights.factory_of(weights.document_of(place, "vae"))()
+        stride = tuple(net.stride)  # type: ignore[assignment, arg-type]
+    return stride, sum(parameter.numel() for parameter in net.parameters())
+
+
 def load_vae(place: str | Path, device: torch.device | str = "cpu") -> VAE:
     """Return the VAE at `place`, ours or another's, in eval mode.
 

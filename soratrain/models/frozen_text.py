@@ -143,10 +143,8 @@ class FrozenText(nn.Module):
         Raises:
             ConfigError, DataError: names the folder and the mend.
         """
-        stored = {place: dict(record) for place, record in held.items() if record and record.get("kind") == "hf"}
-        if self.mode == "live":
-            stored = {}
-        lacking = [place for place in held if place not in stored] if held else ["clips"]
+        stored = self._stored(held)
+        lacking = self.lacking(held)
         if self.mode == "stored" and lacking:
             raise DataError(
                 f"text.features=stored: {lacking[0]} holds no features of a frozen text encoder; make it again: python"
@@ -160,6 +158,15 @@ class FrozenText(nn.Module):
         self._mixed = bool(lacking) if stored else None
         whence = "live, by" if not stored else "stored and live, of" if lacking else "stored, of"
         return f"text features of captions: {whence} {self.folder}"
+
+    def _stored(self, held: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[str, Any]]:
+        found = {place: dict(record) for place, record in held.items() if record and record.get("kind") == "hf"}
+        return {} if self.mode == "live" else found
+
+    def lacking(self, held: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+        """Return the folders, of `held` as `begin` takes it, whose captions the encoder will read at every step."""
+        stored = self._stored(held)
+        return [place for place in held if place not in stored] if held else ["clips"]
 
     def _check(self, place: str, record: Mapping[str, Any], *, trusted: bool) -> None:
         """Refuse stored features of another encoder; one on the hub that is not here is known by its name alone."""

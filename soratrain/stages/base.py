@@ -123,6 +123,10 @@ class TrainStage(L.LightningModule):
         """
         return None
 
+    def beside(self, nets: Mapping[str, nn.Module]) -> tuple[Mapping[str, int], str]:
+        """Return the bytes of what this stage computes with beside `nets`, by name, and what of it is not counted."""
+        return {}, ""
+
     def exported(self) -> dict[str, tuple[nn.Module, partial, dict[str, Any]]]:
         """Return what belongs into `weights/`: name → (net, its factory, plain values kept beside it)."""
         kept = {name: factory for name, factory in self.factories.items() if name not in self.helpers}

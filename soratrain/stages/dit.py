@@ -25,9 +25,10 @@ from soratrain.models import weights
 from soratrain.models.attention import Packing
 from soratrain.models.dit import DiT
 from soratrain.models.frozen_text import FrozenText, TextEncoder
-from soratrain.models.patchify import STRIDE, grid_of
+from soratrain.models.patchify import grid_of
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import CAPTIONS, MODES_SHOWN, TrainStage
+from soratrain.stages.beside import latents_stride, running
 from soratrain.stages.live import LiveEncoder
 from soratrain.stages.plan_scale import DiTWork
 from soratrain.stages.work import TrainingFlops
@@ -70,7 +71,7 @@ class DiTStage(TrainStage):
     ) -> None:
         super().__init__(nets={"dit": dit, "text": text}, optimizer=optimizer, schedule=schedule, max_steps=max_steps)
         self.objective, self.conditioning = objective, conditioning or Conditioning()
-        self.live = None if vae is None else LiveEncoder(vae, pixels_per_batch)
+        self.vae, self.live = vae, None if vae is None else LiveEncoder(vae, pixels_per_batch)
         self.cut = 0
         self.flops: TrainingFlops | None = None
         if text_init:
@@ -95,7 +96,12 @@ class DiTStage(TrainStage):
 
     def activations(self, plan: Plan, nets: Mapping[str, nn.Module], half: bool) -> int | None:
         sequence = getattr(self.trainer.strategy, "sequence", 1)
-        return DiTWork(nets["dit"], STRIDE, half=half, sequence=sequence).activations(plan.blocks.largest[0])
+        stride = latents_stride(self.vae, self.trainer)
+        work = DiTWork(nets["dit"], stride, half=half, sequence=sequence, conditioning=self.conditioning)
+        return work.activations(work.largest(plan))
+
+    def beside(self, nets: Mapping[str, nn.Module]) -> tuple[Mapping[str, int], str]:
+        return running(self.vae, nets.get("text"), self.trainer)
 
     def configure_model(self) -> None:
         """Build the nets, and load the VAE where latents are made live.

@@ -7,7 +7,6 @@ Nothing is trained, no weights are read and no GPU is needed: all of it follows 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,22 +16,23 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from soratrain.data.assignment import Bucket
 from soratrain.data.atomic import replacing
 from soratrain.data.buckets import Buckets
 from soratrain.data.datamodule import VideoData
-from soratrain.data.fitting import GRID, TIME
 from soratrain.data.held_out import HeldOut
 from soratrain.data.plan import Plan
+from soratrain.diffusion.conditioning import Conditioning
 from soratrain.distributed.components import components
 from soratrain.distributed.memory import GIB
 from soratrain.distributed.mesh import check_ranks
 from soratrain.distributed.options import StrategyOptions
 from soratrain.errors import ConfigError
-from soratrain.stages.plan_cost import balance, forward_flops, parse_clip, positions, stride_of
-from soratrain.stages.plan_scale import DiTWork, beside, predicted, vae_activations
+from soratrain.models.frozen_text import FrozenText
+from soratrain.stages.beside import Beside, live_text, live_vae
+from soratrain.stages.plan_cost import balance, cache_size, clip_cost, parse_clip, run_figures, stride_of
+from soratrain.stages.plan_device import device_of
+from soratrain.stages.plan_scale import DiTWork, predicted, vae_activations
 from soratrain.stages.plan_table import show
-from soratrain.stages.plan_time import device_of
 
 TARGETS = ("vae", "captioner", "dit")
 
@@ -56,10 +56,12 @@ class PlanStage:
         durations: of clips; latents are shown at their own.
         strategy, optimizer, average, precision: of the trainer.
         device: one of `devices` by name, on which it runs; None: h100, or cpu where `machine` is `laptop`.
-        devices: peaks, bandwidths and what of them is reached, by name (`plan_time.Device`).
+        devices: peaks, bandwidths and what of them is reached, by name (`plan_device.Device`).
         machine: `laptop` or `gpu`.
         nodes: on which the ranks are; None: as few as hold them.
         live: whether latents are made live.
+        vae: where the VAE lies that then makes them; one that the config alone describes counts as well.
+        conditioning: what stage=dit gives of clips.
         held_out: samples that stage=dit does not train on.
 
     Raises:
@@ -88,6 +90,8 @@ class PlanStage:
         machine: str = "laptop",
         nodes: int | None = None,
         live: bool = False,
+        vae: str = "",
+        conditioning: Conditioning | None = None,
         clip: str | None = None,
         batching: str = "bucket",
         accumulate_blocks: int = 1,
@@ -119,11 +123,11 @@ class PlanStage:
         self.nets, self.strategy, self.optimizer, self.average = nets, strategy, optimizer, average
         self.crop = int(tuned[target].get("crop", 0))  # pixels: stage=vae trains on squares cut from its clips
         self.steps, self.half, self.live = max_steps or int(steps[target]), precision.startswith("bf16"), live
-        self.device_name = device or ("cpu" if machine == "laptop" else "h100")
-        self.device, self.cuda = device_of(devices, self.device_name, self.half), self.device_name != "cpu"
-        self.nodes = nodes or -(-ranks // self.device.per_node)
-        if not 1 <= self.nodes <= ranks:
+        if nodes is not None and not 1 <= nodes <= ranks:
             raise ConfigError(f"stage.job.nodes={nodes}: must lie between 1 and stage.job.ranks={ranks}")
+        self.device_name = device or ("cpu" if machine == "laptop" else "h100")
+        self.device, self.nodes = device_of(devices, self.device_name, self.half, ranks=ranks, nodes=nodes)
+        self.cuda, self.vae, self.conditioning = self.device_name != "cpu", vae, conditioning
         self.data = VideoData(
             shards=shards,
             buckets=buckets,
@@ -149,7 +153,7 @@ class PlanStage:
         plan, summary = self.data.plan(self.ranks // self.sequence), self.data.summary()
         with torch.device("meta"):
             parts = {name: factory() for name, factory in self.nets.items() if name in self.trained}
-        run = self.run_figures(plan)
+        run = run_figures(plan, self.steps)
         for item in summary["sets"]:
             item["epochs"] = run["samples_per_step"] * self.steps * item["shown"] / max(item["samples"], 1)
         memory, time = self.memory(parts, plan), self.time(parts, plan, run)
@@ -162,8 +166,8 @@ class PlanStage:
             "balance": balance(plan, self.ranks // self.sequence),
             "memory": memory,
             "time": time,
-            "cache": self.cache(plan, parts),
-            "clip": self.cost(self.clip, parts) if self.clip else None,
+            "cache": cache_size(plan, self.nets["vae"]),
+            "clip": clip_cost(self.clip, self.nets["vae"], parts.get("dit")) if self.clip else None,
         }
         self.out.mkdir(parents=True, exist_ok=True)
         with replacing(self.out / "plan.json") as temporary:
@@ -178,23 +182,14 @@ class PlanStage:
         """Return the nets that the target trains."""
         return {"vae": ("vae",), "captioner": ("captioner", "text"), "dit": ("dit", "text")}[self.target]
 
-    def run_figures(self, plan: Plan) -> dict[str, Any]:
-        """Return steps, epochs, samples and tokens of the whole run."""
-        each = [plan.accumulate_blocks * count for count in plan.blocks.expected]
-        samples = sum(each)
-        tokens = sum(count * bucket.tokens for count, bucket in zip(each, plan.assignment.buckets, strict=True))
-        return {
-            "steps": self.steps,
-            "samples_per_step": samples,
-            "tokens_per_step": tokens,
-            "epochs": samples * self.steps / sum(plan.assignment.rates),
-            "tokens": tokens * self.steps,
-        }
-
     def memory(self, parts: Mapping[str, nn.Module], plan: Plan) -> dict[str, Any]:
         """Return what a rank holds, by component, with the largest micro-batch."""
         tokens, said = plan.blocks.largest
-        others, unknown = beside(parts, self.nets["vae"], live=self.live)
+        beside, text = Beside(), parts.get("text")
+        if self.live:
+            live_vae(self.vae, self.nets["vae"], beside)
+        if isinstance(text, FrozenText) and (self.live or text.mode == "live"):
+            live_text(text, beside)
         held = components(
             parts.values(),
             self.strategy,
@@ -204,8 +199,8 @@ class PlanStage:
             half=self.half,
             cuda=self.cuda,
             accumulates=plan.per_rank(self.ranks // self.sequence) > 1,
-            activations=self.activations(parts, plan, tokens),
-            beside=others,
+            activations=self.activations(parts, plan),
+            beside=beside.bytes,
         )
         return {
             "estimate": True,
@@ -217,27 +212,31 @@ class PlanStage:
             "total_gib": held.total(host=False) / GIB,
             "host_gib": held.total(host=True) / GIB,
             "device_gib": self.device.memory_gib if self.cuda else None,
-            "said": held.line(self.strategy.name, "cuda" if self.cuda else "cpu") + unknown,
+            "said": held.line(self.strategy.name, "cuda" if self.cuda else "cpu") + beside.said,
         }
 
-    def activations(self, parts: Mapping[str, nn.Module], plan: Plan, tokens: int) -> int | None:
+    def activations(self, parts: Mapping[str, nn.Module], plan: Plan) -> int | None:
         """Return the bytes that the largest micro-batch keeps; None for a net of which nothing is known."""
         if self.target == "dit":
-            return self.dit(parts).activations(tokens)
+            work = self.dit(parts)
+            return work.activations(work.largest(plan))
         return vae_activations(self.nets["vae"], plan, self.crop, half=self.half) if self.target == "vae" else None
 
     def dit(self, parts: Mapping[str, nn.Module]) -> DiTWork:
         """Return what the DiT computes and keeps."""
-        stride = stride_of(self.nets["vae"])
-        return DiTWork(parts["dit"], stride, half=self.half, sequence=self.sequence)
+        stride = live_vae(self.vae, self.nets["vae"], Beside()) if self.live else None
+        stride = stride or stride_of(self.nets["vae"])
+        given = self.conditioning
+        return DiTWork(parts["dit"], stride, half=self.half, sequence=self.sequence, conditioning=given)
 
     def time(self, parts: Mapping[str, nn.Module], plan: Plan, run: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return how long a step takes; None for a net of which nothing is known."""
         if self.target != "dit":
             return None
         parameters = sum(parameter.numel() for net in parts.values() for parameter in net.parameters())
-        work = self.dit(parts).of_a_step(plan, self.ranks // self.sequence, parameters)
-        tokens = self.dit(parts).tokens(round(run["tokens_per_step"]))
+        dit = self.dit(parts)
+        work = dit.of_a_step(plan, self.ranks // self.sequence, parameters)
+        tokens = dit.tokens(round(run["tokens_per_step"]))
         found = predicted(
             work,
             self.strategy,
@@ -246,32 +245,6 @@ class PlanStage:
             nodes=self.nodes,
             half=self.half,
             sizes=(self.steps, tokens),
+            sequence=self.sequence,
         )
         return {"device": self.device_name, **found}
-
-    def cache(self, plan: Plan, parts: Mapping[str, nn.Module]) -> dict[str, Any]:
-        """Return the size of all cached latents in bf16."""
-        each = zip(plan.assignment.buckets, plan.assignment.members, strict=True)
-        latents = sum(len(members) * self.latent(bucket) for bucket, members in each)
-        latents += sum(self.latent(bucket) for _, bucket in plan.assignment.held)
-        clips = sum(map(len, plan.assignment.members)) + len(plan.assignment.held)
-        return {"latents_gib": 2 * latents / GIB, "clips": clips}
-
-    def latent(self, bucket: Bucket) -> int:
-        """Return the numbers in the latent of one clip of a bucket."""
-        factory = self.nets["vae"]
-        return factory.keywords["latent_channels"] * math.prod(positions(bucket, stride_of(factory)))
-
-    def cost(self, clip: tuple[int, int, int], parts: Mapping[str, nn.Module]) -> dict[str, Any]:
-        """Return what one clip of (height, width, frames) costs."""
-        height, width, frames = clip
-        bucket = Bucket(height // GRID * GRID, width // GRID * GRID, 1 + (frames - 1) // TIME * TIME)
-        patch: Sequence[int] = parts["dit"].patch if "dit" in parts else (1, 2, 2)  # type: ignore[assignment]
-        t, h, w = positions(bucket, stride_of(self.nets["vae"]))
-        tokens = -(-t // patch[0]) * (h // patch[1]) * (w // patch[2])
-        found: dict[str, Any] = {"asked": f"{width}x{height}x{frames}", "bucket": str(bucket)}
-        found |= {"tokens": tokens, "latent_mib": 2 * self.latent(bucket) / 2**20}
-        if "dit" in parts:
-            total, attention = forward_flops(parts["dit"], [tokens])
-            found |= {"forward_tflop": total / 1e12, "attention": attention / total}
-        return found

@@ -1,7 +1,8 @@
-"""What a clip costs a DiT, the positions of its latent and the layers that its tokens go through; and how equally."""
+"""What a run shows and stores, what a clip costs a DiT, and how equally ranks work."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 from soratrain.data.assignment import Bucket
-from soratrain.data.fitting import GRID
+from soratrain.data.fitting import GRID, TIME
 from soratrain.data.plan import Plan
+from soratrain.distributed.memory import GIB
 from soratrain.errors import ConfigError
 from soratrain.models.patchify import STRIDE
 from soratrain.models.published import Published
@@ -83,3 +85,46 @@ def balance(plan: Plan, ranks: int) -> dict[str, float]:
             costs.append(sum(plan.budget.cost(plan.assignment.buckets[bucket]) for bucket in micro.buckets))
         found.append(sum(costs) / len(costs) / max(costs))
     return {"least": min(found), "mean": sum(found) / len(found), "micro_steps": float(len(found))}
+
+
+def run_figures(plan: Plan, steps: int) -> dict[str, float]:
+    """Return steps, epochs, samples and tokens of a whole run."""
+    each = [plan.accumulate_blocks * count for count in plan.blocks.expected]
+    samples = sum(each)
+    tokens = sum(count * bucket.tokens for count, bucket in zip(each, plan.assignment.buckets, strict=True))
+    return {
+        "steps": steps,
+        "samples_per_step": samples,
+        "tokens_per_step": tokens,
+        "epochs": samples * steps / sum(plan.assignment.rates),
+        "tokens": tokens * steps,
+    }
+
+
+def latent(bucket: Bucket, vae: partial) -> int:
+    """Return the numbers in the latent of one clip of a bucket."""
+    return vae.keywords["latent_channels"] * math.prod(positions(bucket, stride_of(vae)))  # type: ignore[no-any-return]
+
+
+def cache_size(plan: Plan, vae: partial) -> dict[str, Any]:
+    """Return the size of all cached latents in bf16."""
+    each = zip(plan.assignment.buckets, plan.assignment.members, strict=True)
+    latents = sum(len(members) * latent(bucket, vae) for bucket, members in each)
+    latents += sum(latent(bucket, vae) for _, bucket in plan.assignment.held)
+    clips = sum(map(len, plan.assignment.members)) + len(plan.assignment.held)
+    return {"latents_gib": 2 * latents / GIB, "clips": clips}
+
+
+def clip_cost(clip: tuple[int, int, int], vae: partial, dit: nn.Module | None) -> dict[str, Any]:
+    """Return what one clip of (height, width, frames) costs, for a DiT where there is one."""
+    height, width, frames = clip
+    bucket = Bucket(height // GRID * GRID, width // GRID * GRID, 1 + (frames - 1) // TIME * TIME)
+    patch = (1, 2, 2) if dit is None else cast(Sequence[int], dit.patch)
+    t, h, w = positions(bucket, stride_of(vae))
+    tokens = -(-t // patch[0]) * (h // patch[1]) * (w // patch[2])
+    found: dict[str, Any] = {"asked": f"{width}x{height}x{frames}", "bucket": str(bucket)}
+    found |= {"tokens": tokens, "latent_mib": 2 * latent(bucket, vae) / 2**20}
+    if dit is not None:
+        total, attention = forward_flops(dit, [tokens])
+        found |= {"forward_tflop": total / 1e12, "attention": attention / total}
+    return found

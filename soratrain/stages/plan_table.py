@@ -14,7 +14,7 @@ from soratrain.data.summary import remarks
 from soratrain.distributed.memory import GIB
 
 LESS = "another strategy, dit.recompute=full, or fewer tokens (data.tokens_per_batch)"
-SLOWER = "; published runs took 1.1 to 1.8 times what is foretold of them"  # tests/bench/RESULTS.md, predict
+SLOWER = "; published runs took 1.1 to 1.7 times what is foretold of them"  # tests/bench/RESULTS.md, predict
 OFTEN = 20  # epochs of one data set in a mix beyond which a small one is rather learnt by heart
 
 
@@ -58,6 +58,7 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
         console.print(f"  that is more than the {room:.4g} GiB of a device: use more ranks, {LESS}")
     if document["time"]:
         console.print(told(document["time"], document["ranks"]))
+        console.print(rests_on(document["time"]))
     cache = document["cache"]
     console.print(f"cached latents of {cache['clips']:,} clips: {size(cache['latents_gib'] * GIB)}")
     if document["clip"]:
@@ -69,6 +70,16 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
         cut = f" (of {clip['asked']}: sides in multiples of {GRID}, 1 + {TIME}k frames)"
         where = f"{clip['bucket']}{cut if clip['asked'] != clip['bucket'] else ''}"
         console.print(f"a clip of {where}: {clip['tokens']:,} tokens, {latents}{flops}")
+
+
+def rests_on(time: Mapping[str, Any]) -> Table:
+    """Return what the time of a step rests on, as a table: figures, and where they are from."""
+    table = Table(title="what that rests on (stage.devices sets the figures)", title_justify="left")
+    for name in ("figure", "value", "from"):
+        table.add_column(name, justify="right" if name == "value" else "left", overflow="fold")
+    for row in time["rests_on"]:
+        table.add_row(row["figure"], row["value"], row["from"])
+    return table
 
 
 def told(time: Mapping[str, Any], ranks: int) -> str:

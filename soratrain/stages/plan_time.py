@@ -7,98 +7,37 @@
 Messages are those of Rajbhandari et al., "ZeRO", 2020, section 7, sent round a ring: (n - 1) / n of a buffer to gather
 or to scatter, twice that to sum up on every rank. Loading, logging and stragglers are left out, and kernels run as fast
 as large ones do: it is a bound from below. `tests/bench/bench_predict.py` puts it beside what has been measured.
+
+A device's figures are in conf/stage/plan.yaml, each with its source; the model's own are here.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
-
-import torch
+from dataclasses import dataclass, replace
 
 from soratrain.distributed.options import StrategyOptions
-from soratrain.errors import ConfigError
+from soratrain.stages.plan_device import Device
 
-PASSES = 6  # over each activation that is kept: written and read, and so its gradient, and the two read once more
-OPTIMIZER = 7 + 3  # fp32 numbers read or written for a parameter: AdamW's four (three back), the average's two (one)
-OPERATIONS = 180  # of a block, forwards and backwards
+OPERATIONS = {True: 200, False: 140}  # of a block, forwards and backwards, in bf16 and in fp32; uncompiled
+PASSES = {True: (3.7, 12), False: (1.9, 7)}  # over each activation that is kept: forwards, and in all
+BACKWARD = 2.5
+OPTIMIZER = 7 + 3
 GIGA = 1e9
 
 
-@dataclass(frozen=True, kw_only=True)
-class Device:
-    """What a step is computed on.
-
-    Attributes:
-        bf16_tflops, fp32_tflops: peak of dense products; 0 where it is to be measured here.
-        matmul, attention: the part of it that large products, and attention forwards and backwards, reach.
-        memory_gib: of a device.
-        memory_gb_s: its bandwidth.
-        intra_gb_s: between two devices of a node, one way.
-        inter_gb_s: from a node to another, one way, all of its cards together.
-        host_gb_s: from a device to its host, one way.
-        host_memory_gb_s: of the host's memory, for each device.
-        per_node: devices.
-        hidden: the part of computing under which messages can hide.
-        launch_us: time of an operation however small it is.
-    """
-
-    bf16_tflops: float
-    fp32_tflops: float
-    matmul: float
-    attention: float
-    memory_gib: float
-    memory_gb_s: float
-    intra_gb_s: float
-    inter_gb_s: float
-    host_gb_s: float
-    host_memory_gb_s: float
-    per_node: int
-    hidden: float
-    launch_us: float
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value < 0 or (value == 0 and not field.name.endswith(("_tflops", "hidden", "launch_us"))):
-                raise ConfigError(f"stage.devices: {field.name}={value} must be positive")
-
-    def peak(self, half: bool) -> float:
-        """Return operations a second."""
-        return (self.bf16_tflops if half else self.fp32_tflops) * 1e12
-
-
-def device_of(devices: Mapping[str, Mapping[str, Any]], name: str, half: bool) -> Device:
-    """Return the device called `name`; a peak that it does not say is measured on this machine, within a second.
-
-    Raises:
-        ConfigError: there is none of that name, or a value is out of range.
-    """
-    if name not in devices:
-        raise ConfigError(
-            f"stage.device={name} is not there; use one of {', '.join(devices)}, or add stage.devices.{name}"
-        )
-    try:
-        found = Device(**devices[name])
-    except TypeError as error:
-        raise ConfigError(f"stage.devices.{name}: {error}; it needs what the others have") from error
-    if found.peak(half):
-        return found
-    speed = measured_tflops(half)
-    return replace(found, bf16_tflops=speed) if half else replace(found, fp32_tflops=speed)
-
-
-def measured_tflops(half: bool, size: int = 1024, seconds: float = 0.3) -> float:
-    """Return the speed of a square product on this process's CPU threads, the best of several."""
-    left = torch.randn(size, size, dtype=torch.bfloat16 if half else torch.float32)
-    least, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end or least == float("inf"):
-        began = time.perf_counter()
-        left @ left
-        least = min(least, time.perf_counter() - began)
-    return 2 * size**3 / least / 1e12
+def constants(half: bool) -> list[dict[str, str]]:
+    """Return each constant of the model, its value, and where it is from."""
+    counted = "counted: a DiT's uncompiled block, forwards and backwards (make bench ONLY=constants)"
+    scores = "cited: it computes its scores again, 5 products for 2 (Dao, FlashAttention-2, 2023, section 4.1)"
+    adamw = "counted: AdamW's four, three of them back; the average's two, one of them back"
+    found = (
+        ("passes over each activation that is kept", PASSES[half][1], counted),
+        ("of them, those that recomputing repeats", PASSES[half][0], counted),
+        ("operations of a block", OPERATIONS[half], counted),
+        ("attention backwards, by attention forwards", BACKWARD, scores),
+        ("fp32 numbers of a parameter that an update passes over", OPTIMIZER, adamw),
+    )
+    return [{"figure": said, "value": f"{value:.4g}", "from": source} for said, value, source in found]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,10 +114,11 @@ def step_time(work: Work, options: StrategyOptions, device: Device, *, ranks: in
     """Return how long a step of `ranks` devices on `nodes` nodes takes."""
     peak = device.peak(half)
     products, attention = work.products / (peak * device.matmul), work.attention / (peak * device.attention)
-    computing = 3 * (products + attention)
+    computing = 3 * products + (1 + BACKWARD) * attention
     again = work.again[0] * products + work.again[1] * attention
-    launches = OPERATIONS * work.blocks * work.micro_batches * device.launch_us / 1e6
-    passes = PASSES * work.kept / (device.memory_gb_s * GIGA)
+    launches = OPERATIONS[half] * work.blocks * work.micro_batches * device.launch_us / 1e6
+    forwards, both = PASSES[half]
+    passes = (both + forwards * any(work.again)) * work.kept / (device.memory_gb_s * GIGA)
     cpu = device.launch_us and not device.hidden  # where nothing runs ahead
     memory = passes + launches if cpu else max(passes, launches - computing - again)
     passed = (ranks - 1) / ranks / bandwidth(device, ranks, nodes)

@@ -12,8 +12,10 @@ from statistics import median
 
 import torch
 import yaml
+from needs import a_gpu
 
 from soratrain.callbacks.compiled import compile_blocks
+from soratrain.callbacks.throughput import peak_of
 from soratrain.diffusion.segments import Segment, flatten
 from soratrain.models.attention import Packing
 from soratrain.models.dit import DiT
@@ -23,7 +25,6 @@ TITLE = "dit=l on one GPU, bf16, forwards and backwards: share of the chip's den
 CONF = Path(__file__).resolve().parents[2] / "conf" / "dit"
 CHANNELS, TEXT, WORDS = 16, 512, 128
 WARM, ROUNDS = 4, 8
-PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}  # data sheets, dense; first match counts
 # Latents (t, h, w) by tokens of the step: equal clips, and clips of unequal length with as many tokens in all.
 SETS = {
     8_192: ([(8, 64, 64)], [(4, 64, 64), (2, 64, 64), (1, 64, 64), (1, 32, 64), (1, 32, 64)]),
@@ -42,12 +43,6 @@ def build(recompute: str) -> DiT:
     if recompute != "selective":
         compile_blocks(net)
     return net
-
-
-def peak() -> float | None:
-    """Return the dense bf16 peak of this GPU, in operations a second; None where it is not listed."""
-    name = torch.cuda.get_device_name()
-    return next((value for key, value in PEAK.items() if key in name), None)
 
 
 def row(net: DiT, shapes: list[tuple[int, int, int]]) -> dict[str, str]:
@@ -71,19 +66,18 @@ def row(net: DiT, shapes: list[tuple[int, int, int]]) -> dict[str, str]:
     took = took[WARM:]
     rate = [3 * forward_flops(net, tokens.packing.lengths, packing.lengths)[0] / one for one in took]
     found = {"s/step": f"{median(took):.3f}", "TFLOP/s": f"{median(rate) / 1e12:.0f}"}
-    if most := peak():
-        share = [100 * value / most for value in rate]
+    if most := peak_of(torch.cuda.get_device_name()):
+        share = [100 * value / (most * 1e12) for value in rate]
         found["utilisation"] = f"{median(share):.1f} % ({min(share):.1f}–{max(share):.1f})"
     return found | {"memory": f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"}
 
 
 def measure() -> list[dict[str, str]]:
-    """Return the table; one line where there is no GPU."""
+    """Return the table."""
+    a_gpu()
     columns = ("tokens", "clips", "recompute", "s/step", "TFLOP/s", "utilisation", "memory", "note")
     rows: list[dict[str, str]] = []
-    if not torch.cuda.is_available():
-        rows = [{"note": "not measured: no CUDA device is here"}]
-    for recompute in ("none", "selective", "full") if torch.cuda.is_available() else ():
+    for recompute in ("none", "selective", "full"):
         net = build(recompute)
         for count, sets in SETS.items():
             for kind, shapes in zip(("bucket", "pack"), sets, strict=True):

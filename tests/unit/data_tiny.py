@@ -95,12 +95,12 @@ def write_clips(folder: Path, shapes: Sequence[tuple[int, int, int]], fps: Fract
 
 
 def write_latents(
-    folder: Path, shapes: Sequence[tuple[int, int, int]], channels: int = 4, tails: Sequence[int] = ()
+    folder: Path, shapes: Sequence[tuple[int, int, int]], channels: int = 4, tails: Sequence[int] = (), stride: int = 8
 ) -> Path:
     """Write latents of clips of the given (height, width, frames), filled with their number; tails with 0.5 more."""
     samples = []
     for number, (height, width, frames) in enumerate(shapes):
-        latent = torch.full((channels, 1 + (frames - 1) // 4, height // 8, width // 8), float(number))
+        latent = torch.full((channels, 1 + (frames - 1) // 4, height // stride, width // stride), float(number))
         ends = {f"tail{tail}": latent[:, : 1 + (tail - 1) // 4].contiguous() + 0.5 for tail in tails if tail <= frames}
         media = safetensors.torch.save({name: held.bfloat16() for name, held in {"latent": latent, **ends}.items()})
         samples.append((fields(height, width, frames, "safetensors"), media))

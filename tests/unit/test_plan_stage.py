@@ -102,8 +102,41 @@ def test_what_offload_moves_to_the_host_and_how_long_a_step_takes_is_told(tmp_pa
     assert memory["gib"]["weights"] == pytest.approx(memory["parameters"] * 2 / 16 / 2**30, rel=1e-3)
     assert time["device"] == "h100" and time["nodes"] == 2 and 0 < time["utilisation"] < 0.65
     assert time["step_seconds"] == pytest.approx(sum(time["seconds"].values()))
+    assert {row["from"].split(":")[0].split(",")[0].split(" of")[0] for row in time["rests_on"]} == {
+        *("data sheet", "cited", "counted", "assumed")
+    }
     said = capsys.readouterr().out
     assert "the GPU" in said and "the host" in said and "a step on 16 h100 on 2 nodes, an estimate from below" in said
+
+
+def test_a_device_of_ones_own_begins_as_another_and_is_planned_for(tmp_path: Path, capsys) -> None:
+    write_shards(tmp_path / "shards")
+    own = "+stage.devices.b200={like:h100,bf16_tflops:2250,memory_gib:179,memory_gb_s:8000}"
+    words = ["machine=gpu", "stage.job.ranks=16", "strategy=zero3", "stage.devices.h100.inter_gb_s=50"]
+    found = planned(tmp_path, *words, "stage.device=b200", own)
+    assert found["memory"]["device_gib"] == 179 and found["time"]["device"] == "b200"
+    assert found["time"]["step_seconds"] < planned(tmp_path, *words, "fresh=true")["time"]["step_seconds"]
+    rests_on = {row["figure"]: (row["value"], row["from"]) for row in found["time"]["rests_on"]}
+    assert rests_on["peak in bf16, TFLOP/s"] == ("2250", "as given")
+    assert rests_on["from a node to another, GB/s"] == ("50", "as h100: as given")
+    assert rests_on["of it, what attention reaches"][1].startswith("as h100: cited: FlashAttention-2")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "a step on 16 b200 on 2 nodes" in said and "what that rests on" in said and "as h100: assumed" in said
+    with pytest.raises(ConfigError, match=r"stage.devices.b200: no such key; .*begins with a plus: '\+stage.devices"):
+        prepare([*WORDS, "stage.devices.b200={like:h100}"])
+
+
+def test_an_end_that_is_given_is_one_latent_frame_more(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    words = ("target=dit", "data.batch_size=2", "conditioning.tail_frames=[1]", "trainer.precision=32-true")
+    words += ("stage.devices.cpu.fp32_tflops=1",)
+    without = planned(tmp_path, *words)
+    found = planned(tmp_path, *words, "conditioning.mix.suffix=0.25", "conditioning.mix.connect=0.25")
+    assert found["run"] == without["run"]
+    activations = [item["memory"]["gib"]["activations"] for item in (found, without)]
+    assert activations[0] / activations[1] == pytest.approx(4 / 3, rel=1e-4)  # clips of 9 frames have 3 latent ones
+    longer = [item["time"]["utilisation"] * item["time"]["step_seconds"] for item in (found, without)]
+    assert longer[0] > longer[1]
 
 
 def test_a_run_that_does_not_fit_is_told_so(tmp_path: Path, capsys) -> None:
@@ -220,7 +253,8 @@ def test_a_vae_of_a_larger_stride_has_fewer_positions(tmp_path: Path, vae: str) 
         ("stage.job.ranks=64", "stage.job.ranks=64 with strategy=single, which is one process; use strategy=ddp"),
         ("stage.job.nodes=2", "stage.job.nodes=2: must lie between 1 and stage.job.ranks=1"),
         ("stage.device=h101", "stage.device=h101 is not there; use one of h100, h200, a100, cpu, or add"),
-        ("stage.devices.cpu.memory_gb_s=0", "stage.devices: memory_gb_s=0 must be positive"),
+        ("stage.devices.cpu.memory_gb_s=0", "stage.devices.cpu.memory_gb_s=0: must be positive"),
+        ("+stage.devices.mine={like:h100,matmull:1}", "stage.devices.mine.matmull=1: no such figure; did you mean 'ma"),
         ("stage.job.clip=1920x1080", "is not WIDTHxHEIGHTxFRAMES"),
     ],
 )

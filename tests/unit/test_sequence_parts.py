@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from soratrain.compose import compose
+from soratrain.diffusion.segments import Segment, flatten
+from soratrain.distributed import sequence
 from soratrain.distributed.mesh import Mesh, check_heads, check_ranks
 from soratrain.distributed.sequence import Part, Ulysses, share
 from soratrain.errors import ConfigError
@@ -16,6 +18,7 @@ from soratrain.models.dit import DiT
 from soratrain.models.tokens import Tokens
 from soratrain.outputs import matters
 from soratrain.rules import validate
+from soratrain.stages.plan_scale import DiTWork
 
 
 def pack(*lengths: int, rows: bool = False) -> Tokens:
@@ -113,3 +116,25 @@ def test_a_run_may_go_on_with_its_tokens_shared_otherwise() -> None:
     config = compose(["stage=encode", "strategy=ddp", "parallel.sequence=4"])[0]
     validate(config)
     assert config["stage"]["job"]["sequence"] == 4 and not matters("stage.job.sequence")
+
+
+@pytest.mark.parametrize(("recompute", "times"), [("none", 2), ("selective", 3), ("full", 3)])
+def test_what_is_computed_again_is_exchanged_again_and_the_plan_counts_it(
+    recompute: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = []
+
+    def alone(x: torch.Tensor, group: object) -> torch.Tensor:
+        moved.append(x.numel())
+        return x.clone()
+
+    monkeypatch.setattr(sequence, "_all_to_all", alone)
+    monkeypatch.setattr(sequence.dist, "all_gather", lambda parts, x, group: parts[0].copy_(x))
+    net = DiT(channels=4, dim=12, depth=2, num_heads=2, text_dim=8, recompute=recompute)
+    share(net, Ulysses(None, 0, 1))
+    latent = Segment(torch.randn(4, 1, 4, 8), torch.tensor(0.5), 8.0)
+    tokens = flatten([[latent]], net.patch).tokens
+    net(tokens, torch.randn(2, 8), Packing.of([2])).sum().backward()
+    assert sum(moved) == times * 4 * 8 * 12 * 2 and len(moved) == times * 2 * 2  # two in each of two blocks
+    told = DiTWork(net, (4, 8, 8), half=False, sequence=2).exchanged(8)
+    assert told == sum(moved) * 4 / 2 / 2  # fp32; of two ranks each has half of the tokens, and hands on half of that

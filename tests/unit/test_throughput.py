@@ -119,6 +119,16 @@ def test_known_gpus_have_their_own_peak_and_a_cpu_has_none() -> None:
     assert peak_of("NVIDIA A100-SXM4-80GB") == 312.0
     assert peak_of("NVIDIA A10G") == 70.0 and peak_of("NVIDIA A40") == 149.7
     assert peak_of("NVIDIA L4") == 121.0 and peak_of("NVIDIA L40S") == 362.0 and peak_of("Voodoo 2") is None
+    for name, peak in (
+        ("H100 NVL", 835.0),
+        ("H200", 989.0),
+        ("H200 NVL", 835.0),
+        ("GH200 480GB", 989.0),
+        ("A10", 125.0),
+    ):
+        assert peak_of(f"NVIDIA {name}") == peak
+    assert peak_of("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None and peak_of("NVIDIA A100-PCIE-40GB") == 312.0
+    assert peak_of("NVIDIA GeForce RTX 3090 Ti") is peak_of("NVIDIA GeForce RTX 4090 D") is None
     for other in ("NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU"):
         assert peak_of(other) is None
     with pytest.raises(ConfigError, match="trainer.peak_tflops=0"):
