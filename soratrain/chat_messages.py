@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 SEED_BITS = 31  # what all servers take as a seed
-THOUGHT = re.compile(r"\s*<think>.*?(</think>|\Z)\s*", re.S)  # what reasoning models say before they reply
+THOUGHT = re.compile(r"^\s*<think>.*?(</think>|\Z)\s*", re.S)  # what reasoning models say before they reply
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -68,5 +68,9 @@ def reply_of(found: Any) -> Reply:
         content = "".join(part["text"] for part in content if part.get("type") in ("text", "output_text"))
     if content is None:
         content, reason = "", "refusal" if message.get("refusal") else reason
-    text = THOUGHT.sub("", content, count=1) if content.lstrip().startswith("<think>") else content
-    return Reply(text.encode(errors="replace").decode().strip(), reason)  # JSON can hold halves of a letter
+    return Reply(spoken(content).encode(errors="replace").decode(), reason)  # JSON can hold halves of a letter
+
+
+def spoken(text: str) -> str:
+    """Return what a model says, without what a reasoning one has thought before."""
+    return THOUGHT.sub("", text, count=1).strip()
