@@ -129,7 +129,9 @@ class Wire:
 
     def _silence(self, error: Any, timeout: float) -> ChatError:
         """Return the error for a connection that failed."""
-        reason = self.shown(f"{type(error).__name__} {error}" if isinstance(error, Exception) else str(error))
+        named = f"{type(error).__name__} {error}" if isinstance(error, Exception) else error
+        told = getattr(error, "strerror", None) or named
+        reason = self.shown(str(told))
         certificate = type(error).__name__ == "SSLCertVerificationError"
         if isinstance(error, TimeoutError):
             return ChatError(f"{self.url} has not answered within {timeout:g} s", again=True)

@@ -194,16 +194,16 @@ class Expansion(ABC):
         for wish in new[:SHOWN]:
             log.info("expand=%s: %s → %s", self.name, wish[0], found[wish].text)
         if len(found) > len(new[:SHOWN]):
-            log.info("expand=%s: %s%d longer prompts are in %s", self.name, "all " * (not new), len(found), path)
+            log.info("expand=%s: the longer forms of %d prompts are in %s", self.name, len(found), path)
         if failures:
-            reasons = [f"{reason} ({count})" for reason, count in Counter(failures.values()).most_common(3)]
+            reasons = Counter(failures.values()).most_common(3)
             log.warning(
                 "expand=%s: %d of %d prompts are drawn as they are, such as %r: %s",
                 self.name,
                 len(failures),
                 len(found) + len(failures),
                 next(iter(failures))[0][:80],
-                "; ".join(reasons),
+                "; ".join(f"{reason} ({count})" if len(reasons) > 1 else reason for reason, count in reasons),
             )
 
 

@@ -206,7 +206,7 @@ def test_prompts_without_a_caption_are_drawn_as_they_are_and_it_is_said(
         found = expansion(host, attempts=2)(moving("a cat", "a dog", 'a "cow"'), tmp_path)
     assert list(found) == moving("a cat") and len(host.asked) == 5
     (said,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert said == "expand=openai: 2 of 3 prompts are drawn as they are, such as 'a dog': refused (2)"
+    assert said == "expand=openai: 2 of 3 prompts are drawn as they are, such as 'a dog': refused"
 
 
 @pytest.mark.parametrize("fault", [500, "reset", "nonsense", 2.0])

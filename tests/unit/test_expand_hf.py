@@ -63,7 +63,7 @@ def test_a_text_that_does_not_end_is_cut_off_and_the_prompt_stays(
 ) -> None:
     folder = save(tmp_path)
     assert HFExpansion(folder=folder, max_tokens=5)(moving("red circle"), tmp_path) == {}
-    assert "1 of 1 prompts are drawn as they are, such as 'red circle': cut off (1)" in caplog.text
+    assert "1 of 1 prompts are drawn as they are, such as 'red circle': cut off" in caplog.text
 
 
 def test_examples_give_way_where_a_model_reads_little(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
