@@ -11,7 +11,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -122,7 +122,7 @@ class Expansion(ABC):
         return found
 
     def _write_all(
-        self, new: Sequence[Wish], asked: dict[Wish, Messages], keys: dict[Wish, str], cache: Cache, model: str
+        self, new: Sequence[Wish], asked: Mapping[Wish, Messages], keys: Mapping[Wish, str], cache: Cache, model: str
     ) -> dict[Wish, str]:
         """Ask for the prompts that are new, and keep what comes; return what is wrong with the rest."""
         failures: dict[Wish, str] = {}

@@ -190,7 +190,10 @@ class Model:
                 return self.tokenizer(told, add_special_tokens=False, verbose=False)["input_ids"]
             except Exception:  # noqa: BLE001 - a template is a program, and refuses in its own way
                 self.template = False
-        return self.tokenizer(plain(messages), verbose=False)["input_ids"]
+        ids = list(self.tokenizer(plain(messages), verbose=False)["input_ids"])
+        while ids and ids[-1] in self.ends:  # some tokenizers end whatever they read
+            ids.pop()
+        return ids
 
 
 def plain(messages: Messages) -> str:

@@ -7,9 +7,14 @@ import re
 from soratrain.chat import Reply
 from soratrain.diffusion.sizes import PROMPT_BYTES
 
-# Pairs of quotation marks. A plain ' is one only where no letter or digit stands before the first and after the last.
-MARKS = {'"': '"', "“": "”", "„": "“”", "«": "»", "»": "«", "「": "」", "『": "』", "‘": "’", "‹": "›"}
-PLAIN = re.compile(r"(?<!\w)'([^'\n]+)'(?!\w)")
+MARKS = {'"': '"', "“": "”", "„": "“”", "«": "»", "»": "«", "「": "」", "『": "』", "‹": "›", "‘": "’", "'": "'"}
+# What stands in quotation marks. Those that are apostrophes too stand at the ends of words, and no " that opens stands
+# after a digit, whose inches it would be.
+QUOTED = re.compile(
+    r"""(?<!\d)"[^"]*" | “[^”]*” | „[^“”]*[“”] | «[^»]*» | »[^«]*« | 「[^」]*」 | 『[^』]*』 | ‹[^›]*›
+      | ‘[^‘]*?’(?!\w) | (?<!\w)'[^']*'(?!\w)""",
+    re.X,
+)
 LABEL = re.compile(  # before a caption: "Sure! Here is the expanded prompt:"
     r"^\W*(?:(?:sure|certainly|of course)\W+)?(?:here(?:'s|’s| is)\s+)?"
     r"(?:(?:the|a|an|your|expanded|detailed|rewritten|longer|long|video|image)\s+)*(?:caption|prompt|description)\W*:\s*",
@@ -20,7 +25,7 @@ BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*")
 REPEATED = re.compile(r"(.{4,400}?)\1\1|(\S)\2{7}", re.S)
 # How models decline, at the beginning of what they say; small letters, a plain apostrophe.
 REFUSED = re.compile(
-    r"^\W*(?:(?:i'm|i am)?\s*(?:very |so )?sorry\b|i apologi[sz]e|my apologies|unfortunately,? i\b"
+    r"^\W*(?:(?:i'm|i am)?\s*(?:very |so )?sorry\b(?!-)|i apologi[sz]e|my apologies|unfortunately,? i\b"
     r"|as an? (?:ai|language model)|i (?:can ?not|can't|won't|will not|am unable|am not able)\b"
     r"|i'm (?:unable|not able)\b|(?:抱歉|对不起|我无法|我不能))"
 )
@@ -42,19 +47,8 @@ def one_line(text: str) -> str:
 
 def quotes(text: str) -> list[tuple[str, str, str]]:
     """Return what stands in quotation marks in a text, each with its two marks, outermost ones alone."""
-    found, place = [], 0
-    while place < len(text):
-        letter = text[place]
-        if letter in MARKS:
-            end = min((text.find(mark, place + 1) for mark in MARKS[letter] if mark in text[place + 1 :]), default=-1)
-        elif match := PLAIN.match(text, place):
-            end = match.end() - 1
-        else:
-            end = -1
-        if end > place + 1 and text[place + 1 : end].strip():
-            found.append((letter, text[place + 1 : end], text[end]))
-        place = max(place, end) + 1
-    return found
+    found = [match.group() for match in QUOTED.finditer(text)]
+    return [(said[0], said[1:-1], said[-1]) for said in found if said[1:-1].strip()]
 
 
 def kept(prompt: str, text: str) -> tuple[str, list[str]]:
@@ -74,6 +68,8 @@ def kept(prompt: str, text: str) -> tuple[str, list[str]]:
 
 def caption_of(prompt: str, reply: Reply) -> tuple[str, str]:
     """Return the longer prompt that a reply is, or "" and why it is none, in a word or two."""
+    if len(reply.text.encode()) > 2 * PROMPT_BYTES:  # before anything looks through all of it
+        return "", "too long"
     text = cleaned(reply.text)
     if reply.finish_reason in ("refusal", "content_filter") or REFUSED.search(text.lower().replace("’", "'")):
         return "", "refused"
@@ -87,5 +83,5 @@ def caption_of(prompt: str, reply: Reply) -> tuple[str, str]:
         return "", "too long"
     text, lost = kept(prompt, text)
     if lost:
-        return "", f"lost {', '.join(lost)}"
+        return "", f"lost {', '.join(lost)[:80]}"
     return (text, "") if 2 * len(text) >= len(prompt.strip()) else ("", "too short")
