@@ -78,6 +78,8 @@ def check_across(config: Mapping[str, Any]) -> None:
     if config["target"] is not None and config["stage"]["name"] not in AIMED:
         stages = " and ".join(f"stage={name}" for name in AIMED)
         raise ConfigError(f"target={config['target']}: only {stages} have one; leave it out")
+    if config.get("expand") and config["stage"]["name"] != "sample":
+        raise ConfigError(f"expand: stage={config['stage']['name']} draws no prompts, stage=sample does; leave it out")
     if not re.fullmatch(r"[\w.-]+", config["run"]) or config["run"].startswith("."):
         raise ConfigError(f"run={config['run']!r}: must be a folder name of letters, digits, '_', '-' and '.'")
     if not config["out"].strip():

@@ -38,6 +38,7 @@ class Root:
     objective: dict
     sampler: dict
     task: dict
+    expand: dict
     data: dict
     buckets: dict
     conditioning: dict

@@ -30,6 +30,7 @@ from soratrain.distributed.ranks import LONGEST, Ranks, deal
 from soratrain.distributed.room import available
 from soratrain.distributed.sequence import Ulysses, share
 from soratrain.errors import ConfigError, UserError
+from soratrain.expand.expansion import Expanded, Expansion
 from soratrain.models import weights
 from soratrain.models.autoencoders import stride_at
 from soratrain.schema import SEEDS
@@ -60,7 +61,7 @@ def parse_size(size: str) -> tuple[int, int]:
 class Item:
     """A sample to draw, and what is written beside it; all but the weights is known before they are read."""
 
-    prompt: str
+    prompt: str  # that is drawn from
     seed: int
     scene: Scene
     notes: dict[str, Any]
@@ -69,6 +70,14 @@ class Item:
     def draw(self) -> int:
         """The seed of its noise."""
         return draw_of(self.seed, self.prompt)
+
+    def drawn_from(self, longer: Expanded | None) -> Item:
+        """Return the sample as it is drawn from a longer prompt, whose notes have both; without one, as it is."""
+        if longer is None:
+            return self
+        prompts = {"prompt": self.notes["prompt"], "expanded": longer.text, "expanded_by": longer.by}
+        rest = {key: value for key, value in self.notes.items() if key not in prompts}
+        return replace(self, prompt=longer.text, notes=prompts | rest)
 
 
 class Sample:
@@ -80,6 +89,7 @@ class Sample:
         task: what to draw from what.
         prompt: what to draw: one text, or several.
         prompts_file: a file with prompts instead (`sample_prompts.py`).
+        expand: makes prompts longer before they are drawn; None draws them as they are.
         samples: of each prompt, with the seeds `seed`, `seed + 1`, …
         size: `WIDTHxHEIGHT` in pixels; None takes it off the task's input.
         frames: 1 for an image, else 1 + 4k; None takes those of the input.
@@ -111,6 +121,7 @@ class Sample:
         seed: int,
         sampler: Sampler,
         prompts_file: str | None = None,
+        expand: Expansion | None = None,
         samples: int = 1,
         area: str = "832x480",
         patch: Sequence[int] = (1, 2, 2),
@@ -123,7 +134,7 @@ class Sample:
         self.out, self.vae, self.dit, self.batch, self.precision = Path(out), vae, dit, batch, precision
         self.task, self.sampler, self.area = task, sampler, parse_size(area)
         self.patch, self.stride = tuple(patch), stride_at(vae)
-        self.sequence = sequence
+        self.sequence, self.expand = sequence, expand or None
         self.own = {"seed": seed, "samples": samples, "size": size, "frames": frames, "fps": fps}
         self.scenes: dict[tuple[Task, Order], Scene] = {}
         self.items = [item for wish in wishes(prompt, prompts_file, task) for item in self._placed(wish)]
@@ -174,6 +185,7 @@ class Sample:
             began = time.monotonic()
             mesh = Mesh(ranks.rank, ranks.size, self.sequence)
             check_ranks(mesh.sequence, mesh.size, "the processes of this job")
+            self._lengthen(ranks)
             generate = self._load(ranks)
             group = self._group(generate, mesh)
             made_by = {
@@ -199,6 +211,14 @@ class Sample:
                 "seconds": round(time.monotonic() - began, 1),
                 "files": [str(clip_of(path, item.notes)) for path, item in items.items()],
             }
+
+    def _lengthen(self, ranks: Ranks) -> None:
+        """Give the samples longer prompts; the first rank has them made, and all draw the same."""
+        if self.expand is None:
+            return
+        expand, wishes = self.expand, [(item.notes["prompt"], item.scene.frames == 1) for item in self.items]
+        found = ranks.together(lambda: expand(wishes, self.out) if ranks.first else {})[0]
+        self.items = [item.drawn_from(found.get(wish)) for item, wish in zip(self.items, wishes, strict=True)]
 
     def _place(self, notes: Mapping[str, Any]) -> Path:
         return self.out / "samples" / f"{name_of(notes)}.json"

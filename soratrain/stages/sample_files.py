@@ -31,9 +31,10 @@ def slug(prompt: str) -> str:
 
 
 def identity(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what decides a sample: not where its inputs lay, nor the versions of what drew it."""
+    """Return what decides a sample: not where its inputs lay, who made its prompt longer, nor what versions drew it."""
     inputs = {key: value["blake2b"] for key, value in document.get("inputs", {}).items()}
-    return {**{key: value for key, value in document.items() if key != "versions"}, "inputs": inputs}
+    decides = {key: value for key, value in document.items() if key not in ("expanded_by", "versions")}
+    return {**decides, "inputs": inputs}
 
 
 def name_of(document: Mapping[str, Any]) -> str:

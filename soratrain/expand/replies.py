@@ -1,0 +1,87 @@
+"""What is left of a language model's reply when all that is no caption is taken off, and what is wrong with it."""
+
+from __future__ import annotations
+
+import re
+
+from soratrain.chat import Reply
+from soratrain.diffusion.sizes import PROMPT_BYTES
+
+MARKS = {'"': '"', "“": "”", "„": "“”", "«": "»", "»": "«", "「": "」", "『": "』", "‹": "›", "‘": "’", "'": "'"}
+# What stands in quotation marks. Those that are apostrophes too stand at the ends of words, and no " that opens stands
+# after a digit, whose inches it would be.
+QUOTED = re.compile(
+    r"""(?<!\d)"[^"]*" | “[^”]*” | „[^“”]*[“”] | «[^»]*» | »[^«]*« | 「[^」]*」 | 『[^』]*』 | ‹[^›]*›
+      | ‘[^‘]*?’(?!\w) | (?<!\w)'[^']*'(?!\w)""",
+    re.X,
+)
+LABEL = re.compile(  # before a caption: "Sure! Here is the expanded prompt:"
+    r"^\W*(?:(?:sure|certainly|of course)\W+)?(?:here(?:'s|’s| is)\s+)?"
+    r"(?:(?:the|a|an|your|expanded|detailed|rewritten|longer|long|video|image)\s+)*(?:caption|prompt|description)\W*:\s*",
+    re.I,
+)
+BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*")
+# Four or more characters said three times in a row, or one said eight times: a decoder that has lost its way.
+REPEATED = re.compile(r"(.{4,400}?)\1\1|(\S)\2{7}", re.S)
+# How models decline, at the beginning of what they say; small letters, a plain apostrophe.
+REFUSED = re.compile(
+    r"^\W*(?:(?:i'm|i am)?\s*(?:very |so )?sorry\b(?!-)|i apologi[sz]e|my apologies|unfortunately,? i\b"
+    r"|as an? (?:ai|language model)|i (?:can ?not|can't|won't|will not|am unable|am not able)\b"
+    r"|i'm (?:unable|not able)\b|(?:抱歉|对不起|我无法|我不能))"
+)
+
+
+def cleaned(text: str) -> str:
+    """Return a reply as one line: without control characters, a label before it, or marks around the whole of it."""
+    text = LABEL.sub("", BOLD.sub(r"\1", one_line(text))).strip()
+    closing = MARKS.get(text[:1], "")
+    if len(text) > 1 and closing and text[-1] in closing and not set(text[0] + closing) & set(text[1:-1]):
+        text = text[1:-1].strip()
+    return text
+
+
+def one_line(text: str) -> str:
+    """Return a text without line breaks and control characters; spaces stay as many as they are."""
+    return "".join(letter if letter.isprintable() else " " for letter in text).strip()
+
+
+def quotes(text: str) -> list[tuple[str, str, str]]:
+    """Return what stands in quotation marks in a text, each with its two marks, outermost ones alone."""
+    found = [match.group() for match in QUOTED.finditer(text)]
+    return [(said[0], said[1:-1], said[-1]) for said in found if said[1:-1].strip()]
+
+
+def kept(prompt: str, text: str) -> tuple[str, list[str]]:
+    """Return a text in which the prompt's quotations have the prompt's own marks, and those that it has lost.
+
+    A quotation is kept where the same letters stand in marks of any kind.
+    """
+    lost = []
+    for opening, inner, closing in quotes(one_line(prompt)):
+        said = next((quote for quote in quotes(text) if quote[1] == inner), None)
+        if said is None:
+            lost.append(f"{opening}{inner}{closing}")
+        else:
+            text = text.replace("".join(said), f"{opening}{inner}{closing}")
+    return text, lost
+
+
+def caption_of(prompt: str, reply: Reply) -> tuple[str, str]:
+    """Return the longer prompt that a reply is, or "" and why it is none, in a word or two."""
+    if len(reply.text.encode()) > 2 * PROMPT_BYTES:  # before anything looks through all of it
+        return "", "too long"
+    text = cleaned(reply.text)
+    if reply.finish_reason in ("refusal", "content_filter") or REFUSED.search(text.lower().replace("’", "'")):
+        return "", "refused"
+    if not any(letter.isalnum() for letter in text):
+        return "", "cut off" if reply.finish_reason == "length" else "empty"
+    if REPEATED.search(text):
+        return "", "repeated itself"
+    if reply.finish_reason == "length":
+        return "", "cut off"
+    if len(text.encode()) > PROMPT_BYTES:
+        return "", "too long"
+    text, lost = kept(prompt, text)
+    if lost:
+        return "", f"lost {', '.join(lost)[:80]}"
+    return (text, "") if 2 * len(text) >= len(prompt.strip()) else ("", "too short")
