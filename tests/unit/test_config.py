@@ -21,7 +21,7 @@ OPTIONS = [
     f"{group}={option}"
     for group, options in groups().items()
     for option in options
-    if group not in ("stage", "experiment", "machine", "data")
+    if group not in ("stage", "experiment", "machine", "data", "expand")  # stage=sample alone has it
 ]
 
 
