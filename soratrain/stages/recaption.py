@@ -27,7 +27,7 @@ from soratrain.data.buckets import Buckets
 from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
 from soratrain.distributed.ranks import Ranks, deal
-from soratrain.errors import ConfigError, DataError
+from soratrain.errors import ConfigError, DataError, UserError, on_all_ranks
 from soratrain.stages.encoding import pixels_by_shard
 from soratrain.stages.pace import Pace, progress
 
@@ -116,9 +116,12 @@ class Recaption:
         manifest = read_manifest(self.shards)
         cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
         device = torch.device("cuda", ranks.local % torch.cuda.device_count()) if cuda else torch.device("cpu")
-        ranks.together(lambda: self.engine.open(device, self.autocast, self.prompts))
-        styles = self.engine.styles(self.styles)
-        rev = ranks.together(lambda: self._meet() if ranks.first else "")[0]
+        try:
+            ranks.together(lambda: self.engine.open(device, self.autocast, self.prompts))
+            styles = self.engine.styles(self.styles)
+            rev = ranks.together(lambda: self._meet() if ranks.first else "")[0]
+        except UserError as error:
+            raise on_all_ranks(error) from error.__cause__
         return CaptionFolder.of(self.out, rev, manifest, self.buckets.assign(manifest, lambda bucket: 1), styles)
 
     def _meet(self) -> str:

@@ -36,6 +36,8 @@ def test_what_is_asked_can_be_said_on_the_command_line():
     long = 'Say, "in one word", what (it) is: 三只猫'
     found = config("engine=openai", f"stage.job.prompts.long={long}", "+stage.job.prompts.mood=The mood, please.")
     prompts = instantiate(found["stage"]["job"]).prompts
+    extra = config("engine=openai", "engine.extra={max_tokens: null, max_completion_tokens: 300}")["engine"]["extra"]
+    assert extra == {"max_tokens": None, "max_completion_tokens": 300}
     assert prompts["long"] == long and list(prompts) == ["short", "long", "camera", "tags", "mood"]
 
 

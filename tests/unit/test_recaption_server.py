@@ -264,6 +264,7 @@ def test_a_server_that_is_not_there_is_one_line_with_its_address(shards, tmp_pat
         url = server.url
     with pytest.raises(ChatError) as failed:
         job(shards, tmp_path / "out", url)()
+    assert failed.value.alike  # of many ranks one says it
     assert url in str(failed.value) and "start it, or mend the url" in str(failed.value)
     assert "\n" not in str(failed.value) and not (tmp_path / "out").exists()
 
