@@ -40,6 +40,10 @@ TEXT_KEYS = (
     "validation.prompts",
     "validation.latents",
     "stage.job.folder",
+    "stage.job.prompts.*",
+    "engine.folder",
+    "engine.url",
+    "engine.model",
 )  # values that may hold any text
 LIST_KEYS = (
     "inputs.shards",

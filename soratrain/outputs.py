@@ -55,6 +55,14 @@ FREE = (
     "stage.job.workers",
     "stage.job.sequence",
     "stage.job.remote",
+    "stage.job.max_bad",
+    "stage.job.engine.url",
+    "stage.job.engine.key_env",
+    "stage.job.engine.concurrency",
+    "stage.job.engine.timeout_s",
+    "stage.job.engine.retries",
+    "stage.job.engine.backoff_s",
+    "stage.job.engine.offline",
 )
 OF_A_CLAIM = ("config.yaml", "upstream.yaml", "log.txt")  # what is in a folder before anything is made
 OF_A_JOB = ("slurm.json", "sweep.json", "logs")  # who works there, and what its processes say

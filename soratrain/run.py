@@ -196,7 +196,9 @@ def run_stage(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
     if first:
         outputs.finish(out, result)
         told = {
-            key: value for key, value in result.items() if not key.startswith(("captions_", "modes_"))
+            key: value
+            for key, value in result.items()
+            if not key.startswith(("captions_", "modes_")) or key == "captions_per_s"
         }  # in a line of their own
         figures = {key: value for key, value in told.items() if not isinstance(value, dict | list)}
         log.info("%s", "  ".join(f"{key} {shown(value)}" for key, value in figures.items()))

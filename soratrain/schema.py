@@ -39,6 +39,7 @@ class Root:
     sampler: dict
     task: dict
     expand: dict
+    engine: dict
     data: dict
     buckets: dict
     conditioning: dict

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -25,6 +25,7 @@ import safetensors.torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from soratrain.data.ahead import Reader
 from soratrain.data.assignment import Bucket
 from soratrain.data.captions import captions_of
 from soratrain.data.decode import load_clip
@@ -79,18 +80,26 @@ class Groups(Dataset):
         return bucket, [self._load(int(index), bucket, within) for index in members]
 
     def _load(self, index: int, bucket: Bucket, within: tuple[slice, slice, slice] | None) -> Clip:
-        row = self.manifest.row(index)
-        try:
-            header, media = read_members(self.reader, row)
-            fps = Fraction(row.fps_num, max(row.fps_den, 1))
-            stride = int(self.stride[index])
-            return Clip(
-                index,
-                captions_of(header),
-                load_clip(media, fps=fps, frames=row.frames, bucket=bucket, stride=stride, within=within),
-            )
-        except DataError as error:
-            return Clip(index, [], None, str(error))
+        def take(media: bytes, **given: Any) -> np.ndarray:
+            return load_clip(media, bucket=bucket, within=within, **given)
+
+        return read_clip(self.reader, self.manifest.row(index), index, int(self.stride[index]), take)
+
+
+def read_clip(reader: Reader, row: Row, index: int, stride: int, take: Callable[..., np.ndarray]) -> Clip:
+    """Return clip `index` with the frames that `take` has out of its media member, or why there are none.
+
+    Args:
+        row: of the clip.
+        stride: every how many source frames one is taken.
+        take: called with the member's bytes, and `fps`, `frames` and `stride` by name.
+    """
+    try:
+        header, media = read_members(reader, row)
+        fps = Fraction(row.fps_num, max(row.fps_den, 1))
+        return Clip(index, captions_of(header), take(media, fps=fps, frames=row.frames, stride=stride))
+    except DataError as error:
+        return Clip(index, [], None, str(error))
 
 
 def store(

@@ -1,67 +1,37 @@
-"""stage=recaption: the trained captioner describes every clip of the shards (Betker et al., 2023, "DALL-E 3").
+"""stage=recaption: every clip of the shards described in every style (Betker et al., 2023, "DALL-E 3").
 
-    captions/<rev>/part-NNNNN.parquet    captions of source shard N, joined to clips by key
-    captions/<rev>/part-NNNNN.json       its figures
-
-`rev` is a hash of the captioner's weights. One source shard is one unit of work, and its table is written last, so what
-has a table is done, and the same command goes on with the others. Shards are never rewritten.
+What lies in the folder afterwards, captions/folder.py says. One source shard is one unit of work, and its table is
+written last, so what has a table is done; within a shard a journal says what is. The same command does the rest.
+Processes share the shards; what becomes of one does not depend on who does it. Shards are never rewritten.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from soratrain.batch import draw_of, to_pixels
-from soratrain.data.assignment import Assignment, Bucket
-from soratrain.data.atomic import replacing
+from soratrain.captions.clips import ClipGroups, seen
+from soratrain.captions.describe import Outcome, describe
+from soratrain.captions.engine import Engine
+from soratrain.captions.faults import REASONS
+from soratrain.captions.folder import CaptionFolder, check_alone
+from soratrain.captions.journal import Journal
 from soratrain.data.buckets import Buckets
-from soratrain.data.manifest import Manifest, write_captions
 from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
-from soratrain.errors import ConfigError, DataError
-from soratrain.models import weights
-from soratrain.models.captioner import Captioner
-from soratrain.stages.latents import Clip, Groups
-from soratrain.stages.pace import progress
+from soratrain.distributed.ranks import Ranks, deal
+from soratrain.errors import ConfigError, DataError, UserError, on_all_ranks
+from soratrain.stages.encoding import pixels_by_shard
+from soratrain.stages.pace import Pace, progress
 
 log = logging.getLogger(__name__)
-# Four or more characters said three times in a row, or one said eight times: a decoder that has lost its way.
-REPEATED = re.compile(r"(.{4,}?)\1\1|(\S)\2{7}", re.DOTALL)
-ORIGINAL = "original"  # in the column `model`: the caption that the clip came with, for want of a better one
-
-
-def fault(caption: str) -> str | None:
-    """Return why a caption is no description, or None: `empty` (also one that never ended) or `repeated`."""
-    if not caption.strip():
-        return "empty"
-    return "repeated" if REPEATED.search(caption) else None
-
-
-def overlap(one: str, other: str) -> float:
-    """Return the F1 score of the words that two captions share, 0 to 1."""
-    first, second = (Counter(re.findall(r"\w+", text.lower())) for text in (one, other))
-    return 2 * (first & second).total() / max(first.total() + second.total(), 1)
-
-
-def original(captions: Sequence[dict[str, Any]], style: str) -> str:
-    """Return the caption that a clip came with: of this style, else of its own words (`gt`), else any; or nothing."""
-    for kinds in ({style}, {"gt"}, {caption.get("type") for caption in captions}):
-        for caption in captions:
-            if caption.get("type") in kinds and str(caption.get("text", "")).strip():
-                return str(caption["text"])
-    return ""
 
 
 class Recaption:
@@ -70,18 +40,19 @@ class Recaption:
     Args:
         out: folder of the captions.
         shards: folder or URL of the clips.
-        captioner: folder of the captioner's weights.
+        engine: who describes.
         buckets: how sizes are chosen; the same as for training, so that a caption is of what is encoded.
-        styles: kinds of caption to write; None writes all that the captioner was trained on.
-        batch_size: clips described at once, at most.
-        pixels_per_batch: pixels (frames x height x width) described at once, at most.
+        prompts: by style, what an engine that was not trained here is asked.
+        styles: kinds of caption to write; None writes all that there are prompts for, or that the captioner was
+            trained on.
         attempts: how often a rejected caption is asked for again, by chance, before the original takes its place.
-        top_p: nucleus of those attempts.
         seed: of their chance.
+        lang: in which the engine answers.
         precision: `bf16-mixed` works under autocast, `32-true` does not.
         device: `auto` takes CUDA where there is one.
         workers: processes that decode.
-        max_bad: share of clips that may be unreadable before the job stops; a few always may.
+        max_bad: share of clips that may be unreadable, or that a server may refuse, before the job stops; a few
+            always may.
         remote: how shards in a store are read.
 
     Raises:
@@ -93,171 +64,166 @@ class Recaption:
         *,
         out: str,
         shards: str,
-        captioner: str,
+        engine: Engine,
         buckets: Buckets,
+        prompts: Mapping[str, str] | None = None,
         styles: Sequence[str] | None = None,
-        batch_size: int = 128,
-        pixels_per_batch: int = 1 << 24,
         attempts: int = 2,
-        top_p: float = 0.9,
         seed: int = 0,
+        lang: str = "en",
         precision: str = "32-true",
         device: str = "auto",
         workers: int = 0,
         max_bad: float = 0.01,
         remote: Remote | None = None,
     ) -> None:
-        for name, value, least in (("batch_size", batch_size, 1), ("pixels_per_batch", pixels_per_batch, 1)):
-            if value < least:
-                raise ConfigError(f"stage.job.{name}={value} must be at least {least}")
-        if attempts and not 0 < top_p <= 1:
-            raise ConfigError(f"stage.job.top_p={top_p} must lie in (0, 1]")
-        self.out, self.shards, self.captioner, self.buckets = Path(out), shards, captioner, buckets
-        self.styles = styles
-        self.batch_size, self.pixels_per_batch = batch_size, pixels_per_batch
-        self.attempts, self.top_p, self.seed = attempts, top_p, seed
+        if attempts < 0:
+            raise ConfigError(f"stage.job.attempts={attempts} must be at least 0")
+        if styles is not None and len(set(styles)) != max(1, len(styles)):
+            raise ConfigError(f"stage.job.styles={list(styles)} must name one style or more, each once")
+        self.out, self.shards, self.engine, self.buckets = Path(out), shards, engine, buckets
+        self.prompts, self.styles, self.lang = dict(prompts or {}), styles, lang
+        self.attempts, self.seed, self.device = attempts, seed, device
         self.workers, self.max_bad, self.remote = workers, max_bad, remote
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         self.autocast = precision.startswith("bf16")
 
     def __call__(self) -> dict[str, float]:
         """Describe what is not described yet and return the figures of the whole folder.
 
-        captions; rejected, answers that were none; originals, captions that clips kept for want of a better one;
-        missing, where there was none either; unreadable clips; agreement, words shared with the captions of the same
-        type that clips came with (F1); captions_per_s of this call.
+        captions; rejected, answers that were none, and of each reason; originals, captions that clips kept for want of
+        a better one; missing, where there was none either; unreadable clips; agreement, words shared with the captions
+        of the same type that clips came with (F1); captions_per_s of this call.
 
         Raises:
-            ConfigError: a style that the captioner was not trained on.
-            DataError: the folder holds another captioner's captions, or too many clips cannot be read.
+            ConfigError: a style that the engine does not know.
+            DataError: the folder holds another's captions, too many clips cannot be read, or captions are missing
+                because nobody answered.
         """
+        with Ranks.joined() as ranks:
+            folder = self._prepare(ranks)
+            ranks.together(lambda: self._begin(folder) if ranks.first else None)
+            began = time.monotonic()
+            try:
+                made = sum(ranks.together(lambda: self._describe(folder, ranks)))
+            finally:
+                if ranks.first:
+                    folder.list_failures()
+            rate = made / (time.monotonic() - began)
+            return ranks.together(lambda: self._finish(folder, rate) if ranks.first else {})[0]
+
+    def _prepare(self, ranks: Ranks) -> CaptionFolder:
+        """Read what is needed, and see once that an answer can come."""
         manifest = read_manifest(self.shards)
-        net, _ = weights.load(self.captioner, "captioner", self.device)
-        assert isinstance(net, Captioner)
-        styles = self._styles(net)
-        rev = hashlib.sha256()
-        for file in weights.files(self.captioner, "captioner"):
-            rev.update(file.read_bytes())
-        folder = self._claim(rev.hexdigest()[:12])
-        assignment = self.buckets.assign(manifest, lambda bucket: 1)
-        began, made = time.monotonic(), 0
-        with progress() as bar:
-            task = bar.add_task("recaption", total=sum(map(len, assignment.members)))
-            for number in range(len(manifest.shards)):
-                table = folder / f"part-{number:05d}.parquet"
-                if table.is_file():
-                    bar.advance(task, int((manifest.shard == number).sum()))
-                    continue
-                figures: Counter[str] = Counter()
-                rows: list[dict[str, str]] = []
-                for described in self._describe_shard(net, styles, manifest, assignment, number, figures):
-                    rows += described
-                    bar.advance(task)
-                with replacing(table.with_suffix(".json")) as temporary:
-                    temporary.write_text(json.dumps(figures, indent=1) + "\n")
-                write_captions(table, [{**row, "rev": folder.name} for row in rows])
-                made += len(rows)
-        total: Counter[str] = Counter()
-        for path in sorted(folder.glob("part-*.json")):
-            total.update(json.loads(path.read_text()))
-        result = {name: float(total[name]) for name in ("captions", "rejected", "originals", "missing", "unreadable")}
-        if total["compared"]:
-            result["agreement"] = total["agreement"] / total["compared"]
-        return {**result, "captions_per_s": made / (time.monotonic() - began)}
+        cuda = self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+        device = torch.device("cuda", ranks.local % torch.cuda.device_count()) if cuda else torch.device("cpu")
+        try:
+            ranks.together(lambda: self.engine.open(device, self.autocast, self.prompts))
+            styles = self.engine.styles(self.styles)
+            rev = ranks.together(lambda: self._meet() if ranks.first else "")[0]
+        except UserError as error:
+            raise on_all_ranks(error) from error.__cause__
+        return CaptionFolder.of(self.out, rev, manifest, self.buckets.assign(manifest, lambda bucket: 1), styles)
 
-    def _styles(self, net: Captioner) -> list[str]:
-        """Return the styles to write."""
-        known, wanted = net.known_styles, net.known_styles if self.styles is None else self.styles
-        if not known or not set(wanted) <= set(known):
-            raise ConfigError(
-                f"inputs.captioner={self.captioner} was trained on the styles {list(known)}, not on"
-                f" {sorted(set(wanted) - set(known))}; train it on captions of these types, or set stage.job.styles"
-            )
-        return list(wanted)
+    def _meet(self) -> str:
+        rev = self.engine.identity()[:12]
+        check_alone(self.out, rev)
+        self.engine.try_out()
+        return rev
 
-    def _claim(self, rev: str) -> Path:
-        """Return the folder of this revision; another captioner's captions beside it would be read as well."""
-        others = sorted(path.name for path in (self.out / "captions").glob("*") if path.name != rev)
-        if others:
+    def _begin(self, folder: CaptionFolder) -> None:
+        """Begin the folder, and say what is to come."""
+        folder.tell({**self._told(folder), "complete": False})
+        clips = int(folder.counts.sum())
+        log.info("%s clips in the styles %s, by %s", f"{clips:,}", ", ".join(folder.styles), self.engine.model)
+        for reason, count in folder.assignment.dropped.items():
+            log.info("%s clips are not described: %s", f"{count:,}", reason)
+
+    def _told(self, folder: CaptionFolder) -> dict[str, Any]:
+        asked = {style: self.prompts[style] for style in folder.styles if self.engine.prompted}
+        return {"engine": self.engine.name, "model": self.engine.model, "lang": self.lang, "prompts": asked}
+
+    def _describe(self, folder: CaptionFolder, ranks: Ranks) -> int:
+        """Describe this rank's shards that are not described yet; return how many captions were made."""
+        costs = pixels_by_shard(folder.manifest, folder.assignment)
+        todo = [number for number in deal(costs, ranks.size)[ranks.rank] if not folder.table(number).is_file()]
+        clips = folder.clips(todo)
+        made, bad, pace = 0, 0, Pace(clips, clips, ranks.size)
+        with progress(shown=ranks.first) as bar:
+            name = f"recaption (rank 0 of {ranks.size})" if ranks.size > 1 else "recaption"
+            task = bar.add_task(name, total=clips)
+            for number in todo:
+                journal, new = folder.journal(number), 0
+                for outcome, count in self._describe_shard(folder, number, journal):
+                    ranks.check()
+                    made, new = made + len(outcome.rows), new + count
+                    bad += len({failure["key"] for failure in outcome.failures if failure["final"]})
+                    self._bear(bad, len(folder.manifest), outcome)
+                    bar.advance(task, count)
+                    if (said := pace.step(count)) and ranks.first:
+                        log.info("%s", said)
+                    if self.engine.gone:
+                        return made
+                bar.advance(task, folder.clips([number]) - new)  # what had been done before
+                folder.finish(number, journal)
+        return made
+
+    def _bear(self, bad: int, clips: int, outcome: Outcome) -> None:
+        if bad > max(3, self.max_bad * clips):
             raise DataError(
-                f"{self.out} holds captions of another captioner ({others[0]}, this one is {rev}); use fresh=true to"
-                " describe the clips again, or run=NAME beside it"
+                f"{bad} clips of {self.shards} cannot be described, more than stage.job.max_bad={self.max_bad} allows;"
+                f" {self.out / 'failures.jsonl'} lists them ({outcome.failures[-1]['reason']})"
             )
-        return self.out / "captions" / rev
 
-    def _describe_shard(
-        self,
-        net: Captioner,
-        styles: Sequence[str],
-        manifest: Manifest,
-        assignment: Assignment,
-        number: int,
-        figures: Counter[str],
-    ) -> Iterator[list[dict[str, str]]]:
-        """Yield the table rows of each clip of one shard, without `rev`, and count into `figures`."""
-        groups: list[tuple[Bucket, np.ndarray]] = []
-        for bucket, members in zip(assignment.buckets, assignment.members, strict=True):
-            mine = members[manifest.shard[members] == number]
-            fitting = self.pixels_per_batch // (bucket.frames * bucket.height * bucket.width)
-            size = max(1, min(self.batch_size, fitting))
-            groups += [(bucket, mine[start : start + size]) for start in range(0, len(mine), size)]
-        clips = Groups(manifest, groups, assignment.stride, self.remote)
-        loader = DataLoader(clips, batch_size=None, num_workers=self.workers)
-        for _, clips in loader:
+    def _describe_shard(self, folder: CaptionFolder, number: int, journal: Journal) -> Iterator[tuple[Outcome, int]]:
+        """Yield what has become of each group of clips of a shard, once it is written down, and how many they were."""
+        manifest, members = folder.manifest, folder.members(number)
+        wanted: dict[int, list[str]] = {}
+        for index, _ in members:
+            key = manifest.row(index).key
+            if styles := [style for style in folder.styles if (key, style) not in journal.settled]:
+                wanted[index] = styles
+        groups = [[one for one in group if one[0] in wanted] for group in self.engine.groups(members)]
+        groups = [group for group in groups if group]
+        decoded = ClipGroups(manifest, folder.assignment.stride, groups, self.engine.load, self.remote)
+        for group, clips in zip(groups, DataLoader(decoded, batch_size=None, num_workers=self.workers), strict=True):
+            whole = [(one, clip) for one, clip in zip(group, clips, strict=True) if clip.video is not None]
+            known = [(seen(clip, one, manifest, folder.assignment), clip.captions) for one, clip in whole]
+            asked = [(place, style) for place, (one, _) in enumerate(whole) for style in wanted[one[0]]]
+            how: dict[str, Any] = {"attempts": self.attempts, "seed": self.seed, "lang": self.lang}
+            outcome = describe(self.engine, known, asked, **how) if asked else Outcome()
             for clip in clips:
                 if clip.video is None:
-                    figures["unreadable"] += 1
-                    log.warning("clip %s is not described: %s", manifest.row(clip.index).key, clip.failure)
-                    if figures["unreadable"] > max(3, self.max_bad * len(manifest)):
-                        raise DataError(
-                            f"{figures['unreadable']} clips of one shard of {self.shards} cannot be read, more than"
-                            f" max_bad={self.max_bad} of all; see the log"
-                        )
-            whole = [clip for clip in clips if clip.video is not None]
-            if whole:
-                rates = [manifest.row(clip.index).fps / int(assignment.stride[clip.index]) for clip in whole]
-                keys = [manifest.row(clip.index).key for clip in whole]
-                yield from self._describe(net, styles, whole, keys, rates, figures)
+                    outcome.unreadable(manifest.row(clip.index).key, folder.styles, clip.failure)
+            journal.add(outcome)
+            yield outcome, len(group)
 
-    @torch.no_grad()
-    def _describe(
-        self,
-        net: Captioner,
-        styles: Sequence[str],
-        clips: Sequence[Clip],
-        keys: Sequence[str],
-        rates: Sequence[float],
-        figures: Counter[str],
-    ) -> Iterator[list[dict[str, str]]]:
-        """Yield the rows of each of `clips`, all of one size; what is rejected is asked for again, then replaced."""
-        pixels = to_pixels(
-            torch.from_numpy(np.stack([clip.video for clip in clips if clip.video is not None])).to(self.device)
-        )
-        fps = torch.tensor(rates, device=self.device)
-        rows: dict[str, list[dict[str, str]]] = {key: [] for key in keys}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            looked = net.look(pixels, fps)[0]
-            texts = {style: net.say(looked, style) for style in styles}
-            for style, captions in texts.items():
-                for attempt in range(self.attempts):
-                    again = [place for place, caption in enumerate(captions) if fault(caption)]
-                    figures["rejected"] += len(again)
-                    if not again:
-                        break
-                    draws = [draw_of(self.seed, keys[place], style, attempt) for place in again]
-                    asked = net.say(looked[again], style, top_p=self.top_p, draws=draws)
-                    for place, caption in zip(again, asked, strict=True):
-                        captions[place] = caption
-        for style, captions in texts.items():
-            for clip, key, caption in zip(clips, keys, captions, strict=True):
-                given, model = original(clip.captions, style), "captioner"
-                if fault(caption):
-                    caption, model = given, ORIGINAL
-                    figures["originals" if given else "missing"] += 1
-                elif any(own.get("type") == style for own in clip.captions):
-                    figures["compared"] += 1
-                    figures["agreement"] += overlap(caption, given)  # type: ignore[assignment]
-                if caption:
-                    figures["captions"] += 1
-                    rows[key].append({"key": key, "type": style, "text": caption, "model": model, "lang": "en"})
-        yield from rows.values()
+    def _finish(self, folder: CaptionFolder, rate: float) -> dict[str, float]:
+        """Mark the folder as whole and return its figures.
+
+        Raises:
+            DataError: it is not whole.
+        """
+        counts, failures = folder.known()
+        by_style: dict[str, dict[str, Any]] = {style: {} for style in folder.styles}
+        totals: Counter[str] = Counter()
+        for name, value in sorted(counts.items()):
+            style, _, what = name.partition("/")
+            totals[what] += value
+            if style:
+                by_style[style][what] = value
+        missing = folder.missing()
+        figures = {"complete": not missing, "figures": by_style, "unreadable": totals["unreadable"]}
+        folder.tell({**self._told(folder), **figures})
+        if missing:
+            passing = [failure["reason"] for failure in failures if not failure["final"]]
+            why = self.engine.gone or next(iter(passing), "they were not asked for")
+            raise DataError(
+                f"{missing:,} captions are still to be made ({why}); {self.out / 'failures.jsonl'} lists"
+                f" {len(passing):,} of them, and the same command goes on"
+            )
+        rejected = {f"rejected_{reason}": float(totals[reason]) for reason in REASONS}
+        result = {"captions": float(totals["captions"]), "rejected": sum(rejected.values()), **rejected}
+        result |= {name: float(totals[name]) for name in ("originals", "missing", "unreadable")}
+        if totals["compared"]:
+            result["agreement"] = totals["agreement"] / totals["compared"]
+        return {**result, "captions_per_s": rate}
