@@ -35,6 +35,8 @@ TEXT_KEYS = (
     "task.mask",
     "validation.prompts",
     "validation.latents",
+    "captioner.vision",
+    "captioner.language",
     "stage.job.folder",
 )  # values that may hold any text
 LIST_KEYS = (

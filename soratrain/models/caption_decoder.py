@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soratrain.batch import keyed_uniform
 from soratrain.models.attention import Packing, attend
 from soratrain.models.rope import rotate, rotations
+from soratrain.models.writing import Writing, clean
 
 START, END, SYMBOLS = 256, 256, 257  # a caption's bytes, then END; START stands before the first byte
 NGRAMS = (2, 3, 4)
+CIRCLING = 24  # bytes for which a caption must repeat itself before it is given up
 
 
 def norm(dim: int) -> nn.LayerNorm:
@@ -42,23 +43,8 @@ def encode_captions(captions: Sequence[str], max_bytes: int) -> tuple[Tensor, Te
 
 
 def decode_caption(data: bytes) -> str:
-    """Return a caption's text: broken UTF-8 is left out, runs of spaces and control characters become one space."""
-    text = data.decode("utf-8", "ignore")
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-
-
-def choose(logits_BV: Tensor, chance_B: Tensor | None, top_p: float) -> Tensor:
-    """Return the next symbol of each clip, `[B]`: the likeliest, or by `chance_B` in [0, 1) among the nucleus.
-
-    The nucleus is the smallest set of symbols whose probability reaches `top_p` (Holtzman et al., 2020).
-    """
-    if chance_B is None:
-        return logits_BV.argmax(-1)
-    probability, order = logits_BV.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = probability.cumsum(-1) - probability
-    kept = torch.where(before < top_p, probability, 0.0).cumsum(-1)
-    place = torch.searchsorted(kept, chance_B[:, None] * kept[:, -1:], right=True)
-    return order.gather(1, place.clamp(max=order.shape[1] - 1))[:, 0]
+    """Return a caption's text: broken UTF-8 is left out, and what is left is cleaned."""
+    return clean(data.decode("utf-8", "ignore"))
 
 
 class Block(nn.Module):
@@ -230,37 +216,30 @@ class Decoder(nn.Module):
         pooled_BQD: Tensor,
         styles_B: Tensor,
         *,
-        max_bytes: int,
+        max_bytes: int | Sequence[int],
         top_p: float = 0.0,
         draws: Sequence[int] = (),
         cached: bool = True,
     ) -> tuple[list[bytes], list[bool]]:
-        """Write a caption for each clip, and say which came to their end within `max_bytes`.
+        """Write a caption for each clip, and say which came to their end.
 
         Args:
+            max_bytes: most that a caption may have, all or each.
             top_p: 0 takes the likeliest byte; above 0 bytes are drawn from the nucleus.
             draws: what each clip's chance depends on; needed where `top_p` is above 0.
             cached: False computes every place anew at every byte: the same captions, slowly.
         """
-        batch, device = len(styles_B), styles_B.device
-        symbols = torch.full((batch, max_bytes + 1), END, device=device)
-        chances = [keyed_uniform(draw, "caption", (max_bytes,)) for draw in draws] if top_p else []
-        chance = torch.stack(chances).to(device) if top_p else None
-        memory, cache = self.memory(pooled_BQD), Cache(len(self.blocks), max_bytes + 1) if cached else None
-        ended = torch.zeros(batch, dtype=torch.bool, device=device)
-        written = 0
-        one = Packing.of([1] * batch)
-        for place in range(max_bytes + 1):
+        batch = len(styles_B)
+        bounds = [max_bytes] * batch if isinstance(max_bytes, int) else list(max_bytes)
+        writing = Writing(bounds, styles_B.device, end=END, span=CIRCLING, top_p=top_p, draws=draws)
+        memory, cache = self.memory(pooled_BQD), Cache(len(self.blocks), max(bounds) + 1) if cached else None
+        one, over = Packing.of([1] * batch), False
+        while not over:
+            read = writing.symbols[:, : writing.count + 1]
             if cached:
-                logits = self(symbols[:, max(0, place + 1 - max(NGRAMS)) : place + 1], styles_B, memory, one, cache)
+                logits = self(read[:, -max(NGRAMS) :], styles_B, memory, one, cache)
             else:
-                whole = Packing.of([place + 1] * batch)
-                logits = whole.pad(self(symbols[:, : place + 1], styles_B, memory, whole))[:, -1]
-            following = choose(logits, None if chance is None or place == max_bytes else chance[:, place], top_p)
-            ended |= following == END
-            if place == max_bytes or bool(ended.all()):
-                break
-            symbols[:, place + 1] = torch.where(ended, END, following)
-            written = place + 1
-        rows = symbols[:, 1 : written + 1].tolist()
-        return [bytes(symbol for symbol in row if symbol != END) for row in rows], ended.tolist()
+                whole = Packing.of([read.shape[1]] * batch)
+                logits = whole.pad(self(read, styles_B, memory, whole))[:, -1]
+            over = writing.take(logits)
+        return [bytes(row) for row in writing.texts()], writing.ended.tolist()

@@ -1,11 +1,11 @@
-"""Where the files of somebody else's text encoder are, in a folder or on the hub, and what their tensors hold."""
+"""Where the files of somebody else's model are, in a folder or on the hub, and what their tensors hold."""
 
 from __future__ import annotations
 
 import importlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ DOUBLE = "encoder.embed_tokens.weight"
 OUTER = "text_model."  # before names in older files
 
 
-def transformers() -> Any:
-    """Return the library, quiet.
+def transformers(asked: str = "text=hf") -> Any:
+    """Return the library, quiet; `asked` is what needs it.
 
     Raises:
         ConfigError: it is not installed.
@@ -34,7 +34,7 @@ def transformers() -> Any:
     try:
         library = importlib.import_module("transformers")
     except ImportError as error:
-        raise ConfigError(f"text=hf needs transformers ({error}): pip install 'soratrain[hf]'") from error
+        raise ConfigError(f"{asked} needs transformers ({error}): pip install 'soratrain[hf]'") from error
     library.utils.logging.disable_progress_bar()
     library.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # the errors below say it all
@@ -49,11 +49,15 @@ class Place:
         folder: a path, or OWNER/NAME on the hub.
         subfolder: within the hub's.
         offline: take from the hub only what has been downloaded before.
+        key: of the config that names it, for messages.
+        what: it is to hold.
     """
 
     folder: str
     subfolder: str | None = None
     offline: bool = False
+    key: str = "text.folder"
+    what: str = "text encoder"
 
     @classmethod
     def of(cls, folder: str, subfolder: str | None = None, *, offline: bool = False) -> Place:
@@ -91,15 +95,15 @@ class Place:
             reason = " ".join(str(error).split())[:200]
             if self.local:
                 raise DataError(
-                    f"text.folder={self.folder}: holds no text encoder that can be read ({reason})"
+                    f"{self.key}={self.folder}: holds no {self.what} that can be read ({reason})"
                 ) from error
             if not HUB_ID.fullmatch(self.folder):
                 raise DataError(
-                    f"text.folder={self.folder}: is no folder; give one that save_pretrained wrote, or an id on the hub"
+                    f"{self.key}={self.folder}: is no folder; give one that save_pretrained wrote, or an id on the hub"
                     " (OWNER/NAME)"
                 ) from error
             raise DataError(
-                f"text.folder={self.folder}: is no folder here, and cannot be had from the hub ({reason}); download it"
+                f"{self.key}={self.folder}: is no folder here, and cannot be had from the hub ({reason}); download it"
                 " where there is a network, and give its folder"
             ) from error
 
@@ -166,26 +170,27 @@ class Place:
         return [file for _, file in files if file is not None]
 
 
-def samples(place: Place) -> list[tuple[str, tuple[int, ...], Tensor]]:
-    """Return name, shape, and the first, middle and last row as fp32, of every tensor that reads text, by name."""
+def reads_text(name: str) -> bool:
+    """Return whether a tensor belongs to the half of a model that reads text."""
+    return not name.startswith(ASIDE) and name != DOUBLE and not name.endswith(".position_ids")
+
+
+def samples(place: Place, wanted: Callable[[str], bool] = reads_text) -> list[tuple[str, tuple[int, ...], Tensor]]:
+    """Return name, shape, and the first, middle and last row as fp32, of every tensor that is `wanted`, by name."""
     found = []
     for file in place.weights():
         if file.suffix == ".safetensors":
             with safe_open(str(file), "pt") as opened:
-                for name in filter(_reads, opened.keys()):
+                for name in filter(wanted, opened.keys()):
                     part = opened.get_slice(name)
                     shape = tuple(part.get_shape())
                     found.append((name.removeprefix(OUTER), shape, _rows(part, shape)))
         else:
             for name, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items():
-                if _reads(name):
+                if wanted(name):
                     shape = tuple(tensor.shape)
                     found.append((name.removeprefix(OUTER), shape, _rows(tensor, shape)))
     return sorted(found, key=lambda item: item[0])
-
-
-def _reads(name: str) -> bool:
-    return not name.startswith(ASIDE) and name != DOUBLE and not name.endswith(".position_ids")
 
 
 def _rows(part: Any, shape: tuple[int, ...]) -> Tensor:

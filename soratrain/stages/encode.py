@@ -106,6 +106,8 @@ class Encode:
     def __call__(self) -> dict[str, float]:
         """Encode what is not encoded yet; return clips, clips a second of this call, megabytes, and what was left out.
 
+        Also how many texts of this call were longer than the text encoder reads, and were cut.
+
         Raises:
             DataError: the folder holds latents of something else, or too many clips cannot be read.
         """
@@ -113,9 +115,10 @@ class Encode:
             work = self._prepare(ranks)
             ranks.together(lambda: self._claim(work) if ranks.first else None)
             began = time.monotonic()
-            done = sum(ranks.together(lambda: self._encode(work, ranks)))
-            seconds = time.monotonic() - began
-            return ranks.together(lambda: self._finish(work, done / seconds) if ranks.first else {})[0]
+            parts = ranks.together(lambda: self._encode(work, ranks))
+            done, seconds = sum(clips for clips, _ in parts), time.monotonic() - began
+            cut = {"texts_cut": sum(texts for _, texts in parts)} if work.texts is not None else {}
+            return ranks.together(lambda: {**self._finish(work, done / seconds), **cut} if ranks.first else {})[0]
 
     def _prepare(self, ranks: Ranks) -> Work:
         """Read what is needed, and see that the buckets fit the VAE."""
@@ -181,8 +184,8 @@ class Encode:
         for reason, count in work.assignment.dropped.items():
             log.info("%s clips are not encoded: %s", f"{count:,}", reason)
 
-    def _encode(self, work: Work, ranks: Ranks) -> int:
-        """Encode this rank's shards that are not encoded yet; return how many clips they held."""
+    def _encode(self, work: Work, ranks: Ranks) -> tuple[int, int]:
+        """Encode this rank's shards that are not encoded yet; return how many clips they held, and texts were cut."""
         costs = pixels_by_shard(work.manifest, work.assignment)
         todo = [number for number in deal(costs, ranks.size)[ranks.rank] if not self._part(number).is_file()]
         clips = sum(int(np.isin(work.manifest.shard[members], todo).sum()) for members in work.assignment.members)
@@ -197,9 +200,10 @@ class Encode:
                     self._bear(failed, len(work.manifest))
                     if (said := pace.step(encoded * pixels(bucket))) and ranks.first:
                         log.info("%s", said)
-        if work.texts is not None and work.texts.cut:
-            log.warning("%s captions are longer than text.max_tokens and were cut", f"{work.texts.cut:,}")
-        return done
+        cut = 0 if work.texts is None else work.texts.cut
+        if cut:
+            log.warning("%s captions are longer than text.max_tokens and were cut", f"{cut:,}")
+        return done, cut
 
     def _bear(self, failed: int, clips: int) -> None:
         if failed > max(3, self.max_bad * clips):

@@ -32,7 +32,7 @@ from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
-from soratrain.models.captioner import Captioner
+from soratrain.models.caption_model import CaptionModel
 from soratrain.stages.latents import Clip, Groups
 from soratrain.stages.pace import progress
 
@@ -133,7 +133,7 @@ class Recaption:
         """
         manifest = read_manifest(self.shards)
         net, _ = weights.load(self.captioner, "captioner", self.device)
-        assert isinstance(net, Captioner)
+        assert isinstance(net, CaptionModel)
         styles = self._styles(net)
         rev = hashlib.sha256()
         for file in weights.files(self.captioner, "captioner"):
@@ -165,7 +165,7 @@ class Recaption:
             result["agreement"] = total["agreement"] / total["compared"]
         return {**result, "captions_per_s": made / (time.monotonic() - began)}
 
-    def _styles(self, net: Captioner) -> list[str]:
+    def _styles(self, net: CaptionModel) -> list[str]:
         """Return the styles to write."""
         known, wanted = net.known_styles, net.known_styles if self.styles is None else self.styles
         if not known or not set(wanted) <= set(known):
@@ -187,7 +187,7 @@ class Recaption:
 
     def _describe_shard(
         self,
-        net: Captioner,
+        net: CaptionModel,
         styles: Sequence[str],
         manifest: Manifest,
         assignment: Assignment,
@@ -222,7 +222,7 @@ class Recaption:
     @torch.no_grad()
     def _describe(
         self,
-        net: Captioner,
+        net: CaptionModel,
         styles: Sequence[str],
         clips: Sequence[Clip],
         keys: Sequence[str],

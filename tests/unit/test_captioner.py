@@ -12,13 +12,13 @@ from soratrain.models.caption_decoder import (
     START,
     Cache,
     Decoder,
-    choose,
     decode_caption,
     encode_captions,
 )
 from soratrain.models.captioner import Captioner
 from soratrain.models.text import ByteTextEncoder
 from soratrain.models.video_encoder import sample_frames
+from soratrain.models.writing import choose, circles, clean
 
 
 def captioner(**changes) -> Captioner:
@@ -205,6 +205,11 @@ def test_broken_utf8_and_control_characters_are_repaired():
     assert decode_caption(b"\xff\xfea red\x00\n  disc\xe4\xb8") == "a red disc"
     assert decode_caption("三只猫 🙂".encode()) == "三只猫 🙂"
     assert decode_caption(b"") == ""
+    assert clean("a\u200b\ufeffb\u2028c \ud800") == "ab c ?"
+    assert (
+        clean("\U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e")
+        == "\U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e"
+    )
 
 
 class Dictated(Decoder):
@@ -227,6 +232,33 @@ def test_each_caption_stops_at_its_own_end_and_says_whether_it_ended():
     captions, ended = decoder.write(torch.zeros(4, 2, 8), torch.zeros(4, dtype=torch.int64), max_bytes=9)
     assert captions == [b"a disc", b"", "三只猫".encode(), b"far too l"]
     assert ended == [True, True, True, False]
+
+
+def test_a_caption_that_goes_round_in_circles_is_given_up_at_once():
+    decoder, seen = Dictated([b"a disc, " * 50, b"ha ha ha, a disc", b"x" * 300]), []
+    forward = decoder.forward
+    decoder.forward = lambda *args: seen.append(1) or forward(*args)
+    captions, ended = decoder.write(torch.zeros(3, 2, 8), torch.zeros(3, dtype=torch.int64), max_bytes=400)
+    assert ended == [False, True, False] and captions[1] == b"ha ha ha, a disc"
+    assert len(seen) <= 40 and captions[0].startswith(b"a disc, a disc, ")
+
+
+def test_circles_are_four_rounds_of_enough_symbols():
+    assert circles([7] * 24, 24) and not circles([7] * 23, 24)
+    assert circles([*range(20), *([1, 2, 3, 4, 5, 6] * 4)], 24) and not circles([1, 2, 3, 4, 5, 6] * 3, 8)
+    assert circles([3, 1, 2] * 4, 8) and not circles([*([3, 1, 2] * 4), 9], 8) and not circles([], 8)
+
+
+def test_clips_of_one_batch_may_be_described_in_different_styles():
+    net = captioner(max_bytes=60)
+    net.teach(["x" * 8, "y" * 30], ["short", "long"])
+    pooled = net.look(clips(4, 3, 5, 16, 16), torch.full((4,), 8.0))[0]
+    mixed = net.say(pooled, ["short", "long", "long", "short"], top_p=0.9, draws=[1, 2, 3, 4])
+    alone = [
+        net.say(pooled[i : i + 1], style, top_p=0.9, draws=[i + 1])[0]
+        for i, style in enumerate(("short", "long", "long", "short"))
+    ]
+    assert mixed == alone
 
 
 def test_a_style_is_known_once_taught_and_bounds_its_captions():
