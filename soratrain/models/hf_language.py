@@ -53,16 +53,10 @@ class LanguageTower(Tower):
         inner = self.config.get_text_config()
         self.width, self.vocabulary = int(inner.hidden_size), int(inner.vocab_size)
         self.places: int | None = getattr(inner, "max_position_embeddings", None)
-        if max(self.tokenizer.get_vocab().values(), default=0) >= self.vocabulary:
-            raise DataError(
-                f"captioner.language={self.place.folder}: its tokenizer knows more tokens than the model's"
-                f" {self.vocabulary}; put the tokenizer there that was saved with it"
-            )
-        found = self.tokenizer.eos_token_id
-        found = inner.eos_token_id if found is None else found
-        found = found[0] if isinstance(found, list | tuple) else found
-        self.stop = self.vocabulary if found is None else int(found)
-        self.end = nn.Linear(self.width, 1) if found is None else None
+        found = self.tokenizer.eos_token_id  # a config may name a number that is another token's
+        own = found is None or found >= self.vocabulary
+        self.stop = self.vocabulary if own else int(found)
+        self.end = nn.Linear(self.width, 1) if own else None
         self.special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id} | {self.stop}
 
     def form(self, stored: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -80,8 +74,7 @@ class LanguageTower(Tower):
 
     def ids(self, text: str) -> list[int]:
         """Return a text's tokens; none of them is a special one, whatever the text holds."""
-        found = self.tokenizer(clean(text), add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
-        return [token for token in found if token not in self.special]
+        return [token for token in self.told(clean(text)) if token not in self.special]
 
     def text(self, ids: Sequence[int]) -> str:
         """Return the text that tokens stand for, cleaned."""
@@ -96,7 +89,7 @@ class LanguageTower(Tower):
         """
         opening = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
         if not (self.chat and words and getattr(self.tokenizer, "chat_template", None)):
-            return opening, self.told(f"\n{words}\n") if words else []
+            return opening, self.told(f"\n{words}\n" if words else "")
         messages = [{"role": "user", "content": f"{HERE}\n{words}"}]
         try:
             shown = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -110,8 +103,18 @@ class LanguageTower(Tower):
         return (self.told(before), self.told(after)) if found else (opening, self.told(f"\n{words}\n"))
 
     def told(self, text: str) -> list[int]:
-        """Return the tokens of a part of a prompt, special ones too."""
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+        """Return the tokens of a part of a prompt, special ones too.
+
+        Raises:
+            DataError: one of them is unknown to the model.
+        """
+        found = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        if max(found, default=0) >= self.vocabulary:
+            raise DataError(
+                f"captioner.language={self.place.folder}: its tokenizer makes tokens that the model's"
+                f" {self.vocabulary} do not hold; put the tokenizer there that was saved with it"
+            )
+        return found
 
     def rows(self, vectors_BQW: Tensor, words: Sequence[str], texts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Return what the model reads of each text `[L, W]`: what is before the vectors, they, what is after, the text.

@@ -57,7 +57,12 @@ class LoRA(nn.Module):
 
 
 def layer_widths(layer: nn.Module) -> tuple[int, int] | None:
-    """Return the input's and the output's width of a linear layer of any make; None for what is none."""
+    """Return the input's and the output's width of a linear layer of any make; None for what is none.
+
+    Nor is one whose matrix its parent takes without calling it.
+    """
+    if isinstance(layer, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if type(layer).__name__ == "Conv1D":  # GPT-2's, whose matrix lies the other way round

@@ -69,6 +69,9 @@ class VisionTower(Tower):
             raise ConfigError(f"captioner.patches={patches}: must be at least 1")
         self.patch_size, self.width = size, int(self.config.hidden_size)
         self.mean, self.std = self.normalization()
+        for name, param in self.named_parameters():
+            if name.endswith("mask_token"):  # stands for patches that are hidden, and none are
+                param.requires_grad_(False)
 
     def form(self, stored: Mapping[str, Any]) -> tuple[Any, Any]:
         """Return the half that sees, and its config without the layers that are left out."""

@@ -125,15 +125,17 @@ def test_what_is_written_is_what_the_loss_teaches(parts):
 @pytest.mark.parametrize("language", MODELS)
 @pytest.mark.parametrize("tuning", ["frozen", "lora", "full"])
 def test_step_0_is_the_base_and_the_loss_reaches_all_that_is_trained(parts, tuning, language):
-    base = vlm(parts, language=language, vision_tuning="frozen", language_tuning="frozen")
-    net = vlm(parts, language=language, vision_tuning=tuning, language_tuning=tuning)
-    net.load_state_dict(base.state_dict() | {k: v for k, v in net.state_dict().items() if k not in base.state_dict()})
+    vision = dict(zip(MODELS, ENCODERS, strict=True))[language]
+    base = vlm(parts, vision, language, vision_tuning="frozen", language_tuning="frozen")
+    net = vlm(parts, vision, language, vision_tuning=tuning, language_tuning=tuning)
+    own = {name: value for name, value in net.state_dict().items() if name not in base.state_dict()}
+    weights.load_into(net, base.state_dict() | own, "the base")
     captions, styles = ["a red circle", "a blue box moves left"], ["short", "long"]
     expected, found = losses(base, captions, styles), losses(net, captions, styles)
     torch.testing.assert_close(found, expected)
     found.sum().backward()
     for name, param in net.named_parameters():
-        assert param.grad is not None and torch.isfinite(param.grad).all(), name
+        assert name.endswith("mask_token") or (param.grad is not None and torch.isfinite(param.grad).all()), name
     towers = [name for name, _ in net.named_parameters() if name.startswith(("vision.", "language."))]
     assert bool(towers) == (tuning != "frozen")
     assert all(("adapters" in name) == (tuning == "lora") for name in towers)
@@ -186,18 +188,19 @@ def test_a_folder_that_has_moved_or_holds_another_net_is_one_line(parts, tmp_pat
 
 def test_a_model_without_a_template_and_without_special_tokens_learns_its_own_end(tmp_path):
     save_encoder(tmp_path / "eye")
-    save_language(tmp_path / "tongue", ends=False)
+    save_language(tmp_path / "tongue", ends=False, std=0.1)
     torch.manual_seed(0)
-    net = factory(tmp_path / "eye", tmp_path / "tongue", instructions=WORDS, language_tuning="frozen")()
+    net = factory(tmp_path / "eye", tmp_path / "tongue", instructions=WORDS, language_tuning="full")()
     assert net.language.tokenizer.eos_token_id is None and net.language.stop == net.language.vocabulary
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.03)
-    for _ in range(40):
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.02)
+    for _ in range(30):
         optimizer.zero_grad()
-        losses(net, ["a", "b"], ["short", "short"])[0].sum().backward()
+        losses(net, ["a", "bc"], ["short", "long"])[0].sum().backward()
         optimizer.step()
     pooled, _ = net.look(clips(2, 3, 5, 16, 24), torch.full((2,), 8.0))
-    net.teach(["a"], ["short"])
-    assert net.say(pooled, "short") == net.say(pooled, "short", cached=False) == ["a", "b"]
+    net.teach(["a", "bc"], ["short", "long"])
+    styles = ["short", "long"]
+    assert net.say(pooled, styles) == net.say(pooled, styles, cached=False) == ["a", "bc"]
 
 
 def test_what_is_asked_goes_into_the_models_chat_template(tmp_path):
@@ -268,15 +271,16 @@ def test_it_builds_without_memory_and_reads_nothing(parts, tuning):
     assert all(param.is_meta for param in net.parameters())
 
 
-def test_it_learns_to_tell_two_clips_apart_in_both_styles(parts):
-    net = vlm(parts, language_tuning="lora", vision_tuning="lora", queries=2).train()
+def test_it_learns_to_tell_two_clips_apart_in_both_styles(parts, tmp_path):
+    save_language(tmp_path / "tongue", "gpt2", std=0.1)
+    net = vlm(parts, language=tmp_path / "tongue", language_tuning="full", vision_tuning="lora", queries=2).train()
     text = ByteTextEncoder(dim=16, depth=0, num_heads=2, table=64)
     pixels = torch.stack([torch.full((3, 3, 16, 16), 0.8), torch.full((3, 3, 16, 16), -0.8)]).repeat(2, 1, 1, 1, 1)
     fps, captions = torch.full((4,), 8.0), ["white", "black", "it is white", "it is black"]
     styles = ["short", "short", "long", "long"]
     net.teach(captions, styles)
     optimizer = torch.optim.AdamW([*net.parameters(), *text.parameters()], lr=2e-2)
-    for _ in range(150):
+    for _ in range(50):
         features, packing = text(text.tokenize(captions))
         language, contrast = net(pixels, fps, captions, styles, packing.mean(features))
         optimizer.zero_grad()

@@ -64,7 +64,13 @@ def tokenizer(ends: bool = True, template: str | None = None) -> PreTrainedToken
 
 
 def save_language(
-    folder: Path, kind: str = "llama", seed: int = 0, *, ends: bool = True, template: str | None = None
+    folder: Path,
+    kind: str = "llama",
+    seed: int = 0,
+    *,
+    ends: bool = True,
+    template: str | None = None,
+    std: float = 0.4,
 ) -> Path:
     """Save a language model of width 16; without `ends` no token ends a text, and none pads."""
     torch.manual_seed(seed)
@@ -78,13 +84,13 @@ def save_language(
         net = model(config(**SIZE, num_key_value_heads=1, max_position_embeddings=256, **tied, **known))
     for param in net.parameters():  # small initial weights say the same whatever they read
         if param.ndim > 1:
-            torch.nn.init.normal_(param, std=0.4)
+            torch.nn.init.normal_(param, std=std)
     net.save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 
 
-def factory(vision: Path, language: Path, **changes: Any) -> partial:
-    sizes = {"dim": 16, "depth": 1, "num_heads": 2, "queries": 3, "patches": 16, "max_frames": 8, "frame_rate": 4.0}
+def factory(eye: Path, tongue: Path, **changes: Any) -> partial:
+    sizes = {"dim": 16, "depth": 1, "num_heads": 2, "queries": 3, "patches": 16, "max_frames": 16, "frame_rate": 4.0}
     small = {"max_tokens": 24, "text_dim": 16, "vector_dim": 8, "lora_rank": 2, "lora_alpha": 4.0}
-    return partial(VLM, **{"vision": str(vision), "language": str(language), **sizes, **small, **changes})
+    return partial(VLM, **{"vision": str(eye), "language": str(tongue), **sizes, **small, **changes})
