@@ -23,7 +23,7 @@ from soratrain.models import caption_decoder, hf_language
 from soratrain.run import instantiate
 
 SYMBOLS, BATCH, ROUNDS, QUERIES = 64, 8, 5, 64
-LAYERS, WIDTH, WORDS = 6, 384, 8192
+LAYERS, WIDTH, WORDS = 6, 256, 8192
 TITLE = (
     f"Captions written on a CPU, fp32, two threads: {BATCH} at once, {SYMBOLS} symbols each (bytes or tokens), greedy"
 )
@@ -65,7 +65,7 @@ def language_model(folder: Path) -> Any:
     torch.manual_seed(0)
     size = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS}
     net = LlamaForCausalLM(
-        LlamaConfig(**size, vocab_size=WORDS, num_attention_heads=6, num_key_value_heads=2, eos_token_id=None)
+        LlamaConfig(**size, vocab_size=WORDS, num_attention_heads=4, num_key_value_heads=2, eos_token_id=None)
     )
     net.save_pretrained(folder)
     vlm_parts_tiny.tokenizer(ends=False).save_pretrained(folder)
@@ -114,7 +114,7 @@ def measure() -> list[dict[str, str]]:
     spans = caption_decoder.CIRCLING, hf_language.CIRCLING
     caption_decoder.CIRCLING = hf_language.CIRCLING = 10**9
     try:
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             rows = [row for option in ("coca_tiny", "coca_b") for row in timed(option, coca(option))]
             try:
                 rows += timed(f"vlm: LLaMA of {LAYERS} x {WIDTH}, {QUERIES} queries", vlm(Path(folder)))
