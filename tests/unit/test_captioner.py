@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from soratrain.errors import ConfigError, DataError
-from soratrain.models.attention import Packing
 from soratrain.models.caption_decoder import (
     END,
     START,
@@ -146,9 +145,9 @@ def test_logits_from_the_cache_equal_those_of_the_whole_caption():
     symbols, _, packing = encode_captions(["a red disc", "by night 夜"], 24)
     memory, ids = net.decoder.memory(torch.randn(2, 3, 16)), torch.tensor([0, 1])
     whole = packing.pad(net.decoder(symbols, ids, memory, packing))
-    cache, one = Cache(2, 24), Packing.of([1, 1])
+    cache = Cache(2, 24)
     for end in range(min(packing.lengths)):
-        step = net.decoder(symbols[:, max(0, end - 3) : end + 1], ids, memory, one, cache)
+        step = net.decoder.step(symbols[:, : end + 1], ids, memory, cache)
         torch.testing.assert_close(step, whole[:, end], rtol=1e-4, atol=1e-5)
 
 
@@ -219,7 +218,7 @@ class Dictated(Decoder):
         super().__init__(dim=8, depth=1, num_heads=1, mlp_ratio=1.0, styles=1, table=8)
         self.lines = [[*line, END] for line in lines]
 
-    def forward(self, symbols_BS, styles_B, memory, packing, cache=None):
+    def step(self, symbols_BS, styles_B, memory, cache):
         place, cache.length = cache.length, cache.length + 1
         logits = torch.zeros(len(symbols_BS), 257)
         for row, line in enumerate(self.lines):
@@ -236,8 +235,8 @@ def test_each_caption_stops_at_its_own_end_and_says_whether_it_ended():
 
 def test_a_caption_that_goes_round_in_circles_is_given_up_at_once():
     decoder, seen = Dictated([b"a disc, " * 50, b"ha ha ha, a disc", b"x" * 300]), []
-    forward = decoder.forward
-    decoder.forward = lambda *args: seen.append(1) or forward(*args)
+    step = decoder.step
+    decoder.step = lambda *args: seen.append(1) or step(*args)
     captions, ended = decoder.write(torch.zeros(3, 2, 8), torch.zeros(3, dtype=torch.int64), max_bytes=400)
     assert ended == [False, True, False] and captions[1] == b"ha ha ha, a disc"
     assert len(seen) <= 40 and captions[0].startswith(b"a disc, a disc, ")
