@@ -165,7 +165,7 @@ class LanguageTower(Tower):
         And the states there `[B, kept, W]`, where the end is learned.
         """
         net = self.here()
-        if "logits_to_keep" in _parameters(type(net)):
+        if "logits_to_keep" in _parameters(net):
             inputs["logits_to_keep"] = kept
         answer = net(**inputs, output_hidden_states=self.end is not None)
         logits = answer.logits
@@ -194,7 +194,7 @@ class LanguageTower(Tower):
         """
         rows = self.rows(vectors_BQW, words, [[]] * len(words))
         writing = Writing(bounds, vectors_BQW.device, end=self.stop, span=CIRCLING, top_p=top_p, draws=draws)
-        embed, parameters = self.here().get_input_embeddings(), _parameters(type(self.here()))
+        embed, parameters = self.here().get_input_embeddings(), _parameters(self.here())
         lengths = torch.tensor([len(row) for row in rows], device=vectors_BQW.device)
         inputs = pad_sequence(rows, batch_first=True, padding_side="left")
         known: dict[str, Any] = {"use_cache": False}
@@ -221,7 +221,12 @@ class LanguageTower(Tower):
         return writing.texts(), writing.ended.tolist()
 
 
-@lru_cache(maxsize=16)
-def _parameters(net: type) -> frozenset[str]:
+def _parameters(net: Any) -> frozenset[str]:
     """Return the names of what a model's `forward` takes."""
-    return frozenset(inspect.signature(net.forward).parameters)  # type: ignore[attr-defined]
+    kind: Any = type(net)
+    return _names(kind)
+
+
+@lru_cache(maxsize=16)
+def _names(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)

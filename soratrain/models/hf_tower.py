@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from soratrain.errors import ConfigError, DataError
 from soratrain.models.hf_files import Place, samples, transformers
 from soratrain.models.hf_text import DTYPES
+from soratrain.optim import shape_of
 
 TUNINGS = ("frozen", "lora", "full")
 WHOLE: ContextVar[bool] = ContextVar("whole", default=False)
@@ -66,7 +67,8 @@ def layer_widths(layer: nn.Module) -> tuple[int, int] | None:
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if type(layer).__name__ == "Conv1D":  # GPT-2's, whose matrix lies the other way round
-        return tuple(layer.weight.shape)  # type: ignore[union-attr,return-value]
+        inputs, outputs = shape_of(layer.weight)  # type: ignore[arg-type]
+        return inputs, outputs
     return None
 
 

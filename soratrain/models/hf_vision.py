@@ -105,9 +105,10 @@ class VisionTower(Tower):
 
     def prepared(self, frames_MCHW: Tensor) -> Tensor:
         """Return frames in [-1, 1] of the size and in the colours that the encoder takes."""
-        rows, columns = grid(*frames_MCHW.shape[-2:], self.patches)
+        height, width = frames_MCHW.shape[-2:]
+        rows, columns = grid(height, width, self.patches)
         size = rows * self.patch_size, columns * self.patch_size
-        if tuple(frames_MCHW.shape[-2:]) != size:
+        if (height, width) != size:
             frames_MCHW = F.interpolate(frames_MCHW, size, mode="bilinear", antialias=True, align_corners=False)
         mean, std = (frames_MCHW.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return ((frames_MCHW + 1) / 2 - mean) / std
