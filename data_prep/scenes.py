@@ -52,6 +52,7 @@ class SceneUnit:
 def scene_sample(world: Any, index: int, unit: SceneUnit) -> Sample:
     """Return scene `index` as a sample: H.264 if it moves, PNG if it is a single image; two captions of its own."""
     from data_prep.world import describe, render
+    from data_prep.world.captions import STYLES
 
     scene = world.scene(index, split="train")
     pixels = render(scene)
@@ -83,7 +84,7 @@ def scene_sample(world: Any, index: int, unit: SceneUnit) -> Sample:
         media=media,
         video=video,
         captions=tuple(
-            Caption(style, describe(scene, style=style), model="world", lang="en") for style in ("short", "long")
+            Caption(style, text, model="world", lang="en") for style in STYLES if (text := describe(scene, style=style))
         ),
         prep=unit.prep,
     )

@@ -39,6 +39,8 @@ TEXT_KEYS = (
     "task.mask",
     "validation.prompts",
     "validation.latents",
+    "captioner.vision",
+    "captioner.language",
     "stage.job.folder",
     "stage.job.prompts.*",
     "engine.folder",

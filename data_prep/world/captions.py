@@ -1,4 +1,4 @@
-"""Captions of scenes, short and long, in a few plain paraphrases."""
+"""Captions of scenes in four styles, short and long ones in a few plain paraphrases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from data_prep.world.scene import Scene
 from data_prep.world.seen import DIRECTIONS, TWO_PARTS, Thing
 from soratrain.errors import ConfigError
 
-STYLES = ("short", "long")
+STYLES = ("short", "long", "camera", "tags")
 # Ways to say what an object does.
 VERBS: dict[str, tuple[str, ...]] = {
     "still": ("stands still", "does not move"),
@@ -43,13 +43,17 @@ CAMERA_MOVES = {"pans": ("the camera pans {way}", "the camera moves {way}"), "zo
 
 
 def describe(scene: Scene, style: str = "short") -> str:
-    """Return a caption of the scene; the same scene always gets the same words.
+    """Return a caption of the scene; the same scene always gets the same words, and an image none of its camera.
 
     Raises:
-        ConfigError: the style is neither "short" nor "long".
+        ConfigError: there is no such style.
     """
     if style not in STYLES:
         raise ConfigError(f"a caption style {style!r} does not exist; use one of {', '.join(STYLES)}")
+    if style == "camera":
+        return camera_words(scene, CAMERA_STILL[scene.wording % 2]).lstrip(",; ").removeprefix("and ")
+    if style == "tags":
+        return tags(scene)
     short, truth, choice = style == "short", scene.truth, scene.wording
     moving = truth.camera is not None
     templates = (SHORT if moving else SHORT_IMAGE) if short else (LONG if moving else LONG_IMAGE)
@@ -70,6 +74,18 @@ def describe(scene: Scene, style: str = "short") -> str:
     if short and truth.camera not in (None, "still"):
         text += ", " + camera_moves(truth.camera or "", choice)
     return re.sub(r"\b([Aa]) (?=orange)", r"\1n ", text)
+
+
+def tags(scene: Scene) -> str:
+    """Return what is seen, comma by comma: each object, what it does, the background, and what the camera does."""
+    truth, found = scene.truth, list[str]()
+    for thing in truth.objects:
+        found += [name(thing, short=False), verb(thing.motion, 0).replace(", ", " ") if thing.motion else ""]
+    plain = truth.pattern in (None, "plain")
+    found.append(f"{'' if plain else f'{truth.pattern} '}{truth.background or ''} background")
+    if truth.camera not in (None, "still"):
+        found.append(camera_moves(truth.camera or "", 0))
+    return ", ".join(filter(None, found))
 
 
 def name(thing: Thing, *, short: bool) -> str:

@@ -23,7 +23,7 @@ PLACE = re.compile(r"\b(?:starts|is(?: first seen)?) (?:in|at|on) the (top|middl
 CAMERA = re.compile(r"\bthe camera (pans|moves|zooms) (left|right|up|down|in|out)\b")
 CAMERA_CLAUSE = re.compile(r"\bthe camera\b[^.;]*")
 TO = rf"(?:to the )?({one_of(DIRECTIONS)})\b"
-TWO_PART = re.compile(rf"\b(?:(waits)|moves {TO}), then (?:(stops)|(bounces back|comes back)|(?:turns|moves) {TO})")
+TWO_PART = re.compile(rf"\b(?:(waits)|moves {TO}),? then (?:(stops)|(bounces back|comes back)|(?:turns|moves) {TO})")
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 SIMPLE = {motion: re.compile(rf"\b(?:{one_of(verbs)})\b") for motion, verbs in VERBS.items()}
 

@@ -165,6 +165,7 @@ def captions_shown(rows: list[dict[str, str]]) -> str:
     """Return in words of which sources and types the captions were that a run has shown, by the rows of its CSV."""
     found = shares_of(rows, CAPTIONS)
     parts = [", ".join(f"{name} {found[name]:.1%}" for name in kind if found.get(name)) for kind in SHOWN]
+    parts += [f"{found['cut']:.1%} were cut, being longer than is read"] if found.get("cut") else []
     return f"captions shown: {'; '.join(part for part in parts if part)}" if found else ""
 
 

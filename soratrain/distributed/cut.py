@@ -3,7 +3,8 @@
 A part is what is put into an `nn.ModuleList`: a block is complete by then, and nobody initializes it afterwards. So a
 rank never holds more than its slices, one block, and what belongs to no block. What initial weights are does not depend
 on it: every strategy draws the same numbers in the same order. (Inside DeepSpeed's own `zero.Init` each layer is cut up
-before its parent can initialize it: zero-initialized outputs would silently not be zero.)
+before its parent can initialize it: zero-initialized outputs would silently not be zero.) Others' nets, which do
+initialize a block that stands in its list, are built whole (`hf_tower.built_whole`) and then cut up.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from soratrain.models.hf_tower import WHOLE
+
 
 @contextmanager
 def cut_up_as_built(config: Any, weights: torch.dtype) -> Iterator[None]:
     """Cut up every part of the nets that are built inside the block; `cut_up` does the rest of a net."""
 
     def cut(parent: nn.Module, name: str, module: nn.Module | None) -> None:
-        if isinstance(parent, nn.ModuleList) and module is not None:
+        if isinstance(parent, nn.ModuleList) and module is not None and not WHOLE.get():
             cut_up(module, config, weights)
 
     handle = register_module_module_registration_hook(cut)

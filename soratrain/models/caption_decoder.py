@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soratrain.batch import keyed_uniform
 from soratrain.models.attention import Packing, attend
 from soratrain.models.rope import rotate, rotations
+from soratrain.models.writing import Writing, clean
 
 START, END, SYMBOLS = 256, 256, 257  # a caption's bytes, then END; START stands before the first byte
 NGRAMS = (2, 3, 4)
+CIRCLING = 24  # bytes for which a caption must repeat itself before it is given up
 
 
 def norm(dim: int) -> nn.LayerNorm:
@@ -42,23 +43,8 @@ def encode_captions(captions: Sequence[str], max_bytes: int) -> tuple[Tensor, Te
 
 
 def decode_caption(data: bytes) -> str:
-    """Return a caption's text: broken UTF-8 is left out, runs of spaces and control characters become one space."""
-    text = data.decode("utf-8", "ignore")
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-
-
-def choose(logits_BV: Tensor, chance_B: Tensor | None, top_p: float) -> Tensor:
-    """Return the next symbol of each clip, `[B]`: the likeliest, or by `chance_B` in [0, 1) among the nucleus.
-
-    The nucleus is the smallest set of symbols whose probability reaches `top_p` (Holtzman et al., 2020).
-    """
-    if chance_B is None:
-        return logits_BV.argmax(-1)
-    probability, order = logits_BV.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    before = probability.cumsum(-1) - probability
-    kept = torch.where(before < top_p, probability, 0.0).cumsum(-1)
-    place = torch.searchsorted(kept, chance_B[:, None] * kept[:, -1:], right=True)
-    return order.gather(1, place.clamp(max=order.shape[1] - 1))[:, 0]
+    """Return a caption's text: broken UTF-8 is left out, and what is left is cleaned."""
+    return clean(data.decode("utf-8", "ignore"))
 
 
 class Block(nn.Module):
@@ -96,6 +82,13 @@ class Cache:
     def __init__(self, blocks: int, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
         self.stored: list[tuple[Tensor, Tensor] | None] = [None] * blocks
+        self.turns: Tensor | None = None
+
+    def rotation(self, channels: tuple[int, ...], device: torch.device) -> Tensor:
+        """Return by how much queries and keys turn at each place `[S, 1, K / 2, 2]`, made once."""
+        if self.turns is None:
+            self.turns = rotations(torch.arange(self.capacity, device=device)[:, None], channels)
+        return self.turns
 
     def extend(self, block: int, k_BHLK: Tensor, v_BHLK: Tensor) -> tuple[Tensor, Tensor]:
         """Store the newest keys and values and return all of them; `length` moves when the last block has stored."""
@@ -132,27 +125,30 @@ class DecoderBlock(Block):
         packing: Packing,
         rotation: Tensor,
         memory: tuple[Tensor, Tensor],
-        cache: Cache | None = None,
-        index: int = 0,
     ) -> Tensor:
         q, k, v = (packing.pad(part).transpose(1, 2) for part in self.turned(x_ND, rotation))
-        if cache is not None:
-            k, v = cache.extend(index, k, v)
         x_ND = x_ND + self.out(packing.unpad(_look(q, k, v, causal=True).transpose(1, 2)).flatten(1))
         asked_NHK = self.norm_cross_q(self.cross_q(self.norm_cross(x_ND)).unflatten(-1, (self.num_heads, -1)))
         asked = packing.pad(asked_NHK.to(memory[0].dtype)).transpose(1, 2)
         told = packing.unpad(_look(asked, *memory, causal=False).transpose(1, 2))
         return self.mlp(x_ND + self.cross_out(told.flatten(1)))
 
+    def step(self, x_BD: Tensor, rotation: Tensor, memory: tuple[Tensor, Tensor], cache: Cache, index: int) -> Tensor:
+        """Return what `forward` does at the newest place of each text, `[B, D]`, those before it being in the cache."""
+        q_BHK, k_BHK, v_BHK = self.turned(x_BD, rotation)
+        k_BHSK, v_BHSK = cache.extend(index, k_BHK[:, :, None], v_BHK[:, :, None])
+        x_BD = x_BD + self.out(_look(q_BHK[:, :, None], k_BHSK, v_BHSK, causal=False).flatten(1))
+        asked_BHK = self.norm_cross_q(self.cross_q(self.norm_cross(x_BD)).unflatten(-1, (self.num_heads, -1)))
+        told = _look(asked_BHK.to(memory[0].dtype)[:, :, None], *memory, causal=False)
+        return self.mlp(x_BD + self.cross_out(told.flatten(1)))
+
 
 def _look(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, causal: bool) -> Tensor:
-    """Attend over short texts; a causal query stands at its own key, a single one at the last.
+    """Attend over short texts; a causal query stands at its own key.
 
     In bf16 on CPU plain products are faster than SDPA, as `attention.py` explains.
     """
     queries = q_BHLK.shape[-2]
-    causal = causal and queries > 1
-    assert not causal or queries == k_BHSK.shape[-2], "a cache grows by one place at a time"
     if q_BHLK.is_cuda or q_BHLK.dtype == torch.float32:
         return F.scaled_dot_product_attention(q_BHLK, k_BHSK, v_BHSK, is_causal=causal)
     scores = (q_BHLK * (1 / math.sqrt(q_BHLK.shape[-1]))) @ k_BHSK.transpose(-1, -2)
@@ -186,14 +182,14 @@ class Decoder(nn.Module):
             weight.no_muon = True  # type: ignore[attr-defined]
 
     def embed(self, symbols_BS: Tensor, styles_B: Tensor, packing: Packing) -> Tensor:
-        """Return the inputs `[N, D]` of the last places; those before them are context for the n-grams."""
+        """Return the inputs `[N, D]` of all places."""
         hashes, code = [], symbols_BS
         for n in range(2, max(NGRAMS) + 1):
             earlier = F.pad(symbols_BS, (n - 1, 0), value=START)[:, : symbols_BS.shape[1]]
             code = (code * 1_000_003 + earlier * 8191 + n) % 2_147_483_647
             hashes.append(code % self.table)
-        rows_N3 = packing.unpad(torch.stack(hashes, dim=-1)[:, -packing.longest :])
-        symbols_N = packing.unpad(symbols_BS[:, -packing.longest :])
+        rows_N3 = packing.unpad(torch.stack(hashes, dim=-1))
+        symbols_N = packing.unpad(symbols_BS)
         opening = self.style(packing.expand(styles_B)) * (symbols_N == START)[:, None]
         return self.norm_in(self.bytes(symbols_N) + self.ngrams(rows_N3).sum(1) + opening)
 
@@ -208,21 +204,39 @@ class Decoder(nn.Module):
         styles_B: Tensor,
         memory: Sequence[tuple[Tensor, Tensor]],
         packing: Packing,
-        cache: Cache | None = None,
     ) -> Tensor:
-        """Return logits `[N, 257]` of the symbol after each place that `cache` does not yet hold.
+        """Return logits `[N, 257]` of the symbol after each place; texts are read from START."""
+        x_ND = self.embed(symbols_BS, styles_B, packing)
+        places = packing.unpad(torch.arange(packing.longest, device=x_ND.device).expand(len(packing), -1))
+        rotation = rotations(places[:, None], self.channels)
+        for block, read in zip(self.blocks, memory, strict=True):
+            x_ND = block(x_ND, packing, rotation, read)
+        return self.head(self.norm_out(x_ND)).float()
+
+    def step(
+        self,
+        symbols_BS: Tensor,
+        styles_B: Tensor,
+        memory: Sequence[tuple[Tensor, Tensor]],
+        cache: Cache,
+    ) -> Tensor:
+        """Return logits `[B, 257]` of the symbol after each text's newest place, which the cache holds from then on.
 
         Args:
-            symbols_BS: from START; what `cache` holds may be cut off, but for the few symbols that n-grams look back.
-            packing: how many places are new in each text; with a cache, one.
+            symbols_BS: from START.
         """
-        done = cache.length if cache is not None else 0
-        x_ND = self.embed(symbols_BS, styles_B, packing)
-        places = packing.unpad(torch.arange(done, done + packing.longest, device=x_ND.device).expand(len(packing), -1))
-        rotation = rotations(places[:, None], self.channels)
+        place, code, rows = cache.length, symbols_BS[:, -1], []
+        x_BD = self.bytes(code)
+        for n in range(2, max(NGRAMS) + 1):
+            earlier = symbols_BS[:, -n] * 8191 if n <= symbols_BS.shape[1] else START * 8191
+            code = (code * 1_000_003 + earlier + n) % 2_147_483_647
+            rows.append(code)
+        x_BD = x_BD + self.ngrams(torch.stack(rows, dim=-1) % self.table).sum(1)
+        x_BD = self.norm_in(x_BD + self.style(styles_B) if place == 0 else x_BD)
+        rotation = cache.rotation(self.channels, x_BD.device)[place : place + 1]
         for index, (block, read) in enumerate(zip(self.blocks, memory, strict=True)):
-            x_ND = block(x_ND, packing, rotation, read, cache, index)
-        return self.head(self.norm_out(x_ND)).float()
+            x_BD = block.step(x_BD, rotation, read, cache, index)  # type: ignore[operator]
+        return self.head(self.norm_out(x_BD)).float()
 
     @torch.no_grad()
     def write(
@@ -230,37 +244,30 @@ class Decoder(nn.Module):
         pooled_BQD: Tensor,
         styles_B: Tensor,
         *,
-        max_bytes: int,
+        max_bytes: int | Sequence[int],
         top_p: float = 0.0,
         draws: Sequence[int] = (),
         cached: bool = True,
     ) -> tuple[list[bytes], list[bool]]:
-        """Write a caption for each clip, and say which came to their end within `max_bytes`.
+        """Write a caption for each clip, and say which came to their end.
 
         Args:
+            max_bytes: most that a caption may have, all or each.
             top_p: 0 takes the likeliest byte; above 0 bytes are drawn from the nucleus.
             draws: what each clip's chance depends on; needed where `top_p` is above 0.
             cached: False computes every place anew at every byte: the same captions, slowly.
         """
-        batch, device = len(styles_B), styles_B.device
-        symbols = torch.full((batch, max_bytes + 1), END, device=device)
-        chances = [keyed_uniform(draw, "caption", (max_bytes,)) for draw in draws] if top_p else []
-        chance = torch.stack(chances).to(device) if top_p else None
-        memory, cache = self.memory(pooled_BQD), Cache(len(self.blocks), max_bytes + 1) if cached else None
-        ended = torch.zeros(batch, dtype=torch.bool, device=device)
-        written = 0
-        one = Packing.of([1] * batch)
-        for place in range(max_bytes + 1):
-            if cached:
-                logits = self(symbols[:, max(0, place + 1 - max(NGRAMS)) : place + 1], styles_B, memory, one, cache)
+        batch = len(styles_B)
+        bounds = [max_bytes] * batch if isinstance(max_bytes, int) else list(max_bytes)
+        writing = Writing(bounds, styles_B.device, end=END, span=CIRCLING, top_p=top_p, draws=draws)
+        memory, cache = self.memory(pooled_BQD), Cache(len(self.blocks), max(bounds) + 1) if cached else None
+        over = False
+        while not over:
+            read = writing.symbols[:, : writing.count + 1]
+            if cache is not None:
+                logits = self.step(read, styles_B, memory, cache)
             else:
-                whole = Packing.of([place + 1] * batch)
-                logits = whole.pad(self(symbols[:, : place + 1], styles_B, memory, whole))[:, -1]
-            following = choose(logits, None if chance is None or place == max_bytes else chance[:, place], top_p)
-            ended |= following == END
-            if place == max_bytes or bool(ended.all()):
-                break
-            symbols[:, place + 1] = torch.where(ended, END, following)
-            written = place + 1
-        rows = symbols[:, 1 : written + 1].tolist()
-        return [bytes(symbol for symbol in row if symbol != END) for row in rows], ended.tolist()
+                whole = Packing.of([read.shape[1]] * batch)
+                logits = whole.pad(self(read, styles_B, memory, whole))[:, -1]
+            over = writing.take(logits)
+        return [bytes(row) for row in writing.texts()], writing.ended.tolist()

@@ -259,8 +259,16 @@ def digest(module: nn.Module, *, without: str | None = None) -> str:
 
 
 def load(folder: str | Path, name: str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
-    """Return the network `name` rebuilt from `folder`, in eval mode, and the extra values stored beside it."""
+    """Return the network `name` rebuilt from `folder`, in eval mode, and the extra values stored beside it.
+
+    Raises:
+        DataError: it is not there, is damaged, or is made of others' nets that are not where they were.
+    """
     state, document = load_state(folder, name)
-    module = factory_of(document)()
+    try:
+        module = factory_of(document)()
+    except DataError as error:
+        place = resolve(folder, name) / f"{name}.yaml"
+        raise DataError(f"{error}; {place} names it: write there where it is now") from error
     load_into(module, state, f"{folder}:{name}")
     return module.to(device).eval(), document.get("extra", {})

@@ -21,6 +21,7 @@ from soratrain.batch import Batch, draw_of
 from soratrain.data.plan import Plan
 from soratrain.errors import ConfigError
 from soratrain.models import weights
+from soratrain.models.caption_model import CaptionModel
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.clipping import AdaptiveClip
 from soratrain.stages.guard import StepGuard
@@ -100,6 +101,8 @@ class TrainStage(L.LightningModule):
                 folder, stored_as = self.origins[name]
                 state, _ = weights.load_state(folder, stored_as)
                 weights.load_into(net, state, f"{folder}:{stored_as}", places.fill if places else None)
+            elif isinstance(net, CaptionModel):
+                net.read_stored(places.fill if places else None)
             setattr(self, name, net)
 
     def configure_optimizers(self) -> Any:

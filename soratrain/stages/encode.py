@@ -121,6 +121,8 @@ class Encode:
     def __call__(self) -> dict[str, float]:
         """Encode what is not encoded yet; return clips, clips a second of this call, megabytes, and what was left out.
 
+        Also how many texts of this call were longer than the text encoder reads, and were cut.
+
         Raises:
             DataError: the folder holds latents of something else, or too many clips cannot be read.
         """
@@ -132,9 +134,10 @@ class Encode:
             work = self._prepare(ranks, mesh, team)
             ranks.together(lambda: self._claim(work) if ranks.first else None)
             began = time.monotonic()
-            done = sum(ranks.together(lambda: self._encode(work, ranks)))
-            seconds = time.monotonic() - began
-            return ranks.together(lambda: self._finish(work, done / seconds) if ranks.first else {})[0]
+            parts = ranks.together(lambda: self._encode(work, ranks))
+            done, seconds = sum(clips for clips, _ in parts), time.monotonic() - began
+            cut = {"texts_cut": sum(texts for _, texts in parts)} if work.texts is not None else {}
+            return ranks.together(lambda: {**self._finish(work, done / seconds), **cut} if ranks.first else {})[0]
 
     def _prepare(self, ranks: Ranks, mesh: Mesh, team: Ranks) -> Work:
         """Read what is needed, and see that the buckets fit the VAE."""
@@ -188,8 +191,11 @@ class Encode:
         for reason, count in work.assignment.dropped.items():
             log.info("%s clips are not encoded: %s", f"{count:,}", reason)
 
-    def _encode(self, work: Work, ranks: Ranks) -> int:
-        """Encode its group's shards that are not encoded yet; return how many clips they held, once for a group."""
+    def _encode(self, work: Work, ranks: Ranks) -> tuple[int, int]:
+        """Encode its group's shards that are not encoded yet.
+
+        Return how many clips they held, once for a group, and how many of this rank's texts were cut.
+        """
         costs, mesh = pixels_by_shard(work.manifest, work.assignment), work.mesh
         own = deal(costs, mesh.data_ranks)[mesh.data_rank]
         todo = work.team.together(lambda: [number for number in own if not self._part(number).is_file()])[0]
@@ -204,9 +210,10 @@ class Encode:
                     self._bear(failed, len(work.manifest))
                     if (said := pace.step(encoded * pixels(bucket))) and ranks.first:
                         log.info("%s", said)
-        if work.texts is not None and work.texts.cut:
-            log.warning("%s captions are longer than text.max_tokens and were cut", f"{work.texts.cut:,}")
-        return done if mesh.counts else 0
+        cut = 0 if work.texts is None else work.texts.cut
+        if cut:
+            log.warning("%s captions are longer than text.max_tokens and were cut", f"{cut:,}")
+        return done if mesh.counts else 0, cut
 
     def _bear(self, failed: int, clips: int) -> None:
         if failed > max(3, self.max_bad * clips):

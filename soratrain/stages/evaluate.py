@@ -21,7 +21,7 @@ from soratrain.diffusion.generator import Generator
 from soratrain.diffusion.sampler import Sampler
 from soratrain.media import write_video
 from soratrain.models import weights
-from soratrain.models.captioner import Captioner
+from soratrain.models.caption_model import CaptionModel
 from soratrain.sheet import Row, contact_sheet
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Evaluate:
         """Return and store every figure: the share of clips that is right, by part, split and attribute."""
         generate = Generator.load(self.vae, self.dit, device=self.device, precision=self.precision)
         captioner = weights.load(self.captioner, "captioner", self.device)[0]
-        assert isinstance(captioner, Captioner)
+        assert isinstance(captioner, CaptionModel)
         report: dict[str, Any] = {"chance": self.world.chance()}
         for split in SPLITS:
             scenes = [self.world.scene(index, split) for index in range(self.clips)]
@@ -135,7 +135,7 @@ class Evaluate:
         return {**mean_agreement(self.see(decoded), truth), "psnr": quality, "cut_off": self.cut_off(decoded)}
 
     @torch.inference_mode()
-    def caption(self, captioner: Captioner, frames: Sequence[np.ndarray], truth: Sequence[Seen]) -> dict[str, float]:
+    def caption(self, captioner: CaptionModel, frames: Sequence[np.ndarray], truth: Sequence[Seen]) -> dict[str, float]:
         """Return how far the captioner's short captions agree with the truth."""
         texts = [""] * len(frames)
         for same in by_shape(frames):

@@ -21,11 +21,13 @@ from soratrain.diffusion.conditioning import MODES, Conditioning
 from soratrain.diffusion.flow import Flow
 from soratrain.distributed.options import StrategyOptions
 from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.models import weights
 from soratrain.models.captioner import Captioner
 from soratrain.models.dit import DiT
 from soratrain.models.frozen_text import FrozenText
 from soratrain.models.text import ByteTextEncoder
 from soratrain.models.vae import VAE
+from soratrain.models.vlm import VLM
 from soratrain.optim import Schedule
 from soratrain.stages.base import TrainStage
 from soratrain.stages.captioner import CaptionerStage
@@ -96,6 +98,11 @@ def build(stage: str, encoder: str, recompute: str) -> TrainStage:
         return CaptionerStage(
             net=partial(Captioner, **width, table=64, vector_dim=8, styles=["short"]), text=text, **common
         )
+    if stage == "vlm":  # adapters in the encoder, a language model trained whole
+        sizes = {"dim": 16, "depth": 1, "num_heads": 2, "queries": 3, "patches": 4, "max_tokens": 24, "vector_dim": 8}
+        tuned = {"vision_tuning": "lora", "language_tuning": "full", "lora_rank": 2}
+        parts = {"vision": f"{encoder}/eye", "language": f"{encoder}/tongue"}
+        return CaptionerStage(net=partial(VLM, **parts, **sizes, **tuned), text=text, **common)
     if stage == "frozen":
         text = partial(FrozenText, folder=encoder, dim=8)
     dit = partial(DiT, channels=4, dim=16, depth=2, num_heads=2, text_dim=8, recompute=recompute)
@@ -125,11 +132,16 @@ def run(
 
 
 def save_encoder(stage: str, folder: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
     if stage == "frozen":
-        sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
         import hf_tiny
 
         hf_tiny.save("t5", folder / "encoder", dim=8)
+    if stage == "vlm":
+        import vlm_parts_tiny
+
+        vlm_parts_tiny.save_encoder(folder / "encoder" / "eye")
+        vlm_parts_tiny.save_language(folder / "encoder" / "tongue", "qwen2")
 
 
 @pytest.mark.full
@@ -140,6 +152,17 @@ def test_each_real_stage_trains_alike_under_every_strategy(stage: str, strategy:
     run_ranks(run, 1, out=str(tmp_path / "one"), stage=stage, strategy="single", ranks=1)
     run_ranks(run, 2, out=str(tmp_path / "two"), stage=stage, strategy=strategy, ranks=2)
     same_training(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
+def test_a_captioner_of_others_nets_trains_alike_under_every_strategy(strategy: str, tmp_path: Path) -> None:
+    save_encoder("vlm", tmp_path)
+    run_ranks(run, 1, out=str(tmp_path / "one"), stage="vlm", strategy="single", ranks=1)
+    run_ranks(run, 2, out=str(tmp_path / "two"), stage="vlm", strategy=strategy, ranks=2)
+    same_training(tmp_path / "one", tmp_path / "two")
+    (one, _), (two, _) = (weights.load(tmp_path / run, "captioner") for run in ("one", "two"))
+    assert one.known_styles == two.known_styles == ("short",)
 
 
 @pytest.mark.full

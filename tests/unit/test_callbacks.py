@@ -61,6 +61,8 @@ def test_a_row_has_the_share_of_samples_that_each_kind_of_caption_had_and_the_en
         {"step": "2", "samples": "10", "captions_synthetic": "0.5", "captions_original": "0.5", "captions_long": "1"}
     ]
     assert captions_shown(rows) == "captions shown: synthetic 80.0%, original 20.0%; long 100.0%"
+    rows = [{**row, "captions_cut": "0.25"} for row in rows]
+    assert captions_shown(rows).endswith("; long 100.0%; 25.0% were cut, being longer than is read")
     assert captions_shown([{"step": "1", "samples": "30"}]) == captions_shown([]) == ""
 
 

@@ -6,19 +6,18 @@ import pytest
 import torch
 
 from soratrain.errors import ConfigError, DataError
-from soratrain.models.attention import Packing
 from soratrain.models.caption_decoder import (
     END,
     START,
     Cache,
     Decoder,
-    choose,
     decode_caption,
     encode_captions,
 )
 from soratrain.models.captioner import Captioner
 from soratrain.models.text import ByteTextEncoder
 from soratrain.models.video_encoder import sample_frames
+from soratrain.models.writing import choose, circles, clean
 
 
 def captioner(**changes) -> Captioner:
@@ -146,9 +145,9 @@ def test_logits_from_the_cache_equal_those_of_the_whole_caption():
     symbols, _, packing = encode_captions(["a red disc", "by night 夜"], 24)
     memory, ids = net.decoder.memory(torch.randn(2, 3, 16)), torch.tensor([0, 1])
     whole = packing.pad(net.decoder(symbols, ids, memory, packing))
-    cache, one = Cache(2, 24), Packing.of([1, 1])
+    cache = Cache(2, 24)
     for end in range(min(packing.lengths)):
-        step = net.decoder(symbols[:, max(0, end - 3) : end + 1], ids, memory, one, cache)
+        step = net.decoder.step(symbols[:, : end + 1], ids, memory, cache)
         torch.testing.assert_close(step, whole[:, end], rtol=1e-4, atol=1e-5)
 
 
@@ -205,6 +204,11 @@ def test_broken_utf8_and_control_characters_are_repaired():
     assert decode_caption(b"\xff\xfea red\x00\n  disc\xe4\xb8") == "a red disc"
     assert decode_caption("三只猫 🙂".encode()) == "三只猫 🙂"
     assert decode_caption(b"") == ""
+    assert clean("a\u200b\ufeffb\u2028c \ud800") == "ab c ?"
+    assert (
+        clean("\U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e")
+        == "\U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e"
+    )
 
 
 class Dictated(Decoder):
@@ -214,7 +218,7 @@ class Dictated(Decoder):
         super().__init__(dim=8, depth=1, num_heads=1, mlp_ratio=1.0, styles=1, table=8)
         self.lines = [[*line, END] for line in lines]
 
-    def forward(self, symbols_BS, styles_B, memory, packing, cache=None):
+    def step(self, symbols_BS, styles_B, memory, cache):
         place, cache.length = cache.length, cache.length + 1
         logits = torch.zeros(len(symbols_BS), 257)
         for row, line in enumerate(self.lines):
@@ -227,6 +231,33 @@ def test_each_caption_stops_at_its_own_end_and_says_whether_it_ended():
     captions, ended = decoder.write(torch.zeros(4, 2, 8), torch.zeros(4, dtype=torch.int64), max_bytes=9)
     assert captions == [b"a disc", b"", "三只猫".encode(), b"far too l"]
     assert ended == [True, True, True, False]
+
+
+def test_a_caption_that_goes_round_in_circles_is_given_up_at_once():
+    decoder, seen = Dictated([b"a disc, " * 50, b"ha ha ha, a disc", b"x" * 300]), []
+    step = decoder.step
+    decoder.step = lambda *args: seen.append(1) or step(*args)
+    captions, ended = decoder.write(torch.zeros(3, 2, 8), torch.zeros(3, dtype=torch.int64), max_bytes=400)
+    assert ended == [False, True, False] and captions[1] == b"ha ha ha, a disc"
+    assert len(seen) <= 40 and captions[0].startswith(b"a disc, a disc, ")
+
+
+def test_circles_are_four_rounds_of_enough_symbols():
+    assert circles([7] * 24, 24) and not circles([7] * 23, 24)
+    assert circles([*range(20), *([1, 2, 3, 4, 5, 6] * 4)], 24) and not circles([1, 2, 3, 4, 5, 6] * 3, 8)
+    assert circles([3, 1, 2] * 4, 8) and not circles([*([3, 1, 2] * 4), 9], 8) and not circles([], 8)
+
+
+def test_clips_of_one_batch_may_be_described_in_different_styles():
+    net = captioner(max_bytes=60)
+    net.teach(["x" * 8, "y" * 30], ["short", "long"])
+    pooled = net.look(clips(4, 3, 5, 16, 16), torch.full((4,), 8.0))[0]
+    mixed = net.say(pooled, ["short", "long", "long", "short"], top_p=0.9, draws=[1, 2, 3, 4])
+    alone = [
+        net.say(pooled[i : i + 1], style, top_p=0.9, draws=[i + 1])[0]
+        for i, style in enumerate(("short", "long", "long", "short"))
+    ]
+    assert mixed == alone
 
 
 def test_a_style_is_known_once_taught_and_bounds_its_captions():

@@ -105,6 +105,31 @@ def test_captions_teach_the_style_of_their_type_and_originals_that_of_their_leng
     assert built.captioner.known_styles == ("short", "long")
 
 
+def test_a_style_that_must_come_and_does_not_is_one_line():
+    built = stage(teaches=["short", "tags"])
+    with pytest.raises(DataError, match=r"teaches=\['tags'\].*caption of style 'tags'.*data.caption_types"):
+        for step in range(PATIENCE):
+            built.training_step(batch(["a disc", "a box"], ["short", "short"]), step)
+    fine = stage(teaches=["short", "tags"])
+    for step in range(2 * PATIENCE):
+        kind = "tags" if step == PATIENCE - 2 else "short"
+        fine.training_step(batch(["a disc", "a box"], ["short", kind]), step)
+    assert fine.captioner.known_styles == ("short", "tags")
+
+
+def test_captions_of_ten_thousand_words_are_cut_counted_and_said_once(caplog):
+    built = stage()
+    caplog.set_level("WARNING", logger="soratrain")
+    for step in range(2):
+        loss = built.training_step(
+            batch(["a red disc " * 10000, "a\0 box\r\n", "\0\x07"], ["long", "short", "short"]), step
+        )
+        assert torch.isfinite(loss)
+    assert built.take_reported()["captions_cut"] == 2
+    assert caplog.text.count("captions_cut counts them") == 1
+    assert built.captioner.longest.tolist()[:2] == [len("a box"), len("a red disc " * 10000) - 1]
+
+
 def test_known_styles_are_kept_with_the_weights(tmp_path):
     from soratrain.models import weights
 

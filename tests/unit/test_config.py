@@ -81,6 +81,8 @@ def test_every_net_builds_on_meta(group):
     for option in groups()[group]:
         given = ["text.folder=somewhere"] if option == "hf" else []
         config, _ = compose(["stage=dit", "machine=laptop", f"{group}={option}", *given])
+        if config[group]["_target_"] == "soratrain.models.vlm.VLM":
+            continue  # made of others' nets, which are not here: test_vlm.py builds it
         with torch.device("meta"):
             if config[group]["_target_"].startswith(PUBLISHED):
                 continue  # another's, which is loaded and never built

@@ -208,6 +208,17 @@ def test_captions_say_what_is_true(preset: str) -> None:
             assert (thing.size, thing.texture or "plain", thing.place) == (wanted.size, wanted.texture, wanted.place)
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_what_a_camera_does_and_tags_are_true_too(preset: str) -> None:
+    for scene in scenes(preset, "train", 150):
+        camera, tags = describe(scene, "camera"), read_caption(describe(scene, "tags"))
+        truth = scene.truth
+        assert read_caption(camera).camera == truth.camera and bool(camera) == (truth.camera is not None)
+        assert tags.background == truth.background and (tags.pattern or "plain") == truth.pattern
+        found = [(thing.color, thing.shape, thing.motion, thing.size) for thing in tags.objects]
+        assert found == [(thing.color, thing.shape, thing.motion, thing.size) for thing in truth.objects]
+
+
 def test_captions_are_varied_and_long_ones_longer() -> None:
     made = scenes("demo", "train", 60)
     assert len({describe(scene).split()[0] for scene in made}) > 1
