@@ -1,0 +1,242 @@
+"""captions.html: clips that play, beside them the true captions and the captioner's, wrong words marked.
+
+One self-contained page. Of each set of clips half of those shown are drawn by lot and half are the worst of the rest.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_prep.world import judge
+from data_prep.world.reading import plain_text
+from soratrain.amounts import counted
+from soratrain.data.atomic import replacing
+from soratrain.media import write_video
+from soratrain.stages.evaluate_captioner_clips import Clips, Item, true_captions
+from soratrain.stages.evaluate_captioner_frame import PAGE
+from soratrain.stages.evaluate_captioner_scores import Told, faults
+from soratrain.stages.evaluate_captioner_shown import (
+    MEANING,
+    NAMES,
+    figure,
+    recall_rows,
+    remarks,
+    text_rows,
+    world_rows,
+)
+from soratrain.stages.evaluate_captioner_text import WORD, words
+
+SIDE, SMALL = 320, 128  # pixels: longer sides are scaled down to the one, sides under the other show their pixels
+FRAMES = 150  # of a clip that are shown
+
+
+@dataclass
+class Entry:
+    """A clip on the page; `frames` are uint8 `[T, H, W, 3]` as shown, `size` is (frames, height, width) as it is."""
+
+    told: Told
+    frames: np.ndarray
+    fps: float
+    size: tuple[int, int, int]
+    drawn: bool
+    faults: float
+
+
+class Gallery:
+    """Chooses the clips of the page while they pass, and keeps no others.
+
+    Args:
+        shown: clips of each set.
+        styles, short_bytes: as for `true_captions`.
+    """
+
+    def __init__(self, shown: int, styles: Sequence[str], short_bytes: int) -> None:
+        self.shown, self.styles, self.short_bytes = shown, styles, short_bytes
+        self.entries: dict[str, list[Entry]] = {}
+
+    def offer(self, clips: Clips, told: Sequence[Told], items: Sequence[Item]) -> None:
+        """Take clips of a set, or not."""
+        kept = self.entries.setdefault(clips.name, [])
+        by_lot = math.ceil(self.shown / 2)
+        for one, item in zip(told, items, strict=True):
+            bad = faults(one, self.styles, self.short_bytes)
+            drawn = sum(entry.drawn for entry in kept) < by_lot
+            worst = sorted((entry for entry in kept if not entry.drawn), key=lambda entry: entry.faults)
+            if not drawn and len(worst) >= self.shown - by_lot:
+                if not worst or bad <= worst[0].faults:
+                    continue
+                kept.remove(worst[0])
+            size = item.frames.shape
+            kept.append(Entry(one, reduced(item.frames), item.fps, (size[0], size[1], size[2]), drawn, bad))
+
+    def of(self, name: str) -> list[Entry]:
+        """Return the clips of a set: those drawn by lot, then the worst of the others first."""
+        kept = self.entries.get(name, [])
+        worst = sorted((entry for entry in kept if not entry.drawn), key=lambda entry: -entry.faults)
+        return [*(entry for entry in kept if entry.drawn), *worst]
+
+
+def reduced(frames: np.ndarray) -> np.ndarray:
+    """Return at most FRAMES frames, scaled down to SIDE where they are larger."""
+    frames, side = frames[:FRAMES], max(frames.shape[1:3])
+    if side <= SIDE:
+        return frames.copy()
+    size = (max(1, round(frames.shape[2] * SIDE / side)), max(1, round(frames.shape[1] * SIDE / side)))
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX)) for frame in frames])
+
+
+def playable(entry: Entry) -> str:
+    """Return a clip as an element of the page; small ones are enlarged first, so that colours keep their edges."""
+    factor = max(1, SMALL * 2 // max(entry.frames.shape[1:3])) if max(entry.frames.shape[1:3]) < SMALL else 1
+    frames = entry.frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    name = html.escape(entry.told.name, quote=True)
+    if len(frames) == 1:
+        buffer = io.BytesIO()
+        Image.fromarray(frames[0]).save(buffer, "PNG")
+        return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "clip.mp4"
+        write_video(path, frames, entry.fps, crf=20)
+        data = base64.b64encode(path.read_bytes()).decode()
+    return f'<video aria-label="{name}" muted loop playsinline src="data:video/mp4;base64,{data}"></video>'
+
+
+def marked(text: str, true: Sequence[str], told: Told) -> tuple[str, bool]:
+    """Return a caption with its wrong words marked, as HTML, and whether any is.
+
+    Where the truth is known, wrong is what contradicts it; else words are marked that no true caption has.
+    """
+    text = plain_text(text)
+    if not text:
+        return "<mark>(nothing)</mark>", True
+    if told.truth is not None:
+        spans, kind = list(judge(text, told.truth).wrong), ""
+    else:
+        known, kind = {word for other in true for word in words(other)}, " class=new"
+        found = [match.span() for match in WORD.finditer(text)] if known else []
+        spans = [(start, end) for start, end in found if not known.issuperset(words(text[start:end]))]
+    pieces, at = [], 0
+    for start, end in spans:
+        start = max(start, at)
+        if end > start:
+            pieces += [html.escape(text[at:start]), f"<mark{kind}>", html.escape(text[start:end]), "</mark>"]
+            at = end
+    return "".join([*pieces, html.escape(text[at:])]), bool(spans)
+
+
+def card(entry: Entry, styles: Sequence[str], short_bytes: int) -> str:
+    """Return a clip with its captions."""
+    told, rows, bad = entry.told, [], False
+    for style in styles:
+        true = true_captions(told.captions, style, short_bytes)
+        said, wrong = marked(told.texts[style], true, told)
+        bad |= wrong
+        beside = "".join(f"<p class=true>{html.escape(text)}</p>" for text in true) or "<p class=true>–</p>"
+        rows.append(f"<div class=said><b>{html.escape(style)}</b><div>{beside}</div><p class=ours>{said}</p></div>")
+    frames, height, width = entry.size
+    length = f" · {counted(frames, 'frames')} at {entry.fps:.4g}/s" if frames > 1 else " · image"
+    small = " small" if max(height, width) < SMALL else ""
+    name = told.name if len(told.name) < 24 else f"{told.name[:12]}…"
+    about = f"{html.escape(name)}<br>{width}×{height}{length}<br>{'drawn by lot' if entry.drawn else 'among the worst'}"
+    kinds = f"clip{small}{' bad' if bad else ''}"
+    return (
+        f'<article class="{kinds}"><div class=seen>{playable(entry)}<small>{about}</small></div>'
+        f"<div>{chips(told, styles)}<div class='said head'><span></span><span>true</span><span>captioner</span></div>"
+        f"{''.join(rows)}</div></article>"
+    )
+
+
+def chips(told: Told, styles: Sequence[str]) -> str:
+    """Return what the fullest caption says rightly and wrongly, where the truth is known."""
+    if told.truth is None:
+        return ""
+    style = "long" if "long" in styles else styles[-1]
+    judged = judge(told.texts[style], told.truth)
+    found = [(NAMES[name], judged.scores[name] == 1) for name in NAMES if name in judged.scores]
+    found += [(f"{judged.invented} invented", False)] if judged.invented else []
+    marks = "".join(
+        f'<span class="chip{"" if right else " no"}">{name} {"✓" if right else "✗"}</span>' for name, right in found
+    )
+    return f"<div class=chips><span class='chip plain'>{html.escape(style)}</span>{marks}</div>"
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; rows that are set in stand beside the captioner's own."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
+    body = "".join(
+        f"<tr class={'beside' if row[0].startswith(' ') else 'ours'}>"
+        + "".join(f"<td>{html.escape(cell.strip())}</td>" for cell in row)
+        + "</tr>"
+        for row in rows
+    )
+    return f"<div class=box><table><caption>{html.escape(title)}</caption><tr>{head}</tr>{body}</table></div>"
+
+
+def tables(report: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the tables of the report."""
+    if rows := list(world_rows(report)):
+        yield table("% named rightly, on new scenes of the world", ["", *NAMES.values(), "invented"], rows)
+    columns = ["", "BLEU-4", "CIDEr-D", "ROUGE-L", "words", "vocabulary", "type/token", "repeated %", "empty %"]
+    yield table("Beside the true captions", columns, list(text_rows(report)))
+    if rows := list(recall_rows(report)):
+        columns = ["", "clips", "clip→text @1", "@5", "@10", "text→clip @1", "@5", "@10", "chance @1"]
+        yield table("Recall, % among clips of distinct captions", columns, rows)
+
+
+def tiles(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the chief figures and what they are, of the last set of clips."""
+    last, style = report["sets"][-1], "long" if "long" in report["styles"] else report["styles"][0]
+    found = last["styles"][style]
+    if world := found["world"]:
+        for name in ("color", "shape", "number", "motion", "invented"):
+            if (share := world["ours"].get(name)) is not None:
+                yield f"{100 * share:.1f} %", f"{NAMES.get(name, name)}, {style}"
+    for name, title in (("bleu_4", "BLEU-4"), ("cider_d", "CIDEr-D"), ("rouge_l", "ROUGE-L")):
+        if found["scores"] and not found["world"]:
+            yield figure(found["scores"][name]), f"{title}, {style}"
+    if pooled := last["recall"].get(style):
+        yield f"{100 * pooled['video_to_text']['at_1']:.1f} %", f"clip→text @1 of {pooled['clips']}"
+
+
+def legend(report: Mapping[str, Any]) -> str:
+    """Return what the marks mean."""
+    known = [bool(item["styles"][report["styles"][0]]["world"]) for item in report["sets"]]
+    found = ["<span><mark>marked</mark> contradicts what is to be seen</span>"] if any(known) else []
+    found += [] if all(known) else ["<span><mark class=new>marked</mark> in no true caption of the clip</span>"]
+    return "".join(found)
+
+
+def write_page(path: Path, report: Mapping[str, Any], gallery: Gallery) -> Path:
+    """Write the page and return its path."""
+    styles, sections = report["styles"], []
+    for item in report["sets"]:
+        entries = gallery.of(item["name"])
+        shown = f"{counted(item['clips'], 'clips')}, {len(entries)} shown"
+        cards = "".join(card(entry, styles, gallery.short_bytes) for entry in entries)
+        kind = "Clips of" if item["name"] == "shards" else "The world:"
+        sections.append(f"<h2>{kind} {html.escape(item['title'])}</h2><p class=soft>{shown}</p>{cards}")
+    notes = [*(MEANING.split("\n") if any(world_rows(report)) else ()), *remarks(report)]
+    page = PAGE.substitute(
+        title=html.escape(str(report["captioner"])),
+        tiles="".join(
+            f"<div class=tile><b>{value}</b><span>{html.escape(name)}</span></div>" for value, name in tiles(report)
+        ),
+        tables="".join(tables(report)),
+        notes="<br>".join(html.escape(line) for line in notes),
+        legend=legend(report),
+        sets="".join(sections),
+    )
+    with replacing(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+    return path
