@@ -57,11 +57,21 @@ def true_captions(captions: Sequence[tuple[str, str]], style: str, short_bytes: 
 class Clips(Protocol):
     """A set of clips, which counts what it leaves out."""
 
-    name: str
-    title: str
     left_out: Counter[str]
 
-    def __iter__(self) -> Iterator[Item]: ...
+    @property
+    def name(self) -> str:
+        """What it is called in the report."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """What it is, in words."""
+        ...
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yield the clips, and count into `left_out`."""
+        ...
 
 
 @dataclass

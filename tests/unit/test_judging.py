@@ -76,7 +76,9 @@ def test_objects_are_matched_by_what_they_are_and_not_by_their_order() -> None:
 
 
 def test_a_number_in_words_must_be_right_too() -> None:
-    both = "A red circle moves left, a blue star stands still. There are {} objects: the red circle starts in the middle"
+    both = (
+        "A red circle moves left, a blue star stands still. There are {} objects: the red circle starts in the middle"
+    )
     assert judge(both.format("two"), TWO).scores["number"] == 1.0
     assert judge(both.format("three"), TWO).scores["number"] == 0.0
     assert "three" in wrong_words(both.format("three"), TWO)
