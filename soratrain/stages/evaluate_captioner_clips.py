@@ -150,7 +150,7 @@ class OfWorld:
         """Yield the scenes, rendered."""
         for index in range(self.count):
             scene = self.world.scene(index, self.split)
-            captions = tuple((style, describe(scene, style)) for style in STYLES)
+            captions = tuple((style, text) for style in STYLES if (text := describe(scene, style)))
             yield Item(f"{self.split}/{index}", render(scene), scene.fps, captions, scene.truth)
 
 
