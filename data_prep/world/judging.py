@@ -70,13 +70,14 @@ def is_there(said: Thing, thing: Thing) -> bool:
 
 
 def contradicts(phrase: Phrase, truth: Seen, meant: Mapping[int, int]) -> bool:
-    """Return whether a phrase says what is not so."""
+    """Return whether a phrase says what is not so; that nothing moves is so in an image, which has no motion."""
     if phrase.thing is None:
         wanted = truth.number if phrase.name == "number" else getattr(truth, phrase.name)
-        return phrase.value != wanted  # an image has no camera that could move
-    if phrase.thing not in meant:
+    elif phrase.thing in meant:
+        wanted = getattr(truth.objects[meant[phrase.thing]], phrase.name)
+    else:
         return True
-    return phrase.value != getattr(truth.objects[meant[phrase.thing]], phrase.name)
+    return phrase.value != wanted and (phrase.value, wanted) != ("still", None)
 
 
 def matched(said: Sequence[Thing], things: Sequence[Thing]) -> dict[int, int]:

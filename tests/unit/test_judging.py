@@ -88,6 +88,8 @@ def test_an_image_has_no_motion_that_could_be_right() -> None:
     image = replace(ONE, objects=(replace(CIRCLE, motion=None),), camera=None)
     found = judge("a red circle moves left on a black background", image)
     assert "motion" not in found.scores and wrong_words("a red circle moves left", image) == ["moves left"]
+    assert wrong_words("a red circle stands still; the camera is fixed", image) == []
+    assert wrong_words("a red circle; the camera pans left", image) == ["pans left"]
 
 
 @pytest.mark.parametrize("text", ["", "three cats sleep", "三只猫", "red red red", "\0" * 9])
