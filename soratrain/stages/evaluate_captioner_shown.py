@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
 from soratrain.amounts import counted
-from soratrain.stages.evaluate_ways_shown import percent, table
+from soratrain.stages.evaluate_ways_shown import percent
 
 SETS = {"shards": "shards", "seen": "seen", "heldout": "held out"}
 NAMES = {
@@ -22,6 +24,7 @@ NAMES = {
     "place": "place",
     "background": "ground",
 }
+WAYS = ("video_to_text", "text_to_video")
 MEANING = (
     "seen, held out: new scenes of combinations that occur in training, that never do\n"
     "true: the true captions read the same way; another: another clip's caption"
@@ -79,7 +82,14 @@ def recall_rows(report: Mapping[str, Any]) -> Iterator[list[str]]:
                 yield [label(item, style), str(found["clips"]), *ways, percent(found["chance"]["at_1"])]
 
 
-WAYS = ("video_to_text", "text_to_video")
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a narrow table whose first column is words and the others are figures."""
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, padding=0)
+    for index, name in enumerate(columns):
+        shown.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        shown.add_row(*map(escape, row))
+    return shown
 
 
 def show(console: Console, report: Mapping[str, Any]) -> None:
