@@ -31,7 +31,7 @@ th,td{padding:4px 0 4px 16px;text-align:right;white-space:nowrap}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 tr.ours td{border-top:1px solid var(--line);font-weight:600}tr.beside td{color:var(--soft)}
 .legend{display:flex;flex-wrap:wrap;gap:8px 22px;align-items:center;margin:22px 0 0}
-.legend label{margin-left:auto;cursor:pointer}
+.legend label{margin-left:auto;cursor:pointer}a{color:var(--accent)}
 mark{color:var(--wrong);background:var(--wrong-ground);border-radius:4px;padding:1px 4px;margin:0 -1px;
 text-decoration:underline wavy 1px;text-underline-offset:3px}
 mark.new{color:var(--new);background:var(--new-ground);text-decoration:none}
@@ -57,10 +57,11 @@ body.only .clip:not(.bad){display:none}
 </style></head><body><main>
 <h1>What the captioner says</h1><p class="soft">$title</p>
 <div class="tiles">$tiles</div>
-$tables
-<p class="soft">$notes</p>
-<div class="legend">$legend<label><input type="checkbox" id="only"> only clips with a mark</label></div>
+<p class="soft">$remarks</p>
+<div class="legend">$legend<a href="#figures">all figures</a><label><input type="checkbox" id="only"> only clips with a mark</label></div>
 $sets
+<h2 id="figures">All figures</h2><p class="soft">$meaning</p>
+$tables
 </main>
 <script>
 document.getElementById("only").onchange=e=>document.body.classList.toggle("only",e.target.checked);

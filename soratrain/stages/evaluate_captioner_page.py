@@ -102,14 +102,20 @@ def playable(entry: Entry) -> str:
     frames = entry.frames.repeat(factor, axis=1).repeat(factor, axis=2)
     name = html.escape(entry.told.name, quote=True)
     if len(frames) == 1:
-        buffer = io.BytesIO()
-        Image.fromarray(frames[0]).save(buffer, "PNG")
-        return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        return f'<img alt="{name}" src="{picture(frames[0])}">'
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.mp4"
         write_video(path, frames, entry.fps, crf=20)
         data = base64.b64encode(path.read_bytes()).decode()
-    return f'<video aria-label="{name}" muted loop playsinline src="data:video/mp4;base64,{data}"></video>'
+    still = picture(entry.frames[0])  # until it plays
+    return f'<video aria-label="{name}" muted loop playsinline poster="{still}" src="data:video/mp4;base64,{data}"></video>'
+
+
+def picture(frame: np.ndarray) -> str:
+    """Return a frame as an address that holds it."""
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def marked(text: str, true: Sequence[str], told: Told) -> tuple[str, bool]:
@@ -226,14 +232,14 @@ def write_page(path: Path, report: Mapping[str, Any], gallery: Gallery) -> Path:
         cards = "".join(card(entry, styles, gallery.short_bytes) for entry in entries)
         kind = "Clips of" if item["name"] == "shards" else "The world:"
         sections.append(f"<h2>{kind} {html.escape(item['title'])}</h2><p class=soft>{shown}</p>{cards}")
-    notes = [*(MEANING.split("\n") if any(world_rows(report)) else ()), *remarks(report)]
     page = PAGE.substitute(
         title=html.escape(str(report["captioner"])),
         tiles="".join(
             f"<div class=tile><b>{value}</b><span>{html.escape(name)}</span></div>" for value, name in tiles(report)
         ),
         tables="".join(tables(report)),
-        notes="<br>".join(html.escape(line) for line in notes),
+        remarks="<br>".join(map(html.escape, remarks(report))),
+        meaning=html.escape(MEANING).replace("\n", "<br>") if any(world_rows(report)) else "",
         legend=legend(report),
         sets="".join(sections),
     )
