@@ -27,7 +27,8 @@ from soratrain.data.remote import Remote
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
 from soratrain.stages.evaluate_captioner_clips import SPLITS, Clips, Item, OfShards, OfWorld, batches, world_of
-from soratrain.stages.evaluate_captioner_page import Gallery, write_page
+from soratrain.stages.evaluate_captioner_gallery import Gallery
+from soratrain.stages.evaluate_captioner_page import write_page
 from soratrain.stages.evaluate_captioner_scores import Told, measure
 from soratrain.stages.evaluate_captioner_shown import show
 from soratrain.stages.evaluate_captioner_text import MISSING, can_score

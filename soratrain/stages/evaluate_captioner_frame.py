@@ -58,7 +58,8 @@ body.only .clip:not(.bad){display:none}
 <h1>What the captioner says</h1><p class="soft">$title</p>
 <div class="tiles">$tiles</div>
 <p class="soft">$remarks</p>
-<div class="legend">$legend<a href="#figures">all figures</a><label><input type="checkbox" id="only"> only clips with a mark</label></div>
+<div class="legend">$legend<a href="#figures">all figures</a>
+<label><input type="checkbox" id="only"> only clips with a mark</label></div>
 $sets
 <h2 id="figures">All figures</h2><p class="soft">$meaning</p>
 $tables
