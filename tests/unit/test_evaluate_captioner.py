@@ -1,0 +1,377 @@
+"""Promises of stage=evaluate target=captioner: the truth scores full marks, guessing does not, nothing is hidden."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+
+import data_tiny
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torchmetrics.functional.text import bleu_score
+
+from data_prep.world import Scene, World, describe, render
+from soratrain.batch import to_uint8
+from soratrain.compose import compose
+from soratrain.data.buckets import Native
+from soratrain.errors import ConfigError, DataError
+from soratrain.models import weights
+from soratrain.models.captioner import Captioner
+from soratrain.models.text import ByteTextEncoder
+from soratrain.run import prepare
+from soratrain.stages import evaluate_captioner as stage
+from soratrain.stages import evaluate_captioner_scores as scores
+from soratrain.stages.evaluate_captioner import EvaluateCaptioner
+from soratrain.stages.evaluate_captioner_clips import true_captions
+from soratrain.stages.evaluate_captioner_shown import show
+from soratrain.stages.evaluate_captioner_text import can_score, language, pool_of, recall, text_scores, words
+
+CLIPS = 10
+STYLES = ("short", "long")
+needs_scores = pytest.mark.skipif(not can_score(), reason="pycocoevalcap is not installed")
+
+
+class Teller(nn.Module):
+    """In the place of a captioner: knows the scenes of the world, and says of them what it is told to say."""
+
+    known_styles = STYLES
+
+    def __init__(self, tell: Callable[[Scene, str], str]) -> None:
+        super().__init__()
+        self.tell = tell
+        self.scenes = [World("demo").scene(index, split) for split in ("seen", "heldout") for index in range(CLIPS)]
+        self.index = {render(scene).tobytes(): number for number, scene in enumerate(self.scenes)}
+
+    def look(self, pixels: Tensor, fps: Tensor) -> tuple[Tensor, Tensor]:
+        assert set(fps.tolist()) == {8.0}
+        found = torch.tensor([self.index[clip.numpy().tobytes()] for clip in to_uint8(pixels)])
+        return found[:, None, None].float(), found[:, None].float()
+
+    def say(self, looked: Tensor, style: str) -> list[str]:
+        return [self.tell(self.scenes[int(number)], style) for number in looked.flatten()]
+
+
+class Finder(Teller):
+    """One with a contrastive head, whose texts are read by `Reader`; `confused` takes every clip for the next one."""
+
+    confused = 0
+
+    def embed_video(self, pixels: Tensor, fps: Tensor) -> Tensor:
+        numbers = (self.look(pixels, fps)[1][:, 0].long() + self.confused) % len(self.scenes)
+        return torch.eye(len(self.scenes))[numbers]
+
+    def embed_text(self, features: Tensor) -> Tensor:
+        return features
+
+
+class Reader(nn.Module):
+    """Gives each true caption the vector of its clip."""
+
+    def __init__(self, net: Teller) -> None:
+        super().__init__()
+        self.row = {describe(scene, style): n for style in STYLES for n, scene in enumerate(net.scenes)}
+        self.size = len(net.scenes)
+
+    def tokenize(self, texts: list[str]) -> list[str]:
+        return texts
+
+    def forward(self, texts: list[str]) -> tuple[Tensor, Reader]:
+        return torch.eye(self.size)[[self.row[text] for text in texts]], self
+
+    def mean(self, features: Tensor) -> Tensor:
+        return features
+
+
+class Page(HTMLParser):
+    """What a page holds: marked words, players, headings, and the whole text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.marks: list[str] = []
+        self.videos, self.images, self.cards, self.text = 0, 0, 0, ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.videos += tag == "video" and (given.get("src") or "").startswith("data:video/mp4;base64,")
+        self.images += tag == "img" and (given.get("src") or "").startswith("data:image/png;base64,")
+        self.cards += tag == "article"
+        if tag not in ("meta", "img", "br", "input"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "script" not in self.open and "style" not in self.open:
+            self.text += data
+        if "mark" in self.open:
+            self.marks.append(data)
+
+
+def job(folder: Path, **changes) -> EvaluateCaptioner:
+    values = {"shards": None, "buckets": Native(), "styles": None, "clips": CLIPS, "world": "auto", "world_seed": None}
+    values |= {"pool": 64, "shown": 4, "short_bytes": 100, "batch_size": 8, "pixels_per_batch": 1 << 20, "seed": 0}
+    return EvaluateCaptioner(out=str(folder / "out"), captioner=str(folder), device="cpu", **(values | changes))
+
+
+@pytest.fixture
+def tells(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Teller]:
+    """Puts a Teller in the place of the weights."""
+
+    def put(tell: Callable[[Scene, str], str], kind: type[Teller] = Finder) -> Teller:
+        net = kind(tell)
+        monkeypatch.setattr(
+            weights, "load", lambda folder, name, *_: ({"captioner": net, "text": Reader(net)}[name], {})
+        )
+        return net
+
+    return put
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "out" / "report.json").read_text())
+
+
+def page_of(folder: Path) -> Page:
+    return Page((folder / "out" / "captions.html").read_text())
+
+
+def test_a_captioner_that_says_the_truth_reaches_the_ceiling(tmp_path, tells, capsys):
+    tells(describe)
+    result = job(tmp_path)()
+    report = report_of(tmp_path)
+    assert [item["name"] for item in report["sets"]] == ["seen", "heldout"]
+    for item in report["sets"]:
+        assert item["clips"] == CLIPS
+        for style, found in item["styles"].items():
+            assert found["world"]["ours"] == found["world"]["true"] and found["world"]["ours"]["invented"] == 0
+            assert {found["world"]["ours"][name] for name in ("color", "shape", "number", "motion")} == {1.0}
+            assert found["world"]["ours"]["size"] == found["world"]["ours"]["camera"] == float(style == "long")
+            assert found["language"] == found["true"] and found["language"]["empty"] == 0
+            assert item["recall"][style]["video_to_text"] == {"at_1": 1.0, "at_5": 1.0, "at_10": 1.0}
+            assert item["recall"][style]["chance"]["at_1"] == pytest.approx(1 / item["recall"][style]["clips"])
+            if can_score():
+                assert [found["scores"][name] for name in ("bleu_4", "rouge_l")] == pytest.approx([1.0, 1.0])
+                assert found["scores"]["cider_d"] == pytest.approx(10.0)
+                assert found["another"]["bleu_4"] < 0.9 and found["another"]["cider_d"] < 9
+    assert result["color"] == result["motion"] == result["recall_video_to_text"] == 1.0 and result["clips"] == 2 * CLIPS
+    page = page_of(tmp_path)
+    assert page.marks == ["marked"]  # that of the legend
+    assert (page.cards, page.videos + page.images) == (8, 8) and page.videos > 4
+    assert "100" in capsys.readouterr().out
+
+
+def test_what_is_said_wrongly_is_counted_and_marked(tmp_path, tells, capsys):
+    swapped = {"red": "blue", "blue": "red"}
+    color = lambda scene: scene.truth.objects[0].color  # noqa: E731
+    tells(
+        lambda scene, style: describe(scene, style).replace(
+            f" {color(scene)} ", f" {swapped.get(color(scene), color(scene))} "
+        )
+    )
+    job(tmp_path, shown=2 * CLIPS)()
+    wrong = 0
+    for item in report_of(tmp_path)["sets"]:
+        share = sum(color(World("demo").scene(i, item["name"])) in swapped for i in range(CLIPS)) / CLIPS
+        wrong += round(share * CLIPS)
+        for found in item["styles"].values():
+            assert found["world"]["ours"]["color"] == pytest.approx(1 - share)
+            assert found["world"]["ours"]["invented"] == pytest.approx(share)
+            assert found["world"]["ours"]["shape"] == 1.0 and found["world"]["true"]["color"] == 1.0
+    assert wrong
+    page = page_of(tmp_path)
+    assert page.marks.count("red") + page.marks.count("blue") == 2 * wrong and len(page.marks) == 1 + 2 * wrong
+    assert "invented" in capsys.readouterr().out
+
+
+def test_the_worst_clips_are_shown_beside_those_drawn_by_lot(tmp_path, tells):
+    bad = World("demo").scene(CLIPS - 1, "seen").wording
+    tells(lambda scene, style: "" if scene.wording == bad else describe(scene, style))
+    job(tmp_path, shown=2)()
+    page = page_of(tmp_path)
+    assert page.marks.count("(nothing)") == 2 and f"seen/{CLIPS - 1}" in page.text and "among the worst" in page.text
+    empty = report_of(tmp_path)["sets"][0]["styles"]["long"]["language"]["empty"]
+    assert empty == pytest.approx(1 / CLIPS)
+
+
+def test_a_clip_that_is_taken_for_another_finds_the_wrong_caption(tmp_path, tells):
+    tells(describe).confused = 1
+    result = job(tmp_path)()
+    assert result["recall_video_to_text"] < 0.2 and result["recall_text_to_video"] < 0.2
+
+
+def test_without_a_contrastive_head_recall_is_left_out_and_that_is_said(tmp_path, tells, capsys, monkeypatch):
+    net = tells(describe, Teller)
+    result = job(tmp_path)()
+    assert "recall_video_to_text" not in result and report_of(tmp_path)["sets"][0]["recall"] == {}
+    assert "recall is left out: Teller has no contrastive head" in " ".join(capsys.readouterr().out.split())
+
+    def load(folder, name, *_):
+        if name == "text":
+            raise DataError("no weights of 'text'")
+        return net, {}
+
+    monkeypatch.setattr(weights, "load", load)
+    monkeypatch.setattr(Teller, "embed_video", Finder.embed_video, raising=False)
+    monkeypatch.setattr(Teller, "embed_text", Finder.embed_text, raising=False)
+    job(tmp_path)()
+    assert "no text encoder" in page_of(tmp_path).text
+
+
+def test_without_the_library_of_text_scores_the_rest_is_measured_and_that_is_said(tmp_path, tells, caplog, monkeypatch):
+    tells(describe)
+    for module in (stage, scores):
+        monkeypatch.setattr(module, "can_score", lambda: False)
+    with caplog.at_level(logging.WARNING):
+        result = job(tmp_path)()
+    assert "pip install 'soratrain[captions]'" in caplog.text and "bleu_4" not in result and result["color"] == 1.0
+    assert "soratrain[captions]" in page_of(tmp_path).text
+
+
+def tiny(folder: Path, styles: tuple[str, ...] = STYLES) -> Path:
+    """Write a captioner that has learned nothing, and its text encoder."""
+    sizes = {"dim": 16, "depth": 1, "num_heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    net = partial(Captioner, **sizes, queries=2, table=64, max_bytes=12, vector_dim=8, text_dim=16)
+    text = partial(ByteTextEncoder, dim=16, depth=1, num_heads=2, table=64)
+    torch.manual_seed(0)
+    captioner = net()
+    captioner.teach(["a disc"] * len(styles), styles)
+    weights.save(folder / "weights", "captioner", captioner, net, {})
+    weights.save(folder / "weights", "text", text(), text, {})
+    return folder
+
+
+def test_any_shards_with_captions_are_measured(tmp_path, capsys):
+    shapes = [(16, 16, 5), (16, 32, 9), (16, 16, 1), (32, 16, 5), (16, 16, 5), (16, 16, 1)]
+    shards = data_tiny.write_clips(tmp_path / "shards", shapes)
+    result = job(tiny(tmp_path), shards=str(shards), clips=4)()
+    (item,) = report_of(tmp_path)["sets"]  # they are not of the world, so no scenes of it are drawn
+    assert item["name"] == "shards" and item["clips"] == 4 and result["clips"] == 4
+    assert all(item["styles"][style]["compared"] == 4 for style in STYLES)
+    assert item["styles"]["long"]["world"] is None and 0 <= result["recall_video_to_text"] <= 1
+    assert page_of(tmp_path).cards == 4
+    both = job(tmp_path, shards=str(shards), clips=6, world="demo")()
+    assert both["clips"] == 6 + 12 and [item["name"] for item in report_of(tmp_path)["sets"]][1:] == ["seen", "heldout"]
+
+
+def test_clips_without_captions_are_left_out_and_none_at_all_is_an_error(tmp_path, monkeypatch):
+    said = data_tiny.captions
+    monkeypatch.setattr(data_tiny, "captions", lambda number: said(number) if number % 2 else [])
+    shards = data_tiny.write_clips(tmp_path / "some", [(16, 16, 5)] * 6)
+    job(tiny(tmp_path), shards=str(shards))()
+    (item,) = report_of(tmp_path)["sets"]
+    assert item["clips"] == 3 and item["left_out"] == {"without a caption": 3}
+    monkeypatch.setattr(data_tiny, "captions", lambda number: [])
+    shards = data_tiny.write_clips(tmp_path / "none", [(16, 16, 5)] * 2)
+    with pytest.raises(DataError, match=r"no clip has a caption.*\(2 × without a caption\); give shards with captions"):
+        job(tmp_path, shards=str(shards))()
+
+
+def test_originals_count_as_short_or_long_by_their_length():
+    captions = (("gt", "a disc"), ("gt", "a disc that is red and moves"), ("long", "x"))
+    assert true_captions(captions, "short", 20) == ["a disc"]
+    assert true_captions(captions, "long", 20) == ["a disc that is red and moves", "x"]
+    assert true_captions(captions, "camera", 20) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"styles": ["tags"]}, r"was trained on the styles \['short', 'long'\], not on \['tags'\]"),
+        ({"styles": []}, "asks for no captions"),
+        ({"world": "big"}, "stage.job.world=big: no such preset; use demo, full, auto or null"),
+        ({"world": None}, "nothing is left to evaluate on"),
+        ({"clips": 0}, "stage.job.clips=0 must be at least 1"),
+        ({"pool": 1}, "stage.job.pool=1 must be at least 2"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_the_mend(tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=said):
+        job(tiny(tmp_path), **changes)()
+
+
+def test_a_captioner_that_was_taught_nothing_and_a_net_that_is_none_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"trained on the styles \[\]"):
+        job(tiny(tmp_path, styles=()))()
+    monkeypatch.setattr(weights, "load", lambda *_: (nn.Linear(1, 1), {}))
+    with pytest.raises(ConfigError, match="holds a Linear; give a captioner's folder"):
+        job(tmp_path)()
+
+
+def test_a_caption_is_text_and_never_markup(tmp_path, tells):
+    tells(lambda scene, style: f"<script>alert('{style}')</script> & a blue [bold]circle")
+    job(tmp_path, shown=1)()
+    page = page_of(tmp_path)
+    assert "<script>alert('long')</script> & a" in page.text and "[bold]" in page.text
+
+
+@needs_scores
+def test_text_scores_are_those_of_the_field():
+    written = ["a red circle moves to the left", "the blue star does not move on a white ground", ""]
+    true = [["a red circle moves left", "a red disc moves to the left"], ["a blue star stands still"], ["a cross"]]
+    found = text_scores(written, true)
+    assert found["bleu_4"] == pytest.approx(float(bleu_score(written, true, n_gram=4)), abs=1e-4)
+    # ROUGE-L by hand: the best precision and the best recall of a clip's captions, beta 1.2
+    pairs = [(6 / 7, 5 / 5), (2 / 10, 2 / 5)]
+    rouge = [(1 + 1.44) * p * r / (r + 1.44 * p) for p, r in pairs]
+    assert found["rouge_l"] == pytest.approx(sum(rouge) / 3)
+    assert found["cider_d"] is not None and 0 < found["cider_d"] < 10
+    assert text_scores(written[:1], true[:1])["cider_d"] is None
+    assert text_scores(["A Red circle, moves left!"], [["a red circle moves left"]])["bleu_4"] == pytest.approx(1.0)
+
+
+def test_words_are_cut_without_case_and_marks_and_ideographs_one_by_one():
+    assert words("A well-lit café, isn't it?") == ["a", "well-lit", "café", "isn't", "it"]
+    assert words("三只猫 sit") == ["三", "只", "猫", "sit"]
+
+
+def test_language_is_counted():
+    found = language(["a b c d a b c d", "A b.", "", "a b"])
+    assert found["words"] == pytest.approx(4.0) and found["longest"] == 8 and found["vocabulary"] == 4
+    assert found["repeated"] == pytest.approx((1 - 4 / 5) / 3) and found["empty"] == 0.25
+    assert found["type_token"] == pytest.approx(4 / 12) and found["distinct"] == 0.75
+    assert language([])["words"] == 0
+
+
+def test_a_pool_holds_each_caption_once():
+    assert pool_of(["a disc", "A disc.", "", "a box", "a cross"], 64) == [0, 3, 4]
+    assert pool_of(["a disc", "a box", "a cross"], 2) == [0, 1]
+
+
+def test_recall_counts_ties_and_what_is_no_number_as_misses():
+    own = torch.eye(12)
+    assert recall(own, own)["video_to_text"] == {"at_1": 1.0, "at_5": 1.0, "at_10": 1.0}
+    assert recall(own, own.roll(1, 0))["text_to_video"]["at_1"] == 0.0
+    same = torch.ones(12, 3)
+    assert recall(same, same)["video_to_text"] == {"at_1": 0.0, "at_5": 0.0, "at_10": 0.0}
+    broken = own.clone()
+    broken[0] = torch.nan
+    found = recall(broken, own)
+    assert found["video_to_text"]["at_10"] == pytest.approx(11 / 12) and found["clips"] == 12
+    near = own.clone()
+    near[0, 1] = 2.0  # clip 0 takes caption 1 for its own, then its own
+    assert recall(near, own)["video_to_text"] == {"at_1": pytest.approx(11 / 12), "at_5": 1.0, "at_10": 1.0}
+
+
+def test_the_tables_fit_a_narrow_terminal(tmp_path, tells):
+    tells(describe)
+    job(tmp_path)()
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    show(console, report_of(tmp_path))
+    said = console.export_text()
+    assert max(map(len, said.splitlines())) <= 80 and "…" not in said and "held out, long" in said
+
+
+def test_the_target_has_a_folder_of_its_own_and_shards_may_be_none():
+    config, _ = prepare(["stage=evaluate", "target=captioner", "machine=laptop"])
+    assert config["out"] == "outputs/default/evaluate/captioner" and config["stage"]["needs"] == ["captioner", "shards"]
+    assert prepare(["stage=evaluate", "target=captioner", "machine=laptop", "inputs.shards=null"])[0]
+    assert compose(["stage=evaluate", "target=captioner", "stage.job.world=full"])[0]["stage"]["job"]["world"] == "full"
