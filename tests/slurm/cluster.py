@@ -48,7 +48,7 @@ ReturnToService=2
 SchedulerParameters=sched_interval=1,bf_interval=1
 MinJobAge=300
 KillWait=5
-SlurmdTimeout=10
+SlurmdTimeout=90
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=n[1-{nodes}] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs={cpus} RealMemory=4000
