@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import CONTEXT, free_port, start_server
+from ranks import CONTEXT, free_port, hear, start_server
 from tiny_training import main
 
 HERE = Path(__file__).parent
@@ -37,6 +37,7 @@ def begun_by(way: str, rank: int, port: int) -> dict[str, str]:
 
 def one_rank(environment: dict[str, str], log: str, settings: dict[str, Any]) -> None:
     """Be one rank, as a launcher would start it."""
+    hear()
     torch.set_num_threads(1)
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
