@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -69,6 +70,11 @@ def watch() -> None:
     thread = threading.Thread(target=_look, args=(own_store(),), name="halt", daemon=True)
     thread.start()
     atexit.register(_end, thread)
+
+
+def cease() -> None:
+    """Look no more: this process has a reason of its own to end, and the store goes with whoever ends first."""
+    _over.set()
 
 
 def at_end(act: Callable[[], None]) -> None:
@@ -151,7 +157,7 @@ def end(words: str, code: int) -> None:
     sys.stderr.write(f"{visible}error: {words}\n")
     sys.stderr.flush()
     for keep in _keepers:
-        ask(lambda keep=keep: keep(words), None)  # a disk that does not answer is not waited for
+        ask(partial(keep, words), None)  # a disk that does not answer is not waited for
     for act in _last:
         act()
     os._exit(code)

@@ -90,7 +90,7 @@ def test_a_rank_that_raises_ends_all_with_its_traceback_first(
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_what_all_ranks_find_at_the_same_step_is_said_once(strategy: str, tmp_path: Path) -> None:
     codes, said, _ = run(tmp_path, "torchrun", strategy=strategy, poison=2)
-    assert codes == [2, 2] and said[1] == ""
+    assert codes == [2, 2] and said[1] == "", said[1]
     assert (
         said[0].startswith("error: the loss is nan at step 3; the last checkpoint stands") and said[0].count("\n") == 1
     )
