@@ -12,9 +12,9 @@ from soratrain.schema import suggest
 
 ANSWER = 30  # seconds that a node has to answer
 # What the job's script does after srun. A job whose process cannot reach SLURM, in a container say, has it start the
-# job again. So has one that has failed while some of its nodes, not all, answer no more: the processes have missed a
-# node that SLURM, which waits for SlurmdTimeout, will miss later. One that was cancelled, or that fails on nodes that
-# are well, has not.
+# job again. So has one that has failed while some of its nodes, not all, answer no more: a node that is shut down ends
+# its processes, and with them the job, before SLURM misses it. One that was cancelled, or that fails on nodes that are
+# well, has not.
 TEARDOWN = f"""\
 code=$?
 job=$SLURM_JOB_ID

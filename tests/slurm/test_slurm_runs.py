@@ -89,15 +89,16 @@ def test_a_script_that_is_told_of_its_time_limit_goes_on_as_often_as_it_may(
     same(whole, out, STEPS)
 
 
-def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(slurm: Cluster, folder: Path, whole: Path) -> None:
-    out = folder / "outputs/died/vae/base"
-    words = [*SORATRAIN, "-m", *RUN, "run=died", *LAUNCHED]
+@pytest.mark.parametrize("shut_down", [True, False])
+def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(
+    shut_down: bool, slurm: Cluster, folder: Path, whole: Path
+) -> None:
+    out = folder / f"outputs/died{shut_down}/vae/base"
+    words = [*SORATRAIN, "-m", *RUN, f"run=died{shut_down}", *LAUNCHED]
     command = start(slurm, folder, *words)
     until(lambda: at_step(out, 7), folder)
-    slurm.kill_node("n2")
-    log = Path(json.loads((out / "slurm.json").read_text())["log"])  # of the job's script
-    until(lambda: "1 of 2 nodes answer" in log.read_text(), folder)
-    assert "n2" not in slurm.run("sinfo", "-h", "-t", "down", "-o", "%N").stdout  # SLURM has not missed it yet
+    slurm.kill_node("n2", shut_down=shut_down)
+    until(lambda: "n2" in slurm.run("sinfo", "-h", "-t", "down", "-o", "%N").stdout, folder)
     slurm.start_node("n2")
     until(lambda: command.poll() is not None, folder)
     assert command.returncode == 0, (folder / "terminal.txt").read_text()
