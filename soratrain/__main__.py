@@ -68,6 +68,8 @@ def ending(work: Callable[[], int]) -> int:
         return work()
     except UserError as error:
         if error.alike and other_rank():
+            if halt := sys.modules.get("soratrain.distributed.halt"):
+                halt.cease()
             time.sleep(LINGER)
         else:
             sys.stderr.write(f"error: {error}\n")

@@ -21,7 +21,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from soratrain import slurm, slurm_folder
+from soratrain import outputs, slurm, slurm_folder
 from soratrain.errors import ConfigError
 from soratrain.launcher_options import Options
 from soratrain.launcher_task import why, work
@@ -50,6 +50,7 @@ class SlurmLauncher(Launcher):
         }
         self.options = Options.of(plain)
         self.load: Any = None
+        self.unproved: set[str] = set()  # jobs that this command has submitted and that have never run
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: Any) -> None:
         self.load = lambda overrides: hydra_context.config_loader.load_sweep_config(config, list(overrides))
@@ -91,6 +92,8 @@ class SlurmLauncher(Launcher):
         import submitit
 
         options, folder = self.options, Path(self.options.submitit_folder).resolve()
+        for run in runs:
+            outputs.check_writable(run.out)  # where SLURM has taken a job, it is too late
         try:
             python = {"slurm_python": options.python} if options.python else {}
             executor = submitit.AutoExecutor(folder=folder, cluster="slurm", **python)
@@ -99,6 +102,7 @@ class SlurmLauncher(Launcher):
                 jobs = [executor.submit(work, list(run.words), str(run.out.resolve())) for run in runs]
         except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError, RuntimeError, ValueError) as error:
             raise refusal(" ".join(str(error).split())[-300:], options) from error
+        self.unproved |= {job.job_id for job in jobs}
         for job, run in zip(jobs, runs, strict=True):
             slurm_folder.assign(run.out, job=job.job_id, log=str(job.paths.stdout))
             record(run.out, run.given, here=False)
@@ -148,7 +152,8 @@ class SlurmLauncher(Launcher):
         """Say that a job's state is another one.
 
         Raises:
-            ConfigError: SLURM would never start it; its whole array is cancelled.
+            ConfigError: SLURM would never start it; its whole array is cancelled. Not so one that has run before, or
+                that another command has submitted: a node of the partition is down or drained, and comes back.
         """
         if state == "ended":
             metric = metric_of(run.out) if run.done else math.nan
@@ -156,9 +161,16 @@ class SlurmLauncher(Launcher):
             tell(f"{job}: {what}{'' if math.isnan(metric) else f', {metric:.6g}'}")
             return
         tell(f"{job}: {state}")
-        if any(reason in state for reason in NEVER):
+        if state.startswith(("runs", "stops")):
+            self.unproved.discard(job)
+        if any(reason in state for reason in NEVER) and job in self.unproved and not restarted(job):
             subprocess.run(["scancel", job.split("_")[0]], capture_output=True, check=False)
             raise refusal(f"it would never start job {job} ({state})", self.options)
+
+
+def restarted(job: str) -> bool:
+    """Return whether SLURM has started a job more than once, where it says so."""
+    return slurm.facts("job", job).get("Restarts", "0") != "0"
 
 
 def tell(words: str) -> None:
@@ -179,24 +191,17 @@ def refusal(said: str, options: Options) -> ConfigError:
 
 def queue(jobs: Sequence[str]) -> dict[str, str] | None:
     """Return in words what each of the jobs that have not ended does; None where SLURM does not answer."""
-    numbers = ",".join(sorted({job.split("_")[0] for job in jobs}))
-    words = ["squeue", "--noheader", "--array", "--format=%i|%T|%r|%N", f"--jobs={numbers}"]
-    try:
-        answer = subprocess.run(words, capture_output=True, text=True, timeout=slurm.ASKED, check=False)
-    except subprocess.TimeoutExpired:
-        return None
-    if answer.returncode and "Invalid job id" not in answer.stderr:
-        return None
-    states = {}
-    for line in answer.stdout.splitlines():
-        job, state, reason, nodes = line.strip().split("|")
-        if state == "COMPLETING":
-            states[job] = "stops"
-        elif state in ("RUNNING", "SIGNALING", "CONFIGURING"):
-            states[job] = f"runs on {nodes}"
-        else:
-            states[job] = "waits to start again" if reason == "BeginTime" else f"waits ({reason})"
-    return states
+    found = slurm.queued(jobs)
+    return None if found is None else {item.job: in_words(item) for item in found}
+
+
+def in_words(item: slurm.Queued) -> str:
+    """Return in words what a job does."""
+    if item.state == "COMPLETING":
+        return "stops"
+    if item.state in ("RUNNING", "SIGNALING", "CONFIGURING"):
+        return f"runs on {item.nodes}"
+    return "waits to start again" if item.reason == "BeginTime" else f"waits ({item.reason})"
 
 
 def prepared(node: Mapping[str, Any]) -> None:

@@ -3,12 +3,71 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from soratrain import slurm
 from soratrain.errors import ConfigError
 from soratrain.schema import suggest
+
+ANSWER = 30  # seconds that a node has to answer
+# What the job's script does after srun. A job whose process cannot reach SLURM, in a container say, has it start the
+# job again. So has one that has failed while some of its nodes, not all, answer no more: a node that is shut down ends
+# its processes, and with them the job, before SLURM misses it. One that was cancelled, or that fails on nodes that are
+# well, has not.
+TEARDOWN = f"""\
+code=$?
+job=$SLURM_JOB_ID
+if [ -n "$SLURM_ARRAY_TASK_ID" ]; then job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID; fi
+answers() {{ timeout {ANSWER} srun --overlap --quiet --nodes=1 --ntasks=1 --nodelist="$1" true && echo "$1"; }}
+nodes() {{ for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do answers "$node" & done; wait; }}
+case "$code" in
+0 | 2 | 130 | {slurm.AGAIN}) ;;
+*) if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+  count=$(nodes 2>/dev/null | wc -l)
+  echo "exit code $code; $count of $SLURM_JOB_NUM_NODES nodes answer"
+  if [ "$count" -gt 0 ] && [ "$count" -lt "$SLURM_JOB_NUM_NODES" ]; then
+    if scontrol show job "$job" -o | grep -q JobState=RUNNING; then code={slurm.AGAIN}; fi
+  fi
+fi ;;
+esac
+if [ "$code" = {slurm.AGAIN} ]; then scontrol requeue "$job"; fi
+exit "$code"
+""".splitlines()
+LEAST = {"signal_delay_s": 0}  # of the numbers; 1 of the others
+EXAMPLES = {"setup": "['module load cuda']", "srun_args": "['--mpi=none']"}
+
+
+def shown(value: Any) -> str:
+    """Return a value as it is written on the command line, texts in quotes."""
+    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if _plain(value) else repr(value)
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def wrong(item: Field[Any], value: Any) -> str:
+    """Return what the value of an option must be; empty where it is."""
+    kind = str(item.type)
+    if value is None and kind.endswith("| None"):
+        return ""
+    null = ", or null" if kind.endswith("| None") else ""
+    if kind.startswith("int"):
+        least = LEAST.get(item.name, 1)
+        good = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        return "" if good else f"a whole number of at least {least}{null}"
+    if kind.startswith("bool"):
+        return "" if isinstance(value, bool) else "true or false"
+    if kind.startswith("Sequence"):
+        good = isinstance(value, list) and all(isinstance(word, str) for word in value)
+        return "" if good else f"a list of texts, such as {EXAMPLES[item.name]}; [] for none"
+    if kind.startswith("Mapping"):
+        good = isinstance(value, Mapping) and all(
+            _plain(word) or isinstance(word, str | int | float) for word in value.values()
+        )
+        return "" if good else "names and values: +hydra.launcher.additional_parameters.reservation=lab; {} for none"
+    return "" if isinstance(value, str | int | float) and not isinstance(value, bool) else f"a word{null}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,20 +111,17 @@ class Options:
                     f"hydra.launcher.{key}={node[key]!r}: no such key; {suggest(str(key), known)}; what else sbatch"
                     " takes is +hydra.launcher.additional_parameters.KEY=VALUE"
                 )
-        for key in ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "timeout_min", "array_parallelism"):
-            value = node.get(key, 1)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ConfigError(f"hydra.launcher.{key}={value!r}: must be a number of at least 1")
-        for key in ("setup", "srun_args"):
-            if not isinstance(node.get(key) or [], list):
-                raise ConfigError(f"hydra.launcher.{key}={node[key]!r}: must be a list, such as ['module load cuda']")
-        minutes, notice = node.get("timeout_min", cls.timeout_min), node.get("signal_delay_s", cls.signal_delay_s)
-        if minutes * 60 < 2 * notice:
+        for item in fields(cls):
+            if item.name in node and (mend := wrong(item, node[item.name])):
+                raise ConfigError(f"hydra.launcher.{item.name}={shown(node[item.name])}: must be {mend}")
+        made = cls(**{key: value for key, value in node.items() if key != "_target_"})
+        if made.timeout_min * 60 < 2 * made.signal_delay_s:
             raise ConfigError(
-                f"hydra.launcher.timeout_min={minutes} with hydra.launcher.signal_delay_s={notice}: a job would be told"
-                " to stop when it has hardly begun; give it more minutes, or a shorter notice"
+                f"hydra.launcher.timeout_min={made.timeout_min} with"
+                f" hydra.launcher.signal_delay_s={made.signal_delay_s}: a job would be told to stop when it has hardly"
+                " begun; give it more minutes, or a shorter notice"
             )
-        return cls(**{key: value for key, value in node.items() if key != "_target_" and value is not None})
+        return made
 
     def parameters(self) -> dict[str, Any]:
         """Return what submitit is told; what nobody has set is left to the cluster."""
@@ -77,14 +133,7 @@ class Options:
         own |= {
             "slurm_setup": list(self.setup) or None,
             "slurm_srun_args": ["--kill-on-bad-exit=1", *cpus, *self.srun_args],
-            # a job whose process cannot reach SLURM, in a container say, has its script start it again
-            "slurm_teardown": [
-                "code=$?",
-                "job=$SLURM_JOB_ID",
-                'if [ -n "$SLURM_ARRAY_TASK_ID" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi',
-                f'if [ "$code" = {slurm.AGAIN} ]; then scontrol requeue "$job"; fi',
-                'exit "$code"',
-            ],
+            "slurm_teardown": TEARDOWN,
             "slurm_additional_parameters": {"requeue": True, **self.additional_parameters},
             "stderr_to_stdout": True,
         }

@@ -16,14 +16,32 @@ from soratrain import slurm, slurm_folder
 HEAD = "== SLURM job"  # begins what one start of a job says
 
 
-def why(out: Path) -> str:
-    """Return why a run ended before it was done, from what its processes said last."""
-    said: list[str] = []
-    ranks = sorted((out / "logs").glob("rank-*.log"))
-    for log in [*ranks, *(Path(own) for own in [slurm_folder.worker(out).get("log")] if own and Path(own).is_file())]:
+def said_in(logs: Sequence[Path]) -> list[tuple[Path, list[str]]]:
+    """Return what each log holds since the job started last, without empty lines."""
+    found = []
+    for log in logs:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
         starts = [place for place, line in enumerate(lines) if line.startswith(HEAD)]
-        lines = lines[starts[-1] + 1 :] if starts else lines
+        found.append((log, lines[starts[-1] + 1 :] if starts else lines))
+    return found
+
+
+def errors_in(logs: Sequence[Path]) -> list[str]:
+    """Return the first error of each log since the job started last, where there is one."""
+    errors = ([line for line in lines if line.startswith("error:")][:1] for _, lines in said_in(logs))
+    return [line for first in errors for line in first]
+
+
+def rank_logs(out: Path) -> list[Path]:
+    """Return the logs of a run's ranks, the first rank's first."""
+    return sorted((out / "logs").glob("rank-*.log"))
+
+
+def why(out: Path) -> str:
+    """Return why a run ended before it was done, from what its processes said last."""
+    own = slurm_folder.worker(out).get("log")
+    said: list[str] = []
+    for log, lines in said_in([*rank_logs(out), *([Path(own)] if own and Path(own).is_file() else [])]):
         errors = [line for line in lines if line.startswith("error:")]
         if errors:
             return f"{errors[0]} ({log})"

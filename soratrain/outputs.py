@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ FREE = (
     "stage.job.engine.offline",
 )
 OF_A_CLAIM = ("config.yaml", "upstream.yaml", "log.txt")  # what is in a folder before anything is made
-OF_A_JOB = ("slurm.json", "sweep.json", "logs")  # who works there, and what its processes say
+OF_A_JOB = ("slurm.json", "slurm-start.json", "sweep.json", "logs")  # who works there, and what its processes say
 
 
 def flatten(node: Any, prefix: str = "") -> dict[str, Any]:
@@ -131,15 +132,36 @@ def claim(out: Path, config: Mapping[str, Any], *, compare: bool) -> None:
                 f"{out} was begun with another config ({shown}); give the same values, run=NAME for a run beside it,"
                 " or fresh=true to start over"
             )
-    try:
+    with written_to(out):
         out.mkdir(parents=True, exist_ok=True)
         document = yaml.safe_dump({**config, "fresh": False}, sort_keys=False, allow_unicode=True, width=120)
         with replacing(out / "config.yaml") as path:
             path.write_text(document, encoding="utf-8")
+
+
+@contextmanager
+def written_to(out: Path) -> Iterator[None]:
+    """Say in one line that a run's folder cannot be written to, where that shows itself inside the block.
+
+    Raises:
+        DataError: it does.
+    """
+    try:
+        yield
     except OSError as error:
         raise DataError(
             f"{out}: cannot be written ({error.strerror}); give run=NAME or out=FOLDER elsewhere"
         ) from error
+
+
+def check_writable(out: Path) -> None:
+    """Look whether a folder, or what it would be made in, can be written to; nothing of that stays.
+
+    Raises:
+        DataError: it cannot.
+    """
+    with written_to(out), tempfile.TemporaryFile(dir=next(place for place in (out, *out.parents) if place.exists())):
+        pass
 
 
 def release(out: Path) -> None:

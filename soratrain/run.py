@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from soratrain import outputs, slurm, slurm_folder, upstream
 from soratrain.compose import compose, split_override
-from soratrain.errors import ConfigError, DataError, UserError
+from soratrain.errors import ConfigError, DataError, UserError, on_all_ranks
 from soratrain.quoting import literal
 from soratrain.rules import validate
 
@@ -79,6 +79,12 @@ def global_rank() -> int:
     """
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK") if slurm.in_step() else ("RANK", "LOCAL_RANK")
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
+
+
+def on_first_node() -> bool:
+    """Return whether this process is on the first rank's node."""
+    names = ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID")
+    return next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), "0") == "0"
 
 
 def start_logging() -> None:
@@ -155,6 +161,12 @@ def run_stage(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
     once = stage.get("once", True)
     start_logging()
     check_machine(config)
+    try:
+        outputs.check_writable(out)  # on every rank, so that none waits for one that cannot
+    except DataError as error:
+        if on_first_node():  # another may have another disk
+            on_all_ranks(error)
+        raise
     if stage["kind"] == "fit":
         trainer, alone = config["trainer"], config["strategy"]["name"] == "single"
         slurm.check_tasks(trainer["num_nodes"], trainer["devices"], single=alone)
@@ -182,16 +194,12 @@ def run_stage(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
     if stage["kind"] != "fit" and not shared and not first:
         return {}  # such a job is one process's work
     began = time.monotonic()
-    try:
-        with together:
-            metrics = work()
-    except UserError as error:
-        if first and once:
-            outputs.fail(out, str(error))
-            outputs.release(out)
-        raise
-    except OSError as error:
-        raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
+    with reasons_in(out) if first and once else nullcontext():
+        try:
+            with together:
+                metrics = work()
+        except OSError as error:
+            raise DataError(f"{error.filename or out}: {error.strerror or error}") from error
     result = {**metrics, "stage": stage["name"], "seconds": round(time.monotonic() - began, 1)}
     if first:
         outputs.finish(out, result)
@@ -203,6 +211,26 @@ def run_stage(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
         figures = {key: value for key, value in told.items() if not isinstance(value, dict | list)}
         log.info("%s", "  ".join(f"{key} {shown(value)}" for key, value in figures.items()))
     return result
+
+
+@contextmanager
+def reasons_in(out: Path) -> Iterator[None]:
+    """Keep in a run's folder why it has ended early, whichever of its processes was the first to; not why it stopped.
+
+    A folder in which nothing was made yet is given up, where the user can mend the reason.
+    """
+    from soratrain.distributed import halt
+
+    with halt.kept(partial(outputs.fail, out)):
+        try:
+            yield
+        except UserError as error:
+            outputs.fail(out, str(error))
+            outputs.release(out)
+            raise
+        except Exception as error:
+            outputs.fail(out, f"{type(error).__name__}: {error}".strip().splitlines()[0])
+            raise
 
 
 def processes(config: Mapping[str, Any]) -> int:
@@ -287,15 +315,6 @@ def training(config: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
                     module.start_from(name, config["init"])
                 except DataError as error:
                     raise DataError(f"init={config['init']}: {error}") from error
-        return engine.fit(trainer, module, data) or last_row(Path(config["out"]) / "metrics.csv")
+        return engine.fit(trainer, module, data)
 
     return train
-
-
-def last_row(file: Path) -> dict[str, float]:
-    """Return the last row of a run's metrics, for a run that had nothing left to do but to say that it is done."""
-    if not file.is_file():
-        return {}
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    return {key: float(value) for key, value in rows[-1].items() if value} if rows else {}

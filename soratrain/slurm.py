@@ -16,11 +16,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
-from soratrain.errors import ConfigError
+from soratrain.errors import ConfigError, DataError, on_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ INTERACTIVE = (
     "interactive",
 )  # names of jobs in which a person types; Lightning ignores SLURM there, and so here
 ASKED = 60.0  # seconds that a command of SLURM may take
-ATTEMPTS = 5  # to start again, a second apart
+ATTEMPTS = 5  # to start again, or to ask whether a job has ended, a second apart
 AGAIN = 75  # exit code: it wants to start again and cannot say so itself (sysexits.h, EX_TEMPFAIL); the script may
 
 _told: list[int] = []  # the signals that came while this module listened
@@ -73,8 +74,15 @@ def restarts() -> int:
     return number("SLURM_RESTART_COUNT") or 0
 
 
+def torchrun() -> bool:
+    """Return whether torchrun has started this process: then it is who counts, also where srun has started it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def tasks_per_node() -> int | None:
-    """Return how many processes srun has started on each node; None outside srun."""
+    """Return how many processes torchrun or srun has started on each node; None outside of both."""
+    if torchrun():
+        return number("LOCAL_WORLD_SIZE")
     if not in_step():
         return None
     return (number("SLURM_STEP_NUM_TASKS") or 1) // (number("SLURM_STEP_NUM_NODES") or 1)
@@ -89,7 +97,10 @@ def check_tasks(nodes: int, devices: int | str, *, single: bool = False) -> None
     Raises:
         ConfigError: says which keys, or which words of srun, would fit.
     """
-    if not in_job() or "TORCHELASTIC_RUN_ID" in os.environ:
+    if torchrun():
+        check_torchrun(nodes, devices, single=single)
+        return
+    if not in_job():
         return
     if not in_step():
         if (asked := number("SLURM_NTASKS") or 1) > 1:
@@ -111,6 +122,26 @@ def check_tasks(nodes: int, devices: int | str, *, single: bool = False) -> None
             f"trainer.num_nodes={nodes} trainer.devices={devices}: srun started {tasks} tasks on {on} nodes; give"
             f" trainer.num_nodes={on} trainer.devices={tasks // on}{strategy}, or srun --nodes={nodes}"
             f" --ntasks-per-node={each}"
+        )
+
+
+def check_torchrun(nodes: int, devices: int | str, *, single: bool) -> None:
+    """Refuse other processes of torchrun than those that the trainer expects.
+
+    Raises:
+        ConfigError: says which keys, or which words of torchrun, would fit.
+    """
+    ranks, here = number("WORLD_SIZE") or 1, number("LOCAL_WORLD_SIZE") or 1
+    on = number("GROUP_WORLD_SIZE") or max(1, ranks // here)
+    each = devices if devices != "auto" else 1 if single else here
+    if (ranks, on) != (nodes * int(each), nodes):
+        strategy = " strategy=ddp" if single else ""
+        raise on_all_ranks(
+            ConfigError(
+                f"trainer.num_nodes={nodes} trainer.devices={devices}: torchrun started {ranks} processes on {on}"
+                f" nodes; give trainer.num_nodes={on} trainer.devices={here}{strategy}, or torchrun --nnodes={nodes}"
+                f" --nproc-per-node={each}"
+            )
         )
 
 
@@ -166,9 +197,45 @@ def ask(*words: str) -> str | None:
     return done.stdout if done.returncode == 0 else None
 
 
+@dataclass(frozen=True)
+class Queued:
+    """A job that waits or runs: its number, state, why it waits and where it runs, in SLURM's words."""
+
+    job: str
+    state: str
+    reason: str
+    nodes: str
+
+
+def queued(jobs: Sequence[str]) -> list[Queued] | None:
+    """Return those of some jobs that wait or run: none where there is no squeue; None where SLURM does not answer."""
+    numbers = ",".join(sorted({job.split("_")[0] for job in jobs}))
+    words = ["squeue", "--noheader", "--array", "--format=%i|%T|%r|%N", f"--jobs={numbers}"]
+    try:
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=ASKED, check=False)
+    except FileNotFoundError:
+        return []
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if answer.returncode and "Invalid job id" not in answer.stderr:  # that is what it says of those long gone
+        return None
+    found = [Queued(*line.strip().split("|")) for line in answer.stdout.splitlines() if line.count("|") == 3]
+    return [item for item in found if item.job in jobs]
+
+
 def alive(job: str) -> bool:
-    """Return whether a job waits or runs."""
-    return bool((ask("squeue", "--noheader", "--format=%T", f"--jobs={job}") or "").strip())
+    """Return whether a job waits or runs.
+
+    Raises:
+        DataError: SLURM does not say.
+    """
+    for attempt in range(ATTEMPTS):
+        time.sleep(min(attempt, 1))
+        if (found := queued([job])) is not None:
+            return bool(found)
+    raise DataError(
+        f"squeue does not say whether SLURM job {job} still waits or runs; give the same command again when it does"
+    )
 
 
 def listen() -> None:

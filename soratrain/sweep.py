@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from soratrain import upstream
-from soratrain.children import run_child
+from soratrain import outputs, upstream
+from soratrain.children import ended_by, run_child
 from soratrain.compose import LIST_KEYS, TEXT_KEYS, check_overrides, launcher_node, one_line, split_override
 from soratrain.errors import ConfigError, DataError
 from soratrain.quoting import quote, quote_value
@@ -41,6 +41,7 @@ METRICS = (
 )  # the first one that a stage reports is what a sweeper minimises
 
 
+CHECKED = 256  # runs of a sweep are checked before the first of them starts
 HIDDEN = ("out", "upstream", "machine")  # words that sweep() itself may have added
 failed: list[str] = []  # the runs of this process's sweep that did not end well, each with why
 
@@ -49,6 +50,11 @@ def folder_hash(overrides: Sequence[str]) -> str:
     """Return the name of a job's folder, whatever the order of its overrides."""
     kept = sorted(item for item in overrides if split_override(item)[0] not in ("fresh", "upstream", "machine"))
     return hashlib.blake2b("\n".join(kept).encode(), digest_size=4).hexdigest()
+
+
+def folder_of(run: object, stage: str) -> Path:
+    """Return where the runs of a sweep lie."""
+    return Path("outputs") / str(run) / stage / "sweep"
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def run_of(overrides: Sequence[str], config: DictConfig) -> Run:
     if "out" in dict(map(split_override, words)):
         out = Path(str(config.out))
     else:
-        out = Path("outputs") / str(config.run) / config.stage.name / "sweep" / folder_hash(words)
+        out = folder_of(config.run, config.stage.name) / folder_hash(words)
         words.append(f"out={out}")
     return Run(tuple(words), out, shown, bool(config.fresh))
 
@@ -98,7 +104,7 @@ def job(config: DictConfig) -> float:
     code = run_child([sys.executable, "-m", "soratrain", *run.words])
     if code:
         record(run.out, run.given, here=True, code=code)
-        failed.append(f"{run.called} (exit code {code}; why stands above)")
+        failed.append(f"{run.called} ({ended_by(code)}; why stands above)")
         return math.nan
     return metric_of(run.out)
 
@@ -109,8 +115,8 @@ def metric_of(out: Path) -> float:
     return float(next((result[key] for key in METRICS if key in result), math.nan))
 
 
-def combinations(overrides: Sequence[str], most: int = 256) -> list[list[str]]:
-    """Return the first `most` single runs that a sweep of plain choices and ranges consists of."""
+def combinations(overrides: Sequence[str]) -> tuple[Iterator[list[str]], int]:
+    """Return the single runs that a sweep of plain choices and ranges consists of, and how many there are."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     choices = [
         [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
@@ -119,7 +125,7 @@ def combinations(overrides: Sequence[str], most: int = 256) -> list[list[str]]:
         for item in parsed
         if not item.is_hydra_override()
     ]
-    return [list(run) for run in itertools.islice(itertools.product(*choices), most)]
+    return map(list, itertools.product(*choices)), math.prod(map(len, choices))
 
 
 def slurm_words(configs: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -163,7 +169,7 @@ def sweep(overrides: Sequence[str]) -> int:
     keys = [split_override(item)[0] for item in overrides]
     if "stage" not in keys:
         raise ConfigError("stage is missing; write -m stage=NAME …")
-    if "out" in keys and len(combinations(overrides, 2)) > 1:
+    if "out" in keys and combinations(overrides)[1] > 1:
         raise ConfigError("out: a sweep names its jobs' folders itself; use run=NAME")
     check_overrides(overrides)
     words = list(overrides)
@@ -174,9 +180,16 @@ def sweep(overrides: Sequence[str]) -> int:
     launched = [split_override(item)[1] for item in words if split_override(item)[0] == "hydra/launcher"]
     if launched and "upstream" not in keys:
         words.append("upstream=fail")  # jobs that run at once would all make the same thing
-    runs = combinations(words)
+    found, count = combinations(words)
+    runs = list(itertools.islice(found, CHECKED))
+    if count > len(runs):
+        sys.stderr.write(
+            f"sweep: of {count} runs the first {CHECKED} are checked now, each of the others as it starts\n"
+        )
     configs = [prepare(run)[0] for run in runs]
-    if len(configs) == 1 and "out" not in keys and not any(key.startswith("hydra.sweeper") for key in keys):
+    for folder in {folder_of(config["run"], config["stage"]["name"]) for config in configs}:
+        outputs.check_writable(folder)
+    if count == 1 and "out" not in keys and not any(key.startswith("hydra.sweeper") for key in keys):
         words.append(f"out={quote_value(configs[0]['out'])}")  # no sweep: the run that it is without -m
     if "slurm" in launched:
         from soratrain import launcher
@@ -193,7 +206,9 @@ def sweep(overrides: Sequence[str]) -> int:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
+    except OSError as error:
+        raise DataError(f"{error.filename or 'sweep'}: {error.strerror or error}") from error
     if failed:
-        count = f"{len(failed)} of {len(configs)} runs" if len(configs) > 1 else "the run"
-        raise DataError(f"{count} failed: {'; '.join(failed[:4])}; the same command does what is left")
+        which = f"{len(failed)} of {count} runs" if count > 1 else "the run"
+        raise DataError(f"{which} failed: {'; '.join(failed[:4])}; the same command does what is left")
     return 0

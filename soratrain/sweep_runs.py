@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from soratrain import outputs, slurm, slurm_folder
+from soratrain.children import ended_by
 from soratrain.data.atomic import replacing
+from soratrain.distributed.neighbours import RUNS, STOPPED, Card
 from soratrain.errors import DataError
+from soratrain.launcher_task import errors_in, rank_logs
 
 FILE = "sweep.json"  # in a run's folder: its overrides, and which process on which machine works on it
 
@@ -28,7 +29,6 @@ class Outcome:
         note: why it failed, or how far it is.
         result: what a finished run says of itself.
         rows: its metrics so far, as in `metrics.csv`.
-        seconds: that it took, of a finished run.
     """
 
     folder: Path
@@ -54,13 +54,16 @@ def record(out: Path, overrides: Sequence[str], *, here: bool, code: int | None 
     Args:
         here: this process works on it, not a job somewhere else.
         code: with which its command has ended, if it has.
+
+    Raises:
+        DataError: the folder cannot be written to.
     """
     known: dict[str, object] = {"overrides": list(overrides)}
     if code is not None:
         known |= {"code": code}
     elif here:
-        known |= {"host": socket.gethostname(), "process": os.getpid()}
-    with replacing(out / FILE) as path:
+        known |= asdict(Card.own())
+    with outputs.written_to(out), replacing(out / FILE) as path:
         path.write_text(json.dumps(known) + "\n", encoding="utf-8")
 
 
@@ -94,39 +97,38 @@ def unfinished(place: Path, rows: Sequence[dict[str, str]]) -> tuple[str, str]:
     config = outputs.stored_config(place) or {}
     steps = (config.get("trainer") or {}).get("max_steps")
     at = f"step {rows[-1]['step']} of {steps}" if rows else "no step yet"
-    job = slurm_folder.worker(place).get("job")
-    if job and (said := (slurm.ask("squeue", "--noheader", "--format=%T", f"--jobs={job}") or "").split()):
-        return ("waiting" if said[0] in ("PENDING", "REQUEUED") else "running"), f"{at}, SLURM job {job}"
+    if job := slurm_folder.worker(place).get("job"):
+        said = slurm.queued([job])
+        if said is None:
+            return "unfinished", f"{at}, SLURM job {job}, of which squeue says nothing now"
+        if said:
+            return ("waiting" if said[0].state in ("PENDING", "REQUEUED") else "running"), f"{at}, SLURM job {job}"
     if works_here(place):
         return "running", at
     code = json.loads((place / FILE).read_text()).get("code")
-    reason = last_error(place) or (f"exit code {code}" if code else "")
+    reason = last_error(place) or (ended_by(code) if code else "")
     return ("failed", f"{at}: {reason}") if reason else ("unfinished", at)
 
 
 def works_here(place: Path) -> bool:
     """Return whether the process that works on a run is on this machine and alive."""
     known = json.loads((place / FILE).read_text())
-    if known.get("host") != socket.gethostname():
-        return False
-    try:
-        os.kill(known["process"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    names = [item.name for item in fields(Card)]
+    return all(name in known for name in names) and Card(**{name: known[name] for name in names}).state() in (
+        RUNS,
+        STOPPED,
+    )
 
 
 def last_error(place: Path) -> str:
-    """Return why a run ended, in its own words, if it said so after all else that it did."""
-    for log in [place / "log.txt", *sorted((place / "logs").glob("rank-*.log"))]:
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-        for line in reversed(lines[-20:]):
-            _, found, said = line.partition("error: ")
-            if found:
-                return said.strip()
-    return ""
+    """Return why a run ended, in its own words, if it said so after all else that it did: what came before is over."""
+    log = place / "log.txt"
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    if last.startswith("error: "):
+        return last.removeprefix("error: ").strip()
+    later = [own for own in rank_logs(place) if not lines or own.stat().st_mtime >= log.stat().st_mtime]
+    return next(iter(errors_in(later)), "").removeprefix("error:").strip()
 
 
 def swept(runs: Sequence[Outcome]) -> list[str]:

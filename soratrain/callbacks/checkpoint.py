@@ -7,6 +7,7 @@ import math
 import shutil
 import signal
 import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,23 @@ class Checkpoint(StepCallback):
         keep: how many of the newest stay.
         keep_best: how many of the lowest losses stay beside them.
         beside: write while training goes on, where there is memory for a copy.
+        timeout: how long a rank waits for another; None for torch's half hour.
 
     Attributes:
         scores: the loss of each step that has a checkpoint with one.
         untouched: steps whose checkpoints are not removed: whether they are among the best could not be read.
     """
 
-    def __init__(self, folder: Path, *, every: int, keep: int, keep_best: int = 0, beside: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        every: int,
+        keep: int,
+        keep_best: int = 0,
+        beside: bool = True,
+        timeout: timedelta | None = None,
+    ) -> None:
         super().__init__()
         if every < 0 or keep < 1 or keep_best < 0:
             raise ConfigError(
@@ -61,7 +72,8 @@ class Checkpoint(StepCallback):
                 f" trainer.keep={keep} at least 1"
             )
         self.folder, self.every, self.keep, self.keep_best = Path(folder), every, keep, keep_best
-        self.saver = Saver(beside=beside, after=self.tidy)
+        self.timeout = timeout
+        self.saver = Saver(beside=beside, after=self.tidy, timeout=timeout)
         self.saved = -1
         self.scores: dict[int, float] = {}
         self.untouched: set[int] = set()
@@ -221,7 +233,8 @@ def scores_of(folder: Path) -> tuple[dict[int, float], set[int]]:
 class GracefulStop(StepCallback):
     """On Ctrl-C, SIGTERM or a scheduler's SIGUSR1 or 2, finish the step, save, and stop; a second Ctrl-C stops at once.
 
-    The ranks agree at the end of each step, so that all stop at the same one, whichever of them was told.
+    The ranks agree at the end of each step, so that all stop at the same one, whichever of them was told. In the last
+    step, and after it, an export is what is left, which asks as well (`Export`).
 
     Attributes:
         received: the signal's number, 0 while there was none.
@@ -239,7 +252,8 @@ class GracefulStop(StepCallback):
         # Lightning asks all ranks before each batch whether one got a SIGTERM, and waits for the device to answer.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         if trainer.world_size > 1:
-            self.group = dist.new_group(backend="gloo")  # asks from CPU to CPU, so that no device has to wait
+            # asks from CPU to CPU, so that no device has to wait
+            self.group = dist.new_group(backend="gloo", timeout=self.checkpoint.timeout)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, *slurm.SIGNALS):
                 self.before[number] = signal.signal(number, self.handle)
@@ -250,10 +264,11 @@ class GracefulStop(StepCallback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_step(self, trainer: L.Trainer, stage: TrainStage) -> None:
-        if self.agreed() and self.step < stage.max_steps:
+        if self.agreed():
             log.info("stopping after step %d (signal %d): saving a checkpoint", self.step, self.received)
-            self.checkpoint.save(trainer, wait=True)
-            trainer.should_stop = True
+            if self.step < stage.max_steps:  # else the last one is saved in any case
+                self.checkpoint.save(trainer, wait=True)
+                trainer.should_stop = True
 
     def agreed(self) -> bool:
         """Return whether any rank has got a signal."""

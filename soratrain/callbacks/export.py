@@ -1,8 +1,13 @@
-"""Writes `weights/` when a run has reached its last step."""
+"""Writes `weights/` when a run has reached its last step.
+
+It may take minutes, so the last checkpoint comes first: a run that is stopped meanwhile, or killed, is at its last step
+when it goes on, and only exports again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -19,6 +24,12 @@ from soratrain.models import weights
 from soratrain.models.tensor_file import Form, in_order
 from soratrain.stages.base import TrainStage
 
+log = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """The run was told to stop; raised on all ranks at the same parameter."""
+
 
 class Export(L.Callback):
     """Exports the nets of `stage.exported()`, with averaged weights where there is an average.
@@ -33,6 +44,10 @@ class Export(L.Callback):
         ema: the average, if any.
         largest: bytes of a file; a net that takes more is spread over several.
         best: of whose checkpoints the best is taken; None takes the last step.
+        stopping: whether the run was told to stop, by any rank; all call it. The rest of the export is then left.
+
+    Attributes:
+        done: whether everything is written.
     """
 
     def __init__(
@@ -42,30 +57,63 @@ class Export(L.Callback):
         *,
         largest: int = weights.LARGEST,
         best: Checkpoint | None = None,
+        stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.folder, self.ema, self.largest, self.best = Path(folder), ema, largest, best
+        self.stopping, self.done = stopping, False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainStage)
         if trainer.global_step < pl_module.max_steps:
             return
+        try:
+            self.heed()
+            self.export(trainer, pl_module)
+            self.done = True
+        except Interrupted:
+            if trainer.is_global_zero:
+                log.info("stopping: %s is left to the next start, which has nothing else to do", self.folder)
+
+    def export(self, trainer: L.Trainer, stage: TrainStage) -> None:
+        """Write all of it, unless the run is told to stop meanwhile; collective.
+
+        Raises:
+            Interrupted: it was.
+            DataError: on every rank, where it cannot be written.
+        """
         strategy = trainer.strategy
         assert isinstance(strategy, Restorable)
         chosen = self.best.best_folder(trainer) if self.best else None
         step = trainer.global_step if chosen is None else step_of(chosen)
         average = self.ema.in_place(trainer) if self.ema else nullcontext()
         with average if chosen is None else weights_of(chosen, trainer):
-            training = pl_module.training
-            pl_module.eval()
+            training = stage.training
+            stage.eval()
             with strategy.computing():
-                pl_module.finalize()
-            self.write(trainer, pl_module, step)
-            pl_module.train(training)
+                stage.finalize()
+            self.write(trainer, stage, step)
+            stage.train(training)
+
+    def heed(self) -> None:
+        """Go no further where the run was told to stop; collective.
+
+        Raises:
+            Interrupted: it was.
+        """
+        if self.stopping():
+            raise Interrupted
+
+    def heeding(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Yield `tensors` as long as the run is not told to stop. Raises Interrupted where it is."""
+        for item in tensors:
+            self.heed()
+            yield item
 
     def write(self, trainer: L.Trainer, stage: TrainStage, step: int) -> None:
         """Write every exported net as it is, as that of `step`; collective.
 
         Raises:
+            Interrupted: on every rank, where the run is told to stop meanwhile.
             DataError: on every rank, where they cannot be written.
         """
         whole = Whole(trainer)
@@ -73,7 +121,7 @@ class Export(L.Callback):
         for name, (module, factory, extra) in stage.exported().items():
             prefix = f"{names[id(module)]}."
             forms = {key.removeprefix(prefix): form for key, form in whole.forms.items() if key.startswith(prefix)}
-            tensors = whole.tensors([prefix + key for key in in_order(forms)])
+            tensors = self.heeding(whole.tensors([prefix + key for key in in_order(forms)]))
             said = None
             if trainer.is_global_zero:
                 own = ((key.removeprefix(prefix), tensor) for key, tensor in tensors)

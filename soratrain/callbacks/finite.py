@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from soratrain.distributed import halt
 from soratrain.distributed.strategy import Restorable
-from soratrain.errors import DivergedError
+from soratrain.errors import DivergedError, on_all_ranks
 
 
 class Finite(L.Callback):
@@ -42,7 +42,9 @@ class Finite(L.Callback):
         if halt.together():
             dist.all_reduce(bad, op=dist.ReduceOp.MAX)
         if bad > 0:
-            raise DivergedError(
-                f"a weight is no number after step {trainer.global_step}; the last checkpoint stands: lower"
-                " optimizer.lr, or set trainer.precision=32-true"
+            raise on_all_ranks(
+                DivergedError(
+                    f"a weight is no number after step {trainer.global_step}; the last checkpoint stands: lower"
+                    " optimizer.lr, or set trainer.precision=32-true"
+                )
             )

@@ -23,7 +23,7 @@ from soratrain.callbacks.throughput import COLUMNS, Throughput
 from soratrain.data.atomic import replacing
 from soratrain.distributed.mesh import Mesh
 from soratrain.distributed.phases import Phases
-from soratrain.errors import DivergedError
+from soratrain.errors import DivergedError, on_all_ranks
 from soratrain.stages.base import CAPTIONS, COUNTS, MODES_SHOWN, SHARES, SHOWN, TrainStage, summed
 
 VITAL = {"loss": "loss", "grad_norm": "gradient's norm"}  # what must be finite, and what it is called
@@ -60,6 +60,7 @@ class Metrics(StepCallback):
         if trainer.is_global_zero:
             self.rows = [row for row in read_rows(self.file) if float(row["step"]) <= self.step]
             write_rows(self.file, self.rows)
+            self.row = {key: float(value) for key, value in self.rows[-1].items() if value} if self.rows else {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.mesh = Mesh.of(trainer)
@@ -137,9 +138,11 @@ class Metrics(StepCallback):
     def check(self, values: Mapping[str, float]) -> None:
         for name, called in VITAL.items():
             if not math.isfinite(values.get(name, 0.0)):
-                raise DivergedError(
-                    f"the {called} is {values[name]} at step {self.step}; the last checkpoint stands: lower"
-                    " optimizer.lr, or set trainer.precision=32-true"
+                raise on_all_ranks(
+                    DivergedError(
+                        f"the {called} is {values[name]} at step {self.step}; the last checkpoint stands: lower"
+                        " optimizer.lr, or set trainer.precision=32-true"
+                    )
                 )
 
     def state_dict(self) -> dict[str, Any]:

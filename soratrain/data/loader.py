@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from soratrain import slurm
 from soratrain.batch import Batch
 from soratrain.children import ended_by
 from soratrain.data.dataset import MicroBatches
@@ -127,25 +129,48 @@ def serve(environment: Mapping[str, str], worker: int) -> None:
 
     The server that forks has the environment of its own start, perhaps before credentials were set.
 
-    Ctrl-C, which a terminal sends to every process, is left to that one: it still wants its batches. And where it is
-    killed, this one ends too; PyTorch looks at the parent, which is the server that forks, and that outlives it.
+    Ctrl-C, which a terminal sends to every process, and the signals that SLURM sends to every process of a job, are
+    left to that one: it still wants its batches. It alone may end this one by SIGTERM, as PyTorch does. And where it
+    is killed, this one ends too; PyTorch looks at the parent, which is the server that forks, and that outlives it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, slurm.SIGNALS)
     os.environ.update(environment)
     trainer = multiprocessing.parent_process()
-    assert trainer is not None
+    assert trainer is not None and trainer.pid is not None
+
+    def heed(trainer: int) -> None:
+        while True:
+            told = signal.sigwaitinfo(slurm.SIGNALS)
+            if told.si_signo == signal.SIGTERM and told.si_pid == trainer:
+                os._exit(0)
 
     def end() -> None:
         multiprocessing.connection.wait([trainer.sentinel])
         os._exit(1)
 
     threading.Thread(target=end, name="parent", daemon=True).start()
+    threading.Thread(target=heed, args=(trainer.pid,), name="signals", daemon=True).start()
+
+
+def start_server() -> None:
+    """Start the server that workers are forked from, deaf to the signals that SLURM sends to every process of a job.
+
+    So are its helper, and whoever it forks, until it says otherwise.
+    """
+    multiprocessing.set_forkserver_preload([MicroBatches.__module__])
+    for start in (resource_tracker.ensure_running, forkserver.ensure_running):  # the first lets signals through again
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, slurm.SIGNALS)
+        try:
+            start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def make_loader(items: MicroBatches, start: int, end: int, *, workers: int, prefetch: int) -> DataLoader[Batch]:
     """Return a loader of micro-batches `start` up to `end`, in order, whatever the number of `workers`."""
     if workers:  # import once, before workers fork off
-        multiprocessing.set_forkserver_preload([MicroBatches.__module__])
+        start_server()
     return Loader(
         Outcomes(items),  # type: ignore[arg-type]
         batch_size=None,

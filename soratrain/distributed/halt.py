@@ -17,7 +17,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -41,6 +43,7 @@ _watched: set[int] = set()  # processes in which the thread runs
 _over = threading.Event()
 _told = threading.Event()  # this process's reason is known
 _last: list[Callable[[], None]] = []  # what is done before this process is ended from a thread
+_keepers: list[Callable[[str], None]] = []  # who writes down why it was
 
 
 def together() -> bool:
@@ -69,6 +72,11 @@ def watch() -> None:
     atexit.register(_end, thread)
 
 
+def cease() -> None:
+    """Look no more: this process has a reason of its own to end, and the store goes with whoever ends first."""
+    _over.set()
+
+
 def at_end(act: Callable[[], None]) -> None:
     """Have `act` done before this process is ended from a thread, as it is when another rank has failed."""
     _last.append(act)
@@ -77,6 +85,16 @@ def at_end(act: Callable[[], None]) -> None:
 def forget(act: Callable[[], None]) -> None:
     """Undo `at_end`."""
     _last.remove(act)
+
+
+@contextmanager
+def kept(keep: Callable[[str], None]) -> Iterator[None]:
+    """Have `keep` told the reason where this process is ended from a thread inside the block."""
+    _keepers.append(keep)
+    try:
+        yield
+    finally:
+        _keepers.remove(keep)
 
 
 def claim() -> bool:
@@ -138,6 +156,8 @@ def end(words: str, code: int) -> None:
     visible = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar has hidden the cursor
     sys.stderr.write(f"{visible}error: {words}\n")
     sys.stderr.flush()
+    for keep in _keepers:
+        ask(partial(keep, words), None)  # a disk that does not answer is not waited for
     for act in _last:
         act()
     os._exit(code)

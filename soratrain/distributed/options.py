@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from datetime import timedelta
 
 from soratrain.errors import ConfigError
 
@@ -24,7 +25,7 @@ class StrategyOptions:
         reduce: gradients are averaged over ranks in `fp32` or `bf16` (ZeRO); micro-batches are summed in fp32.
         bucket: numbers reduced or gathered in one message (ZeRO).
         live: most numbers of weights that stay gathered because they are soon needed again (ZeRO-3).
-        timeout_minutes: how long a rank waits for another before the run ends.
+        timeout_minutes: how long a rank waits for another before the run ends, whatever they talk over and about.
 
     Raises:
         ConfigError: an unknown name, or a value out of range.
@@ -59,6 +60,11 @@ class StrategyOptions:
                 f"strategy.bucket={self.bucket}, live={self.live}, timeout_minutes={self.timeout_minutes}: must be"
                 " positive and finite"
             )
+
+    @property
+    def timeout(self) -> timedelta:
+        """What every group of ranks is made with."""
+        return timedelta(minutes=self.timeout_minutes)
 
     @property
     def zero(self) -> int:

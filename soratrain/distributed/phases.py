@@ -26,7 +26,7 @@ NAMES = (
     ("[Callback]Export", "export"),
 )
 BETWEEN, OUTSIDE = "between steps", "beginning or end"
-LONG = ("checkpoint", "validation", "samples", "export", OUTSIDE)  # may take long, and nobody knows how long
+LONG = ("checkpoint", "validation", "samples", "export", OUTSIDE)  # may take long
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Standing:
         step: the optimizer step that it works on, counted from 1.
         moves: how much it has begun and ended; ranks do the same, so the one with least is behind.
         quiet: seconds since it last began or ended something.
-        free: whether it may take as long as it likes: in a long phase, or in its first step, which may compile.
+        free: whether it may take long: in a long phase, or in its first step, which may compile.
     """
 
     phase: str

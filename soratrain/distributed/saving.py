@@ -16,6 +16,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,17 @@ class Saver:
     Args:
         beside: write while training goes on, where there is memory for it.
         after: called on the first rank with the folder of each checkpoint that has become whole.
+        timeout: how long a rank waits for another to write its part; None for torch's half hour.
     """
 
-    def __init__(self, *, beside: bool = True, after: Callable[[Path], None] | None = None) -> None:
-        self.beside, self.after = beside, after
+    def __init__(
+        self,
+        *,
+        beside: bool = True,
+        after: Callable[[Path], None] | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        self.beside, self.after, self.timeout = beside, after, timeout
         self.groups: tuple[Any, Any] = (None, None)  # of the threads, and of the steps' ends
         self.ready = False
         self.image = Image()
@@ -79,7 +87,8 @@ class Saver:
     def open(self) -> None:
         """Get ready to write while training goes on; collective."""
         if self.beside and not self.ready and own_place()[1] > 1:
-            self.groups = (dist.new_group(backend="gloo"), dist.new_group(backend="gloo"))
+            one, other = (dist.new_group(backend="gloo", timeout=self.timeout) for _ in range(2))
+            self.groups = (one, other)
         self.ready = True
 
     def save(

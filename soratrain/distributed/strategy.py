@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,11 +225,10 @@ class Replicated(Restorable, DDPStrategy):
 
 def build_strategy(options: StrategyOptions, *, device_type: str, precision: str) -> LightningStrategy:
     """Return the Lightning strategy for `options` on `device_type` (`cpu` or `cuda`)."""
-    timeout = timedelta(minutes=options.timeout_minutes)
     if options.zero:
         from soratrain.distributed.zero import build_zero
 
-        return build_zero(options, device_type=device_type, precision=precision, timeout=timeout)
+        return build_zero(options, device_type=device_type, precision=precision)
     if options.name == "ddp":
-        return Replicated(timeout=timeout, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return Replicated(timeout=options.timeout, gradient_as_bucket_view=True, broadcast_buffers=False)
     return Single(device=torch.device("cuda", 0) if device_type == "cuda" else torch.device("cpu"))

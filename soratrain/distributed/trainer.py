@@ -8,7 +8,6 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from soratrain import slurm
 from soratrain.callbacks.checkpoint import Checkpoint, GracefulStop
@@ -157,7 +157,8 @@ def build_trainer(
         export: whose weights go to `weights/`: of the `last` step, or of the `best` checkpoint that is kept.
         max_shard_gb: size, in 10^9 bytes, above which a net's exported weights are spread over several files.
         stall_minutes: a run of several processes in which nothing has moved for so long ends, and says which rank is
-            behind; one process only says where it stands. A first step, checkpoints and validations may take longer.
+            behind; one process only says where it stands. A first step, checkpoints, validations and exports may take
+            nine tenths of the strategy's `timeout_minutes`, if that is longer.
         peak_tflops: dense bf16 peak of one device, of which `mfu` is the share; None takes that of a known GPU.
         title: what the progress bar calls it.
         logger: called with `out`, returns further loggers.
@@ -199,8 +200,14 @@ def build_trainer(
     metrics = Metrics(out / "metrics.csv", every=log_every, throughput=Throughput(phases, peak_tflops))
     average = EMA(ema) if ema else None
     checkpoint = Checkpoint(
-        out / "checkpoints", every=checkpoint_every, keep=keep, keep_best=keep_best, beside=checkpoint_async
+        out / "checkpoints",
+        every=checkpoint_every,
+        keep=keep,
+        keep_best=keep_best,
+        beside=checkpoint_async,
+        timeout=options.timeout,
     )
+    stop = GracefulStop(checkpoint)
     beside = {"out": out, "metrics": metrics, "ema": average, "precision": precision}
     count = resolve_devices(devices, options, device_type)
     check_ranks(sequence, count * num_nodes, f"trainer.devices={count}, trainer.num_nodes={num_nodes}")
@@ -208,7 +215,7 @@ def build_trainer(
     assert isinstance(chosen, Restorable)
     chosen.saver, chosen.elastic = checkpoint.saver, elastic
     chosen.sequence = sequence
-    shared = [ShareTokens(timedelta(minutes=options.timeout_minutes))] if sequence > 1 else []
+    shared = [ShareTokens(options.timeout)] if sequence > 1 else []
     slurm.meet()
     trainer = L.Trainer(
         accelerator=device_type,
@@ -224,7 +231,7 @@ def build_trainer(
         logger=(logger(out=out) if logger else []) or False,
         profiler=phases,
         callbacks=[
-            Watch(phases, minutes=stall_minutes),
+            Watch(phases, minutes=stall_minutes, timeout=options.timeout),
             Foretold(options, average=bool(ema), half=precision == "bf16-mixed", cuda=device_type == "cuda"),
             *([average] if average else []),
             *([validation(**beside)] if validation else []),
@@ -235,11 +242,15 @@ def build_trainer(
             *([CompileBlocks()] if compile == "blocks" else []),
             *callbacks,
             Finite(),
-            Export(
-                out / "weights", average, largest=int(max_shard_gb * 1e9), best=checkpoint if export == "best" else None
-            ),
             checkpoint,
-            GracefulStop(checkpoint),
+            Export(
+                out / "weights",
+                average,
+                largest=int(max_shard_gb * 1e9),
+                best=checkpoint if export == "best" else None,
+                stopping=stop.agreed,
+            ),
+            stop,
         ],
         default_root_dir=str(out),
         enable_checkpointing=False,
@@ -252,13 +263,22 @@ def build_trainer(
     )
     if slurm.in_job():  # what to do at a signal is GracefulStop's to say; Lightning's handlers wait for other ranks
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.__class__ = WholeLoop
     adopt(trainer)
     return trainer
 
 
+class WholeLoop(_FitLoop):
+    """Begins and ends a run that goes on at its last step too, since its weights may not be exported yet."""
+
+    @property
+    def skip(self) -> bool:
+        return False
+
+
 def environments() -> list[Any]:
     """Return how ranks learn of each other where srun started them; elsewhere Lightning finds out by itself."""
-    if not slurm.in_job() or "SLURM_NTASKS" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+    if not slurm.in_job() or "SLURM_NTASKS" not in os.environ or slurm.torchrun():
         return []
 
     class Job(SLURMEnvironment):
@@ -298,6 +318,7 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     checkpoint = next(item for item in callbacks if isinstance(item, Checkpoint))
     stop = next(item for item in callbacks if isinstance(item, GracefulStop))
+    export = next(item for item in callbacks if isinstance(item, Export))
     metrics = next(item for item in callbacks if isinstance(item, Metrics))
     start = bool(saved_checkpoints(checkpoint.folder))
     settle_accumulation(trainer, data, checkpoint.folder)
@@ -315,9 +336,11 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
         raise KeyboardInterrupt from stopped
     finally:
         watch.part(wait=whole)
-    if stop.received and trainer.global_step < stage.max_steps:
+    if stop.received and not export.done:
+        left = "" if trainer.global_step < stage.max_steps else ", before its weights were exported"
         raise StoppedError(
-            f"stopped at step {trainer.global_step} of {stage.max_steps}; the same command goes on", stop.received
+            f"stopped at step {trainer.global_step} of {stage.max_steps}{left}; the same command goes on",
+            stop.received,
         )
     return metrics.row | checkpoint.told() if metrics.row else {}
 

@@ -2,8 +2,9 @@
 
 Each rank's thread leaves in the store where the rank stands (`Phases`). Ranks 0 and 1 read what all have left. When
 none has moved for so long, the rank that has done least is the one that the others wait for; one whose thread is
-silent too is stopped, or its node is gone. What may take long (a first step, a checkpoint, a validation) may. Beside
-that each rank looks whether the next one on its node still runs, and whether the store answers, which one rank holds.
+silent too is stopped, or its node is gone. What may take long (a first step, a checkpoint, a validation, an export) has
+a limit of its own. Beside that each rank looks whether the next one on its node still runs, and whether the store
+answers, which one rank holds.
 
 Alone, a process is only told that it stands still, and where: nothing waits for it.
 """
@@ -53,29 +54,33 @@ class Seen:
     moved: float
 
 
-def verdict(ranks: Sequence[Seen], now: float, limit: float) -> tuple[str, list[int]] | None:
+def verdict(ranks: Sequence[Seen], now: float, limit: float, long: float) -> tuple[str, list[int]] | None:
     """Return why the run has stalled and the ranks that are behind; None where it has not.
 
     Args:
         limit: seconds.
+        long: seconds that it may take where one of the ranks is at what may take long.
     """
-    silent = [rank for rank, seen in enumerate(ranks) if now - seen.heard >= limit and not seen.standing.free]
+    silent = [rank for rank, seen in enumerate(ranks) if now - seen.heard >= (long if seen.standing.free else limit)]
     if silent:
         first = ranks[silent[0]].standing
         return (
             f"rank {silent[0]} has shown no sign of life for {now - ranks[silent[0]].heard:.0f} s, since step"
             f" {first.step} ({first.phase}): it is stopped, or its node is gone or cut off"
         ), silent
-    if not ranks or any(seen.standing.free for seen in ranks) or any(now - seen.moved < limit for seen in ranks):
+    free = any(seen.standing.free for seen in ranks)
+    if not ranks or any(now - seen.moved < (long if free else limit) for seen in ranks):
         return None
     least = min(seen.standing.moves for seen in ranks)
     behind = [rank for rank, seen in enumerate(ranks) if seen.standing.moves == least]
     first = ranks[behind[0]].standing
     still = f"no step has ended for {now - max(seen.moved for seen in ranks):.0f} s"
+    mend = "; if it may take longer, give strategy.timeout_minutes=" if free else ""
     if len(behind) == len(ranks):
-        return f"{still}: all ranks stand at step {first.step} ({first.phase}); is the network between them up?", behind
+        where = f"all ranks stand at step {first.step} ({first.phase}); is the network between them up?"
+        return f"{still}: {where}{mend}", behind
     who = f"rank {behind[0]} is" if len(behind) == 1 else f"ranks {', '.join(map(str, behind[:8]))} are"
-    return f"{still}: {who} behind, at step {first.step} ({first.phase}), and the others wait", behind
+    return f"{still}: {who} behind, at step {first.step} ({first.phase}), and the others wait{mend}", behind
 
 
 class Watchdog:
@@ -84,11 +89,12 @@ class Watchdog:
     Args:
         phases: of this process.
         limit: seconds without a move after which a run has stalled.
+        long: the same of what may take long.
         local, locals: this process's number on its node, and how many it has.
     """
 
-    def __init__(self, phases: Phases, *, limit: float, local: int = 0, locals: int = 1) -> None:
-        self.phases, self.limit, self.local, self.locals = phases, limit, local, locals
+    def __init__(self, phases: Phases, *, limit: float, long: float, local: int = 0, locals: int = 1) -> None:
+        self.phases, self.limit, self.long, self.local, self.locals = phases, limit, long, local, locals
         self.every = min(BEAT, limit / 10)
         self.over = threading.Event()
         self.threads: list[threading.Thread] = []
@@ -147,7 +153,7 @@ class Watchdog:
             last, standing = self.awake(last), self.phases.standing()
             if standing.quiet < self.limit:
                 limit = self.limit
-            elif standing.quiet >= limit and not standing.free:
+            elif standing.quiet >= max(limit, self.long if standing.free else 0.0):
                 limit = 2 * standing.quiet
                 where = f"step {standing.step} ({standing.phase}) stands here:\n{halt.standing().rstrip()}"
                 log.warning("no step has ended for %.0f s: %s", standing.quiet, where)
@@ -180,7 +186,8 @@ class Watchdog:
                 self.read_cards()
                 if self.rank < 2:  # the second comes to a verdict later, if the first does not
                     seen = self.read([] if late else seen)
-                    found = verdict(seen, time.monotonic(), self.limit + 4 * self.rank * self.every)
+                    later = 4 * self.rank * self.every
+                    found = verdict(seen, time.monotonic(), self.limit + later, self.long + later)
                     if found:
                         self.end_all(*found)
                 self.answered = time.monotonic()

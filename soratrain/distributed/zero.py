@@ -18,7 +18,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -213,7 +212,7 @@ class Sharded(Restorable, DeepSpeedStrategy):
             optimizer.update_lp_params()
 
 
-def build_zero(options: StrategyOptions, *, device_type: str, precision: str, timeout: timedelta) -> Sharded:
+def build_zero(options: StrategyOptions, *, device_type: str, precision: str) -> Sharded:
     """Return the strategy for ZeRO stage `options.zero`.
 
     Raises:
@@ -230,7 +229,7 @@ def build_zero(options: StrategyOptions, *, device_type: str, precision: str, ti
     strategy = Sharded(
         config=deepspeed_config(options, device_type=device_type),
         precision_plugin=EnginePrecision(device_type if precision == "bf16-mixed" else None),
-        timeout=timeout,
+        timeout=options.timeout,
         logging_level=logging.ERROR,
     )
     strategy.weights = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.weights]

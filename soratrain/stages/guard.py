@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from soratrain.distributed import halt
-from soratrain.errors import ConfigError, DivergedError
+from soratrain.errors import ConfigError, DivergedError, on_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,11 @@ class StepGuard:
             return
         whose = " and ".join(skipped)
         if self.in_a_row > self.limit:
-            raise DivergedError(
-                f"the loss or gradient of {whose} is no number at step {step}, the {self.in_a_row}. step in a row; the"
-                " last checkpoint stands: lower optimizer.lr, or set trainer.precision=32-true"
+            raise on_all_ranks(
+                DivergedError(
+                    f"the loss or gradient of {whose} is no number at step {step}, the {self.in_a_row}. step in a row;"
+                    " the last checkpoint stands: lower optimizer.lr, or set trainer.precision=32-true"
+                )
             )
         if halt.speaks():
             log.warning(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -30,6 +31,11 @@ def start_server() -> None:
         os.environ.pop(key) if value is None else os.environ.update({key: value})
 
 
+def hear() -> None:
+    """Take signals again: the server, where a loader has started it, is deaf to some, and so is whoever it forks."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -39,6 +45,7 @@ def free_port() -> int:
 def one_rank(rank: int, count: int, port: int, pipe: Any, function: Callable[..., Any], kwargs: dict[str, Any]) -> None:
     import torch
 
+    hear()
     torch.set_num_threads(1)
     os.cpu_count = lambda: count  # or a trainer refuses more ranks than there are cores
     if count > 1:

@@ -8,6 +8,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 from test_strategies import outcome, same_training, steps
 from tiny_training import train
 
+from soratrain.callbacks import export
 from soratrain.callbacks.checkpoint import GracefulStop
 from soratrain.distributed.checkpoint import latest_checkpoint, read_state, saved_checkpoints
 from soratrain.distributed.trainer import StoppedError
@@ -85,6 +88,55 @@ def test_a_signal_saves_the_step_and_the_same_call_goes_on_bit_for_bit(tmp_path:
     assert [folder.name for folder in saved_checkpoints(tmp_path / "broken" / "checkpoints")] == ["step-00000003"]
     train(tmp_path / "broken", **settings)
     identical(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_signal_in_the_last_step_leaves_the_export_to_the_next_start(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"ema": 0.9, "max_steps": 4}
+    _, _, result = train(tmp_path / "whole", **settings)
+    with pytest.raises(
+        StoppedError, match="stopped at step 4 of 4, before its weights were exported; the same command"
+    ):
+        train(tmp_path / "broken", interrupt=3, **settings)
+    assert latest_checkpoint(tmp_path / "broken" / "checkpoints").name == "step-00000004"
+    assert not (tmp_path / "broken" / "weights").exists()
+    trainer, _, again = train(tmp_path / "broken", **settings)
+    identical(tmp_path / "whole", tmp_path / "broken")
+    assert again["step"] == trainer.global_step == 4 and again["loss"] == pytest.approx(result["loss"])
+
+
+def told_in_export(out: str, **settings: Any) -> None:
+    """Train; a signal comes to the first rank when it has two parameters of the export."""
+    assemble, calls = export.assemble, count(1)
+
+    def told(*arguments: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        exporting = next(calls) == 2  # the first is the spy's
+        for number, item in enumerate(assemble(*arguments)):
+            if exporting and number == 2 and int(os.environ.get("LOCAL_RANK", "0")) == 0:
+                signal.raise_signal(signal.SIGTERM)
+            yield item
+
+    export.assemble = told  # type: ignore[assignment]
+    try:
+        train(out, **settings)
+    finally:
+        export.assemble = assemble
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("single", 1), pytest.param("zero3", 2, marks=pytest.mark.full)])
+def test_a_signal_during_the_export_stops_it_on_all_ranks_and_it_alone_is_done_again(
+    strategy: str, ranks: int, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"strategy": strategy, "ranks": ranks, "ema": 0.9, "max_steps": 3}
+    start = run_ranks if ranks > 1 else lambda function, _, **kwargs: function(**kwargs)
+    start(outcome, ranks, out=str(tmp_path / "whole"), **settings)
+    with pytest.raises((RuntimeError, StoppedError), match="(?s)" + "stopped at step 3 of 3, before its w.*" * ranks):
+        start(told_in_export, ranks, out=str(tmp_path / "broken"), **settings)
+    assert not [path.name for path in (tmp_path / "broken" / "weights").iterdir()]
+    before = (tmp_path / "broken" / "metrics.csv").read_bytes()
+    start(outcome, ranks, out=str(tmp_path / "broken"), **settings)
+    assert (tmp_path / "broken" / "metrics.csv").read_bytes() == before
+    exported = [(tmp_path / run / "weights" / "net.safetensors").read_bytes() for run in ("whole", "broken")]
+    assert exported[0] == exported[1]
 
 
 def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_training import Net, Spy, train
@@ -24,6 +26,28 @@ def outcome(out: str, **settings: Any) -> dict[str, float]:
     """Train and return what must not depend on the strategy: the figures of every step."""
     train(out, **settings)
     return {}
+
+
+def waits(out: str, **settings: Any) -> list[timedelta | None]:
+    """Train; return how long ranks wait for each other in each of the groups that were made."""
+    found, init, new = [], dist.init_process_group, dist.new_group
+
+    def begun(*arguments: Any, **kwargs: Any) -> None:
+        found.append(kwargs.get("timeout"))
+        init(*arguments, **kwargs)
+
+    def made(*arguments: Any, **kwargs: Any) -> Any:
+        found.append(kwargs.get("timeout"))
+        return new(*arguments, **kwargs)
+
+    dist.init_process_group, dist.new_group = begun, made
+    train(out, **settings)
+    return found
+
+
+def test_ranks_wait_for_each_other_as_long_as_is_asked_whatever_about(tmp_path: Path) -> None:
+    for found in run_ranks(waits, 2, out=str(tmp_path), strategy="ddp", ranks=2, timeout_minutes=7):
+        assert found == [timedelta(minutes=7)] * 4  # for training, to stop, and two for checkpoints
 
 
 def steps(out: Path) -> list[dict[str, float]]:

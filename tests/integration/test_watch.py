@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import CONTEXT, free_port, start_server
+from ranks import CONTEXT, free_port, hear, start_server
 from tiny_training import main
 
 HERE = Path(__file__).parent
@@ -37,6 +37,7 @@ def begun_by(way: str, rank: int, port: int) -> dict[str, str]:
 
 def one_rank(environment: dict[str, str], log: str, settings: dict[str, Any]) -> None:
     """Be one rank, as a launcher would start it."""
+    hear()
     torch.set_num_threads(1)
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
@@ -86,6 +87,15 @@ def test_a_rank_that_raises_ends_all_with_its_traceback_first(
     assert said[1 - rank].strip().splitlines() == [line]
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_what_all_ranks_find_at_the_same_step_is_said_once(strategy: str, tmp_path: Path) -> None:
+    codes, said, _ = run(tmp_path, "torchrun", strategy=strategy, poison=2)
+    assert codes == [2, 2] and said[1] == "", said[1]
+    assert (
+        said[0].startswith("error: the loss is nan at step 3; the last checkpoint stands") and said[0].count("\n") == 1
+    )
+
+
 def test_where_one_process_starts_the_others_the_traceback_comes_before_what_follows_from_it(tmp_path: Path) -> None:
     process = script(tmp_path, fault="raise")
     said = process.communicate(timeout=300)[1]
@@ -115,6 +125,7 @@ def test_a_rank_that_is_killed_is_missed_by_the_next(way: str, rank: int, tmp_pa
         ("ddp", 1, {"late": 13}, "data", "in __iter__"),
         ("zero3", 1, {"fault": "sleep"}, "forward/backward", "in training_step"),
         ("ddp", 0, {"fault": "sleep", "fault_rank": 0}, "forward/backward", "in training_step"),
+        ("ddp", 1, {"fault": "sleep", "fault_step": 0, "timeout_minutes": 0.3}, "forward/backward", "in training_step"),
     ],
 )
 def test_a_rank_that_stands_still_is_named_with_its_step_phase_and_place(
@@ -122,8 +133,10 @@ def test_a_rank_that_stands_still_is_named_with_its_step_phase_and_place(
 ) -> None:
     codes, said, _ = run(tmp_path, "slurm", strategy=strategy, stall_minutes=STALL, **fault)
     assert codes == [1, 1]
+    step = fault.get("fault_step", 3) + 1
     for words in said:
-        assert f"rank {rank} is behind, at step 4 ({phase}), and the others wait" in words and "Traceback" not in words
+        where = f"rank {rank} is behind, at step {step} ({phase}), and the others wait"
+        assert where in words and "Traceback" not in words
     assert f"rank {rank} stands here:" in said[rank] and line in said[rank] and "time.sleep(1000)" in said[rank]
     assert "stands here" not in said[1 - rank]
 

@@ -181,6 +181,7 @@ def train(
     weights: str = "fp32",
     reduce: str = "fp32",
     stall_minutes: float = 10.0,
+    timeout_minutes: float = 30.0,
     num_nodes: int = 1,
     late: int = -1,
     callbacks: Sequence[L.Callback] = (),
@@ -208,7 +209,7 @@ def train(
     built = build_trainer(
         out=out,
         max_steps=stop_at or max_steps,
-        strategy=StrategyOptions(name=strategy, weights=weights, reduce=reduce),
+        strategy=StrategyOptions(name=strategy, weights=weights, reduce=reduce, timeout_minutes=timeout_minutes),
         accelerator="cpu",
         devices=ranks,
         accumulate=per_step // ranks,

@@ -88,8 +88,8 @@ class Cluster:
         """Start a node, or start it again."""
         self.start(f"slurmd-{node}-says", "slurmd", "-D", "-N", node)
 
-    def kill_node(self, node: str) -> None:
-        """Let a node die at once, with all that runs on it."""
+    def kill_node(self, node: str, *, shut_down: bool = False) -> None:
+        """Let a node die at once, with all that runs on it; one that is shut down still reports how its tasks end."""
         daemon = self.daemons[f"slurmd-{node}-says"]
         daemon.kill()
         daemon.wait()
@@ -97,7 +97,7 @@ class Cluster:
         tasks = [process for process in psutil.process_iter() if environ(process).get("SLURM_CONF") == conf]
         tasks = [process for process in tasks if environ(process).get("SLURMD_NODENAME") == node]
         parents = {process.ppid() for process in tasks} - {process.pid for process in tasks}
-        steps = [psutil.Process(pid) for pid in parents]
+        steps = [] if shut_down else [psutil.Process(pid) for pid in parents]
         for process in [*(step for step in steps if step.name().startswith("slurmstepd")), *tasks]:
             process.kill()
 

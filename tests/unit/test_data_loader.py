@@ -6,7 +6,11 @@ import json
 import os
 import pickle
 import signal
+import subprocess
+import time
 from collections import Counter
+from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from data_tiny import key, write_clips
 from loading import SHAPES, cached, damage, same, video
 from torch.utils.data import Dataset
 
+from soratrain import slurm
 from soratrain.batch import draw_of
 from soratrain.data import loader as loading_again
 from soratrain.data.buckets import Table
@@ -77,6 +82,27 @@ def test_workers_are_started_again_but_not_for_ever(times, said, monkeypatch):
         with pytest.raises(DataError) as refused:
             list(loader)
         assert str(refused.value).startswith(said)
+
+
+def test_the_signals_that_slurm_sends_to_every_process_are_the_training_process_own_affair(latents, monkeypatch):
+    server = forkserver._forkserver
+    for name in ("_forkserver_pid", "_forkserver_address", "_forkserver_alive_fd"):
+        monkeypatch.setattr(server, name, None)  # another test may have started it, and another way
+    loader = cached(latents, workers=2, prefetch=1).loader(0, 8)
+    batches = iter(loader)
+    found = [next(batches)]
+    workers = list(loader._iterator._workers)
+    others = [*(worker.pid for worker in workers), server._forkserver_pid]
+    for pid in others:
+        for number in slurm.SIGNALS:
+            subprocess.run(["kill", f"-{number}", str(pid)], check=True)  # from somebody else, as SLURM is
+    time.sleep(0.2)
+    found += batches
+    assert all(same(a, b) for a, b in zip(found, cached(latents).loader(0, 8), strict=True))
+    assert loader._iterator._workers == workers and all(Path(f"/proc/{pid}").exists() for pid in others)
+    workers[0].terminate()  # from the training process itself
+    workers[0].join(10)
+    assert workers[0].exitcode == 0
 
 
 @pytest.mark.parametrize("workers", [0, 1])

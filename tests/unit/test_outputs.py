@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import yaml
 from data_tiny import write_clips
 
 from soratrain import outputs
+from soratrain.distributed import halt
 from soratrain.errors import ConfigError, DataError
-from soratrain.run import prepare, run
+from soratrain.run import prepare, reasons_in, run
 
 
 def config(**changes):
@@ -73,6 +76,19 @@ def test_a_command_that_the_data_refuse_claims_no_folder(tmp_path):
     with pytest.raises(ConfigError, match="durations holds 33"):
         run(*prepare([*words, "data.durations=[1,33]"]))
     assert not (tmp_path / "vae").exists()
+
+
+def test_the_folder_keeps_why_a_run_ended_whoever_ended_it(tmp_path, monkeypatch, capsys):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with reasons_in(tmp_path):
+        halt.end("rank 1 failed: TinyError: x", halt.OURS)  # as a thread does that hears of it
+    with pytest.raises(ValueError), reasons_in(tmp_path):
+        raise ValueError("a mistake\nand more of it")
+    halt.end("of another run", halt.USERS)
+    kept = "error: rank 1 failed: TinyError: x\nerror: ValueError: a mistake\n"
+    assert (tmp_path / "log.txt").read_text() == kept
+    assert codes == [1, 2] and capsys.readouterr().err.startswith("error: rank 1 failed: TinyError: x\n")
 
 
 def test_fresh_starts_over_with_the_new_config(tmp_path):

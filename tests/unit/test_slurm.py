@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from soratrain import slurm, slurm_folder
+from soratrain.distributed.options import StrategyOptions
+from soratrain.distributed.trainer import resolve_devices
 from soratrain.errors import ConfigError
 from soratrain.run import global_rank
 
@@ -125,6 +127,24 @@ def test_a_job_of_other_processes_than_the_trainers_is_refused_with_both_mends(j
     slurm.check_tasks(1, 8)
 
 
+def test_where_torchrun_starts_the_processes_of_a_job_it_is_torchrun_that_counts(job: pytest.MonkeyPatch) -> None:
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_NTASKS": "2"}
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}
+    for name, value in {**step, **torchrun, "RANK": "11", "LOCAL_RANK": "3", "SLURM_PROCID": "1"}.items():
+        job.setenv(name, value)
+    job.setattr(os, "cpu_count", lambda: 64)
+    assert resolve_devices("auto", StrategyOptions(name="ddp"), "cpu") == 8 and global_rank() == 11
+    slurm.check_tasks(2, "auto")
+    slurm.check_tasks(2, 8)
+    with pytest.raises(
+        ConfigError, match="torchrun started 16 processes on 2 nodes; give trainer.num_nodes=2 tr"
+    ) as one:
+        slurm.check_tasks(1, "auto")
+    assert one.value.alike and str(one.value).endswith("or torchrun --nnodes=1 --nproc-per-node=8")
+    with pytest.raises(ConfigError, match="trainer.devices=8 strategy=ddp, or torchrun --nnodes=2 --nproc-per-node=1$"):
+        slurm.check_tasks(2, "auto", single=True)
+
+
 def test_ranks_meet_at_the_first_nodes_address_where_its_name_does_not_resolve(
     job: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -147,13 +167,14 @@ def test_a_run_that_another_job_works_on_is_refused_and_fresh_starts_over_once(
     out = tmp_path / "run"
     slurm_folder.assign(out, job="16")
     slurm_folder.check_free(out)  # it has ended
-    command(tmp_path, "squeue", "echo RUNNING")
+    command(tmp_path, "squeue", "echo '16|RUNNING|None|n1'")
     with pytest.raises(ConfigError, match="SLURM job 16 works on it; wait for it, or end it: scancel 16"):
         slurm_folder.check_free(out)
     assert not slurm_folder.begun_before(out)
     slurm_folder.assign(out, job="17")
     slurm_folder.check_free(out)
     slurm_folder.begin(out)
+    slurm_folder.assign(out, job="17", log="out")  # by whoever has submitted it, who may come later
     assert not slurm_folder.begun_before(out)  # fresh=true is to be heeded
     job.setenv("SLURM_RESTART_COUNT", "1")
     slurm_folder.begin(out)

@@ -18,7 +18,7 @@ SLURM = ["stage=dit", "hydra/launcher=slurm"]
 
 
 def words_for(*overrides: str) -> list[str]:
-    return slurm_words([prepare(run)[0] for run in combinations([*GPU, *overrides])])
+    return slurm_words([prepare(run)[0] for run in combinations([*GPU, *overrides])[0]])
 
 
 def test_a_job_array_takes_its_size_from_the_trainer() -> None:
@@ -53,12 +53,24 @@ def test_a_job_array_of_jobs_of_several_sizes_is_refused() -> None:
         (["-m", "stage=dit", "hydra/launcher=slrum"], "hydra/launcher=slrum: no such option; did you mean 'slurm'"),
         (["-m", *SLURM, "hydra.launcher.partion=gpu"], "hydra.launcher.partion: no such key; did you mean 'partition'"),
         (["-m", *SLURM, "+hydra.launcher.mail=me"], "hydra.launcher.mail='me': no such key.*additional_parameters"),
-        (["-m", *SLURM, "hydra.launcher.timeout_min=0"], "timeout_min=0: must be a number of at least 1"),
+        (["-m", *SLURM, "hydra.launcher.timeout_min=0"], "timeout_min=0: must be a whole number of at least 1$"),
         (
             ["-m", *SLURM, "hydra.launcher.timeout_min=8"],
             "timeout_min=8 with .*signal_delay_s=300: a job would be told",
         ),
-        (["-m", *SLURM, "hydra.launcher.setup=module"], "setup='module': must be a list, such as"),
+        (["-m", *SLURM, "hydra.launcher.setup=module"], "setup='module': must be a list of texts, such as"),
+        (["-m", *SLURM, "hydra.launcher.timeout_min=null"], "timeout_min=null: must be a whole number of at least 1$"),
+        (["-m", *SLURM, "hydra.launcher.signal_delay_s=null"], "signal_delay_s=null: must be a whole number of at lea"),
+        (["-m", *SLURM, "hydra.launcher.signal_delay_s=abc"], "signal_delay_s='abc': must be a whole number of at lea"),
+        (["-m", *SLURM, "hydra.launcher.mem_gb=abc"], "mem_gb='abc': must be a whole number of at least 1, or null"),
+        (
+            ["-m", *SLURM, "hydra.launcher.additional_parameters=abc"],
+            "additional_parameters='abc': must be names and v",
+        ),
+        (["-m", *SLURM, "hydra.launcher.additional_parameters=null"], "additional_parameters=null: must be names and "),
+        (["-m", *SLURM, "hydra.launcher.wait=null"], "wait=null: must be true or false"),
+        (["-m", *SLURM, "hydra.launcher.srun_args=null"], "srun_args=null: must be a list of texts"),
+        (["-m", *SLURM, "hydra.launcher.partition=[a,b]"], "partition=.'a', 'b'.: must be a word, or null"),
         (["-m", *SLURM, "strategy=zero2", "trainer.devices=auto"], "a login node cannot see how many GPUs.*=NUMBER"),
         (
             ["-m", *SLURM, "trainer.num_nodes=2"],
@@ -77,6 +89,26 @@ def test_what_the_launcher_cannot_do_is_refused_before_anything_is_submitted(
     with pytest.raises(UserError, match=said):
         dispatch(words)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["seed=1,2"], ["seed=1,2", "hydra/launcher=slurm"], []])
+def test_a_folder_that_cannot_be_written_to_is_one_line_before_anything_starts(
+    words: list[str], commands: list[list[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "outputs").write_text("a file")
+    with pytest.raises(
+        DataError, match=r"outputs/default/vae/.*: cannot be written \(Not a directory\); give run=NAME"
+    ):
+        dispatch(["-m", "stage=vae", "machine=laptop", *words])
+    assert not commands and [path.name for path in tmp_path.iterdir()] == ["outputs"]
+
+
+def test_of_a_very_large_sweep_it_is_said_how_much_is_checked_beforehand(
+    commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("soratrain.sweep.CHECKED", 1)
+    assert dispatch(["-m", "stage=vae", "machine=laptop", "seed=3,4"]) == 0
+    assert "sweep: of 2 runs the first 1 are checked now, each of the others as it starts" in capsys.readouterr().err
 
 
 def test_a_jobs_folder_does_not_depend_on_the_order_of_its_overrides() -> None:
@@ -119,7 +151,9 @@ def commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]
 
 
 def test_a_run_that_fails_does_not_stop_the_others_and_is_named(commands: list[list[str]]) -> None:
-    with pytest.raises(DataError, match="1 of 3 runs failed: stage=vae seed=2 .exit code 2"):
+    with pytest.raises(
+        DataError, match="1 of 3 runs failed: stage=vae seed=2 .ended with exit code 2; why stands above"
+    ):
         dispatch(["-m", "stage=vae", "machine=laptop", "seed=1,2,3"])
     assert len(commands) == 3 and len({word for words in commands for word in words if word.startswith("out=")}) == 3
     assert all("outputs/default/vae/sweep/" in words[-1] for words in commands)

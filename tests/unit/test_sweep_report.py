@@ -46,12 +46,12 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make(root, "dd", ["optimizer.lr=1e-2", "seed=1"], here=True)  # this process works on it
     gone = make(root, "ee", ["optimizer.lr=1e-2", "seed=2"], here=True)
     known = json.loads((gone / "sweep.json").read_text())
-    (gone / "sweep.json").write_text(json.dumps(known | {"process": 2**22 + 1}))
+    (gone / "sweep.json").write_text(json.dumps(known | {"pid": 2**22 + 1}))
     waiting = make(root, "ff", ["optimizer.lr=1e-2", "seed=3"])
     (waiting / "metrics.csv").unlink()
     (waiting / "slurm.json").write_text('{"job": "7_1"}')
     squeue = tmp_path / "squeue"
-    squeue.write_text("#!/bin/sh\necho PENDING\n")
+    squeue.write_text("#!/bin/sh\necho '7_1|PENDING|Priority|'\n")
     squeue.chmod(0o755)
     return root
 
@@ -66,13 +66,38 @@ def test_every_run_is_told_as_what_it_is(root: Path) -> None:
         "ee": ("unfinished", "step 30 of 40"),
         "ff": ("waiting", "no step yet, SLURM job 7_1"),
     }
-    assert os.getpid() == json.loads((root / "dd/sweep.json").read_text())["process"]
-    assert socket.gethostname() == json.loads((root / "dd/sweep.json").read_text())["host"]
+
+
+def test_a_process_that_got_the_number_of_one_that_is_gone_does_not_work_on_its_run(root: Path) -> None:
+    known = json.loads((root / "dd/sweep.json").read_text())
+    assert (known["pid"], known["host"]) == (os.getpid(), socket.gethostname())
+    (root / "dd/sweep.json").write_text(json.dumps(known | {"begun": "1"}))
+    assert {run.state for run in outcomes(root) if run.folder.name == "dd"} == {"unfinished"}
+
+
+def test_an_error_that_a_run_has_gone_on_after_is_not_why_it_ended(root: Path) -> None:
+    log, rank = root / "cc/log.txt", root / "cc/logs/rank-00000.log"
+    rank.parent.mkdir()
+    rank.write_text("error: of long ago\n")
+    os.utime(rank, (1, 1))
+    log.write_text(log.read_text() + "2026 INFO going on from step-00000030\n")
+    record(root / "cc", ["stage=dit"], here=True, code=-9)
+    (note,) = {run.note for run in outcomes(root) if run.folder.name == "cc"}
+    assert note == "step 30 of 40: was killed by signal 9 (SIGKILL), mostly for want of memory"
+    rank.write_text("error: of the first start\n== SLURM job 7, start 2\nerror: rank 1 failed\n")
+    (note,) = {run.note for run in outcomes(root) if run.folder.name == "cc"}
+    assert note == "step 30 of 40: rank 1 failed"
+
+
+def test_a_job_of_which_slurm_says_nothing_is_not_called_running_or_failed(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    (note,) = {(run.state, run.note) for run in outcomes(root) if run.folder.name == "ff"}
+    assert note == ("unfinished", "no step yet, SLURM job 7_1, of which squeue says nothing now")
 
 
 def test_a_run_that_ended_before_it_could_write_a_reason_has_failed_too(root: Path) -> None:
     record(root / "ee", ["stage=dit", "seed=2"], here=True, code=2)
-    assert {run.note for run in outcomes(root) if run.folder.name == "ee"} == {"step 30 of 40: exit code 2"}
+    assert {run.note for run in outcomes(root) if run.folder.name == "ee"} == {"step 30 of 40: ended with exit code 2"}
 
 
 def test_what_was_swept_over_is_what_differs(root: Path) -> None:

@@ -15,7 +15,7 @@ from soratrain.distributed.neighbours import GONE, RUNS, STOPPED, UNKNOWN, Card
 from soratrain.distributed.phases import Phases, Standing
 from soratrain.distributed.watchdog import Seen, verdict
 
-LIMIT = 60.0
+LIMIT, LONG = 60.0, 900.0
 
 
 def seen(moves: int, *, moved: float, heard: float = 1000.0, phase: str = "data", free: bool = False) -> Seen:
@@ -24,24 +24,39 @@ def seen(moves: int, *, moved: float, heard: float = 1000.0, phase: str = "data"
 
 def test_the_rank_that_has_done_least_is_behind_once_nobody_has_moved_for_so_long() -> None:
     ranks = [seen(50, moved=900.0, phase="optimizer"), seen(48, moved=890.0), seen(50, moved=930.0)]
-    assert verdict(ranks, 980.0, LIMIT) is None  # the last moved 50 s ago
-    words, behind = verdict(ranks, 1000.0, LIMIT) or ("", [])
+    assert verdict(ranks, 980.0, LIMIT, LONG) is None  # the last moved 50 s ago
+    words, behind = verdict(ranks, 1000.0, LIMIT, LONG) or ("", [])
     assert behind == [1]
     assert words == "no step has ended for 70 s: rank 1 is behind, at step 12 (data), and the others wait"
 
 
-def test_a_rank_in_its_first_step_or_a_long_phase_may_take_its_time_and_so_may_those_who_wait_for_it() -> None:
-    assert verdict([seen(50, moved=0.0), seen(48, moved=0.0, phase="validation", free=True)], 1000.0, LIMIT) is None
-    assert verdict([], 1000.0, LIMIT) is None
+@pytest.mark.parametrize("phase", ["validation", "export"])
+def test_a_rank_at_what_takes_long_has_a_limit_of_its_own_and_so_have_those_who_wait_for_it(phase: str) -> None:
+    ranks = [seen(50, moved=0.0), seen(48, moved=0.0, phase=phase, free=True)]
+    assert verdict(ranks, LONG - 1, LIMIT, LONG) is None
+    words, behind = verdict(ranks, LONG, LIMIT, LONG) or ("", [])
+    assert behind == [1] and f"for 900 s: rank 1 is behind, at step 12 ({phase}), and the others wait; if it" in words
+    assert words.endswith("if it may take longer, give strategy.timeout_minutes=")
+    assert verdict([], 1000.0, LIMIT, LONG) is None
+
+
+def test_a_rank_that_is_silent_at_what_takes_long_is_named_too() -> None:
+    ranks = [seen(50, moved=990.0), seen(48, moved=90.0, heard=90.0, phase="export", free=True)]
+    assert verdict(ranks, 980.0, LIMIT, LONG) is None
+    words, behind = verdict(ranks, 1000.0, LIMIT, LONG) or ("", [])
+    assert behind == [1] and words.startswith("rank 1 has shown no sign of life for 910 s, since step 12 (export)")
 
 
 def test_a_rank_whose_thread_is_silent_is_named_before_those_that_wait_for_it() -> None:
-    words, behind = verdict([seen(48, moved=900.0), seen(50, moved=900.0, heard=930.0)], 1000.0, LIMIT) or ("", [])
+    words, behind = verdict([seen(48, moved=900.0), seen(50, moved=900.0, heard=930.0)], 1000.0, LIMIT, LONG) or (
+        "",
+        [],
+    )
     assert behind == [1] and words.startswith("rank 1 has shown no sign of life for 70 s, since step 12 (data)")
 
 
 def test_where_all_stand_alike_it_is_nobody_s_fault() -> None:
-    words, behind = verdict([seen(48, moved=900.0), seen(48, moved=900.0)], 1000.0, LIMIT) or ("", [])
+    words, behind = verdict([seen(48, moved=900.0), seen(48, moved=900.0)], 1000.0, LIMIT, LONG) or ("", [])
     assert behind == [0, 1] and "all ranks stand at step 12 (data); is the network between them up?" in words
 
 
