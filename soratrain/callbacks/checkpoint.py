@@ -146,6 +146,8 @@ class Checkpoint(StepCallback):
                 log.warning("%s; the next best is exported instead", problem)
             if not isinstance(problem, UnreadableError):
                 del self.scores[number]
+                if trainer.is_global_zero:
+                    self.tidy(saved_checkpoints(self.folder)[-1])  # it is not kept for its loss
         if problem is not None and trainer.is_global_zero:
             log.warning("no other is whole: the weights of the last step, %d, are exported", step)
         return None
