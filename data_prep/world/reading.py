@@ -88,9 +88,10 @@ def read_phrases(text: str) -> list[Phrase]:
     matches = list(THING.finditer(text))
     known: list[tuple[str, str]] = []
     for number, match in enumerate(matches):
-        if match.group(3, 4) not in known:
-            known.append(match.group(3, 4))
-        thing = known.index(match.group(3, 4))
+        named_so = (match[3], match[4])
+        if named_so not in known:
+            known.append(named_so)
+        thing = known.index(named_so)
         phrases += [Phrase(name, match[i], *match.span(i), thing) for i, name in enumerate(PARTS, 1) if match[i]]
         end = matches[number + 1].start() if number + 1 < len(matches) else len(text)
         phrases += read_motion(text, match.end(), end, thing)
