@@ -37,7 +37,7 @@ def test_every_stage_composes_for_every_machine(stage, machine):
 def test_every_group_option_composes(option):
     group, name = option.split("=")
     also = {"strategy": ["optimizer=adamw"], "sampler": ["objective=ddpm"] if name in ("ddim", "ancestral") else []}
-    also |= {of: [f"{of}.folder=somewhere"] if name == "hf" else [] for of in ("text", "engine")}
+    also |= {of: [f"{of}.folder=somewhere"] if name == "hf" else [] for of in ("text", "engine", "expand")}
     config, choices = compose(["stage=dit", "machine=laptop", option, *also.get(group, [])])
     validate(config)
     assert choices[group] == name

@@ -10,6 +10,7 @@ import data_tiny
 import pyarrow.parquet as pq
 import pytest
 import torch
+import vlm_parts_tiny
 
 from soratrain.captions.native import NativeEngine
 from soratrain.data.buckets import Native
@@ -21,6 +22,7 @@ from soratrain.models import weights
 from soratrain.models.captioner import Captioner
 from soratrain.stages.recaption import Recaption
 
+MODELS = {"captioner", "original"}
 SHAPES = [(16, 16, 5), (16, 32, 9), (16, 16, 1), (16, 16, 5), (32, 16, 5), (16, 16, 5), (16, 16, 1), (16, 32, 9)]
 NET = partial(
     Captioner, dim=24, depth=1, num_heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2, queries=2, table=64
@@ -240,6 +242,20 @@ def test_a_real_captioner_writes_what_it_generates(shards, tmp_path):
     parts = sorted((tmp_path / "out" / "captions").glob("*/*.json"))
     counts = [json.loads(path.read_text())["counts"] for path in parts]
     assert sum(part[f"{style}/captions"] for part in counts for style in ("short", "long")) == 2 * len(SHAPES)
+
+
+def test_a_captioner_made_of_others_nets_describes_as_well(shards, tmp_path):
+    torch.manual_seed(0)
+    parts = vlm_parts_tiny.save_encoder(tmp_path / "eye"), vlm_parts_tiny.save_language(tmp_path / "tongue")
+    make = vlm_parts_tiny.factory(*parts)
+    net = make()
+    net.read_stored()
+    net.teach(["a disc moves"] * 2, ["short", "tags"])
+    weights.save(tmp_path / "vlm", "captioner", net, make, net.record())
+    figures = recaption(shards, tmp_path / "vlm", tmp_path / "out", batch_size=3)()
+    rows = [row for number in range(len(SHAPES)) for row in open_captions(tmp_path / "out").get(data_tiny.key(number))]
+    assert figures["captions"] == len(rows) == 2 * len(SHAPES)
+    assert {row["type"] for row in rows} == {"short", "tags"} and {row["model"] for row in rows} <= MODELS
 
 
 @pytest.mark.parametrize(
