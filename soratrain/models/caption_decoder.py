@@ -238,7 +238,7 @@ class Decoder(nn.Module):
             x_BD = block.step(x_BD, rotation, read, cache, index)  # type: ignore[operator]
         return self.head(self.norm_out(x_BD)).float()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def write(
         self,
         pooled_BQD: Tensor,
