@@ -134,13 +134,27 @@ class DecoderBlock(Block):
         return self.mlp(x_ND + self.cross_out(told.flatten(1)))
 
     def step(self, x_BD: Tensor, rotation: Tensor, memory: tuple[Tensor, Tensor], cache: Cache, index: int) -> Tensor:
-        """Return what `forward` does at the newest place of each text, `[B, D]`, those before it being in the cache."""
-        q_BHK, k_BHK, v_BHK = self.turned(x_BD, rotation)
+        """Return what `forward` does at the newest place of each text, `[B, D]`, those before it being in the cache.
+
+        Of so few numbers most of the time goes to calling things: layers are applied without being called.
+        """
+        heads = (self.num_heads, -1)
+        qkv = F.linear(_normed(x_BD, self.norm_attention), self.qkv.weight).unflatten(-1, (3, *heads))
+        q_BHK, k_BHK, v_BHK = qkv.unbind(1)
+        q_BHK = rotate(_normed(q_BHK, self.norm_q), rotation).to(v_BHK.dtype)
+        k_BHK = rotate(_normed(k_BHK, self.norm_k), rotation).to(v_BHK.dtype)
         k_BHSK, v_BHSK = cache.extend(index, k_BHK[:, :, None], v_BHK[:, :, None])
-        x_BD = x_BD + self.out(_look(q_BHK[:, :, None], k_BHSK, v_BHSK, causal=False).flatten(1))
-        asked_BHK = self.norm_cross_q(self.cross_q(self.norm_cross(x_BD)).unflatten(-1, (self.num_heads, -1)))
-        told = _look(asked_BHK.to(memory[0].dtype)[:, :, None], *memory, causal=False)
-        return self.mlp(x_BD + self.cross_out(told.flatten(1)))
+        mixed = _look(q_BHK[:, :, None], k_BHSK, v_BHSK, causal=False)
+        x_BD = x_BD + F.linear(mixed.flatten(1), self.out.weight)
+        asked = F.linear(_normed(x_BD, self.norm_cross), self.cross_q.weight).unflatten(-1, heads)
+        told = _look(_normed(asked, self.norm_cross_q).to(memory[0].dtype)[:, :, None], *memory, causal=False)
+        x_BD = x_BD + F.linear(told.flatten(1), self.cross_out.weight)
+        inner = F.gelu(F.linear(_normed(x_BD, self.norm_mlp), self.up.weight, self.up.bias), approximate="tanh")
+        return x_BD + F.linear(inner, self.down.weight, self.down.bias)
+
+
+def _normed(x: Tensor, layer: nn.LayerNorm) -> Tensor:
+    return torch.layer_norm(x, layer.normalized_shape, layer.weight, None, layer.eps)
 
 
 def _look(q_BHLK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, causal: bool) -> Tensor:
@@ -238,7 +252,7 @@ class Decoder(nn.Module):
             x_BD = block.step(x_BD, rotation, read, cache, index)  # type: ignore[operator]
         return self.head(self.norm_out(x_BD)).float()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def write(
         self,
         pooled_BQD: Tensor,

@@ -177,7 +177,7 @@ class LanguageTower(Tower):
             return logits.float()
         return torch.cat([logits.float(), self.end(states.to(self.end.weight.dtype)).float()], dim=-1)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def write(
         self,
         vectors_BQW: Tensor,

@@ -178,9 +178,10 @@ class Tower(nn.Module):
             layers = dict(net.named_modules())
             for name, adapter in self.adapters.items():
                 layers[name.replace("/", ".")].register_forward_hook(_adding(adapter))
-            self._held = [net.to(self.digest.device), self.digest.device]
+            self._held = [net, torch.device("cpu")]
         if self._held[1] != self.digest.device:
-            self._held = [self._held[0].to(self.digest.device), self.digest.device]
+            with torch.inference_mode(False):
+                self._held = [self._held[0].to(self.digest.device), self.digest.device]
         return self._held[0]
 
     def stored(self, dtype: torch.dtype) -> Any:

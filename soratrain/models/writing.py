@@ -86,12 +86,12 @@ class Writing:
         draws: Sequence[int] = (),
     ) -> None:
         self.end, self.span, self.top_p, self.count = end, span, top_p, 0
-        self.bounds = torch.tensor(bounds, device=device)
+        self.bounds, self.shortest = torch.tensor(bounds, device=device), min(bounds)
         self.symbols = torch.full((len(bounds), max(bounds) + 2), end, device=device)
         chances = [keyed_uniform(draw, "caption", (max(bounds) + 1,)) for draw in draws] if top_p else []
         self.chance = torch.stack(chances).to(device) if top_p else None
         self.ended = torch.zeros(len(bounds), dtype=torch.bool, device=device)
-        self.lost = torch.zeros_like(self.ended)  # too long, or going round in circles
+        self.over = torch.zeros_like(self.ended)  # ended, too long, or going round in circles
 
     @property
     def newest(self) -> Tensor:
@@ -102,18 +102,19 @@ class Writing:
         """Choose each text's next symbol; return whether all texts are over."""
         chance = None if self.chance is None else self.chance[:, self.count]
         following = choose(logits_BV, chance, self.top_p)
-        going = ~(self.ended | self.lost)
-        ends = going & (following == self.end)
-        self.ended |= ends
-        self.lost |= going & ~ends & (self.bounds <= self.count)
+        self.ended |= (following == self.end) & ~self.over
+        self.over |= self.ended
+        if self.count >= self.shortest:
+            self.over |= self.bounds <= self.count
         self.count += 1
-        self.symbols[:, self.count] = torch.where(self.ended | self.lost, self.end, following)
+        self.symbols[:, self.count] = following.masked_fill_(self.over, self.end)
         if self.count % LOOKED == 0:
             rows = self.symbols[:, 1 : self.count + 1].tolist()
-            over = (self.ended | self.lost).tolist()
-            found = [not gone and circles(row, self.span) for row, gone in zip(rows, over, strict=True)]
-            self.lost |= torch.tensor(found, device=self.lost.device)
-        return bool((self.ended | self.lost).all())
+            pairs = zip(rows, self.over.tolist(), strict=True)
+            self.over |= torch.tensor(
+                [not over and circles(row, self.span) for row, over in pairs], device=self.over.device
+            )
+        return bool(self.over.all())
 
     def texts(self) -> list[list[int]]:
         """Return the symbols of each text, up to its end."""
