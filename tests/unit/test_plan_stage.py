@@ -163,6 +163,7 @@ def test_a_training_command_with_its_stage_swapped_is_planned_on_the_trainers_ra
     found = planned(tmp_path, *words)
     assert found["ranks"] == 8 and found["time"]["nodes"] == 4  # though two nodes of the device would hold them
     said = capsys.readouterr().out
+    assert "; largest micro-batch 1 sample, 36 tokens" in said
     assert "plan of stage=dit on 8 ranks\n" in said and "a step on 8 h100 on 4 nodes" in said and "auto" not in said
     assert "the mean rank's work by the largest's (1: none waits for another): 1.000 over 64 steps" in said
     found = planned(tmp_path, *words, "stage.job.ranks=16", "data.canonical_ranks=32")
