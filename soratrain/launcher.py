@@ -22,6 +22,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
 from soratrain import outputs, slurm, slurm_folder
+from soratrain.amounts import counted
 from soratrain.errors import ConfigError
 from soratrain.launcher_options import Options
 from soratrain.launcher_task import why, work
@@ -108,7 +109,7 @@ class SlurmLauncher(Launcher):
             record(run.out, run.given, here=False)
             if run.fresh:
                 (run.out / "result.json").unlink(missing_ok=True)  # of what the job starts over
-        each = f"{options.nodes} node{'s' * (options.nodes > 1)} × {options.tasks_per_node} tasks"
+        each = f"{counted(options.nodes, 'nodes')} × {counted(options.tasks_per_node, 'tasks')}"
         gpus = f", {options.gpus_per_node} GPUs a node" if options.gpus_per_node else ""
         what = f"an array of {len(jobs)} jobs, each of " if len(jobs) > 1 else "a job of "
         tell(f"{jobs[0].job_id.split('_')[0]}: {what}{each}{gpus}, {options.timeout_min} minutes at a time")
@@ -181,7 +182,8 @@ def tell(words: str) -> None:
 
 def refusal(said: str, options: Options) -> ConfigError:
     """Return the error of jobs that SLURM does not take."""
-    asked = f"partition={options.partition or 'the default'}, {options.nodes} nodes of {options.tasks_per_node} tasks"
+    asked = f"partition={options.partition or 'the default'}, {counted(options.nodes, 'nodes')}"
+    asked += f" of {counted(options.tasks_per_node, 'tasks')}"
     asked += f" and {options.gpus_per_node or 'no'} GPUs"
     return ConfigError(
         f"hydra/launcher=slurm: SLURM refuses what is asked for ({asked}): {said}; sinfo shows what there is: change"

@@ -26,7 +26,7 @@ def check_latents(config: Mapping[str, Any]) -> None:
     """
     if config.get("latents") != "live":
         return
-    if config["stage"]["name"] != "dit":
+    if not (config["stage"]["name"] == "dit" or (config["stage"]["name"] == "plan" and config["target"] == "dit")):
         raise ConfigError("latents=live: only stage=dit trains on latents; leave it out")
     if config["data"].get("batching") == "pack":
         raise ConfigError(

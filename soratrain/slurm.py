@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from soratrain.amounts import counted
 from soratrain.errors import ConfigError, DataError, on_all_ranks
 
 log = logging.getLogger(__name__)
@@ -119,9 +120,9 @@ def check_tasks(nodes: int, devices: int | str, *, single: bool = False) -> None
     if (tasks, on) != (nodes * int(each or 1), nodes):
         strategy = " strategy=ddp" if single else ""
         raise ConfigError(
-            f"trainer.num_nodes={nodes} trainer.devices={devices}: srun started {tasks} tasks on {on} nodes; give"
-            f" trainer.num_nodes={on} trainer.devices={tasks // on}{strategy}, or srun --nodes={nodes}"
-            f" --ntasks-per-node={each}"
+            f"trainer.num_nodes={nodes} trainer.devices={devices}: srun started {counted(tasks, 'tasks')} on"
+            f" {counted(on, 'nodes')}; give trainer.num_nodes={on} trainer.devices={tasks // on}{strategy}, or srun"
+            f" --nodes={nodes} --ntasks-per-node={each}"
         )
 
 
@@ -138,9 +139,9 @@ def check_torchrun(nodes: int, devices: int | str, *, single: bool) -> None:
         strategy = " strategy=ddp" if single else ""
         raise on_all_ranks(
             ConfigError(
-                f"trainer.num_nodes={nodes} trainer.devices={devices}: torchrun started {ranks} processes on {on}"
-                f" nodes; give trainer.num_nodes={on} trainer.devices={here}{strategy}, or torchrun --nnodes={nodes}"
-                f" --nproc-per-node={each}"
+                f"trainer.num_nodes={nodes} trainer.devices={devices}: torchrun started {ranks}"
+                f" process{'es' * (ranks > 1)} on {counted(on, 'nodes')}; give trainer.num_nodes={on}"
+                f" trainer.devices={here}{strategy}, or torchrun --nnodes={nodes} --nproc-per-node={each}"
             )
         )
 

@@ -107,9 +107,12 @@ def shown(words: Sequence[str]) -> str:
 
 
 def needed(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (kind, place) of every upstream result of a stage; of shards, captions, latents there may be several."""
-    found = []
-    for key in config["stage"]["needs"]:
+    """Return (kind, place) of every upstream result of a stage; of shards, captions, latents there may be several.
+
+    A dry stage looks at clips alone, whatever the one that it plans needs.
+    """
+    found, stage = [], config["stage"]
+    for key in ["shards"] if stage.get("dry") else stage["needs"]:
         places = config["inputs"][key]
         found += [(key, place) for place in (places if isinstance(places, list) else [places]) if place is not None]
     return found

@@ -68,8 +68,9 @@ def shortages(held: Memory, room: dict[bool, int]) -> list[str]:
     """Return a line for each place that does not have as much memory as is needed there."""
     places = {True: "the host's memory, shared by its processes", False: "a process's or GPU's memory"}
     return [
-        f"{memory(held.total(host=host))} is more than {places[host]}, {memory(least)}: use more ranks, another"
-        " strategy, smaller micro-batches (data.tokens_per_batch), or for a DiT dit.recompute=full"
+        f"{memory(held.total(host=host))} is more than {places[host]}, {memory(least)}: use more ranks"
+        " (trainer.devices, trainer.num_nodes) or strategy=zero3, smaller micro-batches (data.tokens_per_batch), or"
+        " for a DiT dit.recompute=full"
         for host, least in room.items()
         if held.total(host=host) > least
     ]

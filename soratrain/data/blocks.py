@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from soratrain.amounts import counted
 from soratrain.data.balance import balanced
 from soratrain.data.schedule import Schedule
 from soratrain.errors import ConfigError
@@ -96,7 +97,7 @@ class BucketBlocks:
     @property
     def largest(self) -> tuple[int, str]:
         """The most tokens of a micro-batch, and what it holds in words."""
-        return self.sizes[self.heaviest] * self.tokens[self.heaviest], f"{self.sizes[self.heaviest]} samples"
+        return self.sizes[self.heaviest] * self.tokens[self.heaviest], counted(self.sizes[self.heaviest], "samples")
 
 
 class PackBlocks:
@@ -217,7 +218,7 @@ class PackBlocks:
             slots = self._dealt(place, samples)
             found.append((max((sum(self.tokens[bucket] for bucket, _, _ in slot), len(slot)) for slot in slots), place))
         (most, first), (_, second) = sorted(found, reverse=True)[:2]
-        return (first, second), (most[0], f"a pack of {most[1]} samples")
+        return (first, second), (most[0], f"a pack of {counted(most[1], 'samples')}")
 
     @property
     def expected(self) -> list[float]:

@@ -24,13 +24,13 @@ from soratrain.data.plan import Plan
 from soratrain.diffusion.conditioning import Conditioning
 from soratrain.distributed.components import components
 from soratrain.distributed.memory import GIB
-from soratrain.distributed.mesh import check_ranks
 from soratrain.distributed.options import StrategyOptions
 from soratrain.errors import ConfigError
 from soratrain.models.frozen_text import FrozenText
 from soratrain.stages.beside import Beside, live_text, live_vae
 from soratrain.stages.plan_cost import balance, cache_size, clip_cost, parse_clip, run_figures, stride_of
-from soratrain.stages.plan_device import device_of
+from soratrain.stages.plan_device import device_of, on_gpu
+from soratrain.stages.plan_ranks import ranks_of
 from soratrain.stages.plan_scale import DiTWork, predicted, vae_activations
 from soratrain.stages.plan_table import show
 
@@ -43,8 +43,7 @@ class PlanStage:
     Args:
         out: folder of `plan.json`.
         target: the stage to plan for: `vae`, `captioner` or `dit`.
-        ranks: of the run, all of them.
-        sequence: of these, how many share the tokens of a micro-batch.
+        ranks, nodes, trainer_nodes, trainer_devices, sequence: who computes (`plan_ranks.ranks_of`).
         shards: folder or URL of the clips, or several.
         buckets: how sizes are chosen.
         nets: factory of each net that a target trains, by name.
@@ -52,14 +51,14 @@ class PlanStage:
         tuned: `tokens` of a micro-batch, by target.
         max_steps, batch_size, tokens_per_batch, max_batch_size: in the place of these, where they are set.
         clip: `WIDTHxHEIGHTxFRAMES`: what one such clip costs; None leaves it out.
-        seed, batching, accumulate_blocks, gamma, quadratic, window, mix, image_fraction: of the data.
+        crop: pixels of the squares that stage=vae cuts from its clips, in the place of `tuned`.
+        seed, batching, accumulate_blocks, canonical_ranks, gamma, quadratic, window, mix, image_fraction: of the data.
         durations: of clips; latents are shown at their own.
         strategy, optimizer, average, precision: of the trainer.
         device: one of `devices` by name, on which it runs; None: h100, or cpu where `machine` is `laptop`.
         devices: peaks, bandwidths and what of them is reached, by name (`plan_device.Device`).
         machine: `laptop` or `gpu`.
-        nodes: on which the ranks are; None: as few as hold them.
-        live: whether latents are made live.
+        latents: `cached`, or made `live`.
         vae: where the VAE lies that then makes them; one that the config alone describes counts as well.
         conditioning: what stage=dit gives of clips.
         held_out: samples that stage=dit does not train on.
@@ -73,7 +72,6 @@ class PlanStage:
         *,
         out: str,
         target: str,
-        ranks: int,
         shards: str | Sequence[str],
         buckets: Buckets,
         nets: Mapping[str, partial],
@@ -88,13 +86,18 @@ class PlanStage:
         devices: Mapping[str, Mapping[str, Any]],
         device: str | None = None,
         machine: str = "laptop",
+        ranks: int | None = None,
         nodes: int | None = None,
-        live: bool = False,
+        trainer_nodes: int = 1,
+        trainer_devices: int | str = "auto",
+        latents: str = "cached",
         vae: str = "",
         conditioning: Conditioning | None = None,
         clip: str | None = None,
         batching: str = "bucket",
         accumulate_blocks: int = 1,
+        canonical_ranks: int | None = None,
+        crop: int | None = None,
         gamma: float = 0.0,
         quadratic: float = 0.0,
         window: int = 64,
@@ -109,25 +112,28 @@ class PlanStage:
     ) -> None:
         if target not in TARGETS:
             raise ConfigError(f"stage.job.target={target} is not there; use one of {', '.join(TARGETS)}")
-        if ranks < 1:
-            raise ConfigError(f"stage.job.ranks={ranks} must be at least 1")
-        check_ranks(sequence, ranks, f"stage.job.ranks={ranks}")
-        if strategy.name == "single" and ranks > 1:
-            raise ConfigError(
-                f"stage.job.ranks={ranks} with strategy=single, which is one process; use strategy=ddp, zero2 or zero3"
-            )
         if batching == "pack" and target != "dit":
             raise ConfigError(f"data.batching=pack: stage={target} takes clips of one size; packs are of latents")
         self.clip = parse_clip(clip) if clip else None
-        self.out, self.target, self.ranks, self.sequence = Path(out), target, ranks, sequence
-        self.nets, self.strategy, self.optimizer, self.average = nets, strategy, optimizer, average
-        self.crop = int(tuned[target].get("crop", 0))  # pixels: stage=vae trains on squares cut from its clips
-        self.steps, self.half, self.live = max_steps or int(steps[target]), precision.startswith("bf16"), live
-        if nodes is not None and not 1 <= nodes <= ranks:
-            raise ConfigError(f"stage.job.nodes={nodes}: must lie between 1 and stage.job.ranks={ranks}")
         self.device_name = device or ("cpu" if machine == "laptop" else "h100")
-        self.device, self.nodes = device_of(devices, self.device_name, self.half, ranks=ranks, nodes=nodes)
-        self.cuda, self.vae, self.conditioning = self.device_name != "cpu", vae, conditioning
+        self.cuda = on_gpu(devices, self.device_name)
+        self.spread = ranks_of(
+            ranks,
+            nodes,
+            trainer_nodes=trainer_nodes,
+            trainer_devices=trainer_devices,
+            strategy=strategy,
+            sequence=sequence,
+            on_gpu=self.cuda,
+        )
+        self.out, self.target, self.ranks, self.sequence = Path(out), target, self.spread.count, sequence
+        self.nets, self.strategy, self.optimizer, self.average = nets, strategy, optimizer, average
+        self.crop = int(crop or tuned[target].get("crop", 0))
+        self.steps, self.half = max_steps or int(steps[target]), precision.startswith("bf16")
+        self.device, self.nodes = device_of(
+            devices, self.device_name, self.half, ranks=self.ranks, nodes=self.spread.nodes
+        )
+        self.live, self.vae, self.conditioning = latents == "live", vae, conditioning
         self.data = VideoData(
             shards=shards,
             buckets=buckets,
@@ -138,13 +144,13 @@ class PlanStage:
             max_batch_size=max_batch_size or tuned[target].get("batch"),
             batching=batching,
             accumulate_blocks=accumulate_blocks,
-            canonical_ranks=ranks // sequence,
+            canonical_ranks=canonical_ranks or self.ranks // sequence,
             gamma=gamma,
             quadratic=quadratic,
             window=window,
             mix=mix,
             image_fraction=image_fraction,
-            durations=durations if target != "dit" else None,
+            durations=durations if target != "dit" or self.live else None,
             held_out=held_out if target == "dit" else None,
         )
 
@@ -161,6 +167,8 @@ class PlanStage:
             "target": self.target,
             "ranks": self.ranks,
             "sequence": self.sequence,
+            "ranks_from": self.spread.said,
+            "note": self.spread.note,
             "run": run,
             "data": summary,
             "balance": balance(plan, self.ranks // self.sequence),
@@ -206,6 +214,7 @@ class PlanStage:
             "estimate": True,
             "parameters": held.parameters,
             "strategy": self.strategy.name,
+            "recompute": getattr(parts.get("dit"), "recompute", None),
             "largest": f"{said}, {tokens:,} tokens",
             "gib": {part.name: held.of(part.name) / GIB for part in held.components},
             "on_host": [part.name for part in held.components if part.host],
@@ -247,4 +256,4 @@ class PlanStage:
             sizes=(self.steps, tokens),
             sequence=self.sequence,
         )
-        return {"device": self.device_name, **found}
+        return {"device": self.device_name, "on_gpu": self.cuda, **found}

@@ -107,6 +107,15 @@ def device_of(
     return replace(device, **{key: speed, "sources": {**device.sources, key: said}}), nodes  # type: ignore[arg-type]
 
 
+def on_gpu(devices: Mapping[str, Mapping[str, Any]], name: str) -> bool:
+    """Return whether a device is a GPU: every one but `cpu` and those that begin like it."""
+    seen: set[str] = set()
+    while name != "cpu" and name not in seen and isinstance(given := devices.get(name), Mapping) and given.get("like"):
+        seen.add(name)
+        name = str(given["like"])
+    return name != "cpu"
+
+
 def described(devices: Mapping[str, Mapping[str, Any]], name: str, after: tuple[str, ...] = ()) -> Device:
     """Return a device as its figures say, with those of the one that it is `like` where it has none of its own.
 

@@ -8,13 +8,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from soratrain.amounts import duration, short, size
+from soratrain.amounts import counted, duration, short, size
 from soratrain.data.fitting import GRID, TIME
 from soratrain.data.summary import remarks
 from soratrain.distributed.memory import GIB
+from soratrain.stages.plan_cost import BALANCED_OVER
+from soratrain.stages.plan_ranks import KEYS
 
-LESS = "another strategy, dit.recompute=full, or fewer tokens (data.tokens_per_batch)"
+STRONGER = {  # strategies under which a rank holds less
+    "single": "strategy=zero3",
+    "ddp": "strategy=zero3",
+    "zero1": "strategy=zero3",
+    "zero2": "strategy=zero3",
+    "zero3": "strategy=zero3_offload",
+    "zero2_offload": "strategy=zero3_offload",
+}
 SLOWER = "; published runs took 1.1 to 1.7 times what is foretold of them"  # tests/bench/RESULTS.md, predict
+SAID = {"vae": "VAE", "captioner": "captioner"}
 OFTEN = 20  # epochs of one data set in a mix beyond which a small one is rather learnt by heart
 
 
@@ -23,7 +33,7 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
     data, run, memory = document["data"], document["run"], document["memory"]
     ranks, sequence = document["ranks"], document["sequence"]
     split = f" ({ranks // sequence} x {sequence} that share their tokens)" if sequence > 1 else ""
-    table = Table(title=f"plan of stage={document['target']} on {ranks} ranks{split}", title_justify="left")
+    table = Table(title=f"plan of stage={document['target']} on {counted(ranks, 'ranks')}{split}", title_justify="left")
     shared = "of tokens" if data["batching"] == "pack" else "of blocks"
     sets = data["sets"]
     if sets:
@@ -49,16 +59,22 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
         f"{run['steps']:,} steps of {run['samples_per_step']:.4g} samples and {run['tokens_per_step']:,.0f} tokens:"
         f" {run['epochs']:.3g} epochs, {run['tokens']:.3g} tokens",
     )
-    console.print(
-        f"ranks' work: mean by largest {document['balance']['mean']:.3f} (least {document['balance']['least']:.3f})",
-    )
+    if document["note"]:
+        console.print(document["note"])
+    if ranks > sequence:
+        console.print(
+            f"the mean rank's work by the largest's (1: none waits for another): {document['balance']['mean']:.3f} over"
+            f" {BALANCED_OVER} steps, {document['balance']['least']:.3f} at the least"
+        )
     console.print(f"{memory['said']}; largest micro-batch {memory['largest']}")
     room = memory["device_gib"]
     if room and memory["total_gib"] > room:
-        console.print(f"  that is more than the {room:.4g} GiB of a device: use more ranks, {LESS}")
+        console.print(f"  that is more than the {room:.4g} GiB of a device: {mends(memory)}")
     if document["time"]:
         console.print(told(document["time"], document["ranks"]))
         console.print(rests_on(document["time"]))
+    else:
+        console.print(f"the time of a step is foretold for stage=dit alone, not for a {SAID[document['target']]}")
     cache = document["cache"]
     console.print(f"cached latents of {cache['clips']:,} clips: {size(cache['latents_gib'] * GIB)}")
     if document["clip"]:
@@ -70,6 +86,16 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
         cut = f" (of {clip['asked']}: sides in multiples of {GRID}, 1 + {TIME}k frames)"
         where = f"{clip['bucket']}{cut if clip['asked'] != clip['bucket'] else ''}"
         console.print(f"a clip of {where}: {clip['tokens']:,} tokens, {latents}{flops}")
+
+
+def mends(memory: Mapping[str, Any]) -> str:
+    """Return what makes a rank hold less, in the words of a command."""
+    strategy, recompute = memory["strategy"], memory["recompute"]
+    stronger = [STRONGER[strategy]] if strategy in STRONGER else []
+    ranks = f"more ranks ({KEYS})"  # which shard nothing under single and ddp
+    first = [f"{stronger[0]} on {ranks}"] if strategy in ("single", "ddp") else [ranks, *stronger]
+    full = ["dit.recompute=full"] if recompute not in (None, "full") else []
+    return f"use {', '.join([*first, *full])}, or fewer tokens (data.tokens_per_batch)"
 
 
 def rests_on(time: Mapping[str, Any]) -> Table:
@@ -86,9 +112,8 @@ def told(time: Mapping[str, Any], ranks: int) -> str:
     """Return the time of a step in words."""
     total = time["step_seconds"]
     listed = ", ".join(f"{name} {value / total:.0%}" for name, value in time["seconds"].items())
-    on_gpus = time["device"] != "cpu"
     place = f"{ranks} {time['device']}" + (f" on {time['nodes']} nodes" if time["nodes"] > 1 else "")
     return (
         f"a step on {place}, an estimate from below: {total:.3g} s ({listed}), {short(time['tokens_per_s'])} tokens/s,"
-        f" {time['utilisation']:.0%} of the peak; the run {duration(3600 * time['hours'])}{SLOWER * on_gpus}"
+        f" {time['utilisation']:.0%} of the peak; the run {duration(3600 * time['hours'])}{SLOWER * time['on_gpu']}"
     )

@@ -46,7 +46,7 @@ def test_a_sweep_of_four_runs_as_a_job_array_and_can_be_widened(slurm: Cluster, 
     [
         (
             ["hydra.launcher.partition=nowhere"],
-            "partition=nowhere, 1 nodes of 1 tasks and no GPUs): *invalid partition",
+            "partition=nowhere, 1 node of 1 task and no GPUs): *invalid partition",
         ),
         (["strategy=ddp", "trainer.num_nodes=3"], "it would never start job .* (PartitionNodeLimit)"),
         (["hydra.launcher.gpus_per_node=2"], "2 GPUs): *Invalid generic resource (gres) specification"),

@@ -229,6 +229,8 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
         (["stage=vae", "trainer.keep_best=2"], "keep_best=2: stage=vae measures no val_loss here"),
         (["stage=dit", "validation=none", "trainer.keep_best=1"], "keep_best=1: stage=dit .*set validation.every"),
         (["stage=vae", "latents=live"], "latents=live: only stage=dit"),
+        (["stage=plan", "target=vae", "latents=live"], "latents=live: only stage=dit"),
+        (["stage=plan", "target=dit", "latents=live", "data.batching=pack"], "data.batching=pack with latents=live"),
         (["stage=sample", "latents=live"], "latents=live: only stage=dit"),
         (["stage=dit", "latents=lvie"], "latents=lvie: no such option; did you mean 'live'"),
         (

@@ -94,7 +94,7 @@ def test_a_live_vae_counts_with_its_own_stride_ours_or_anothers(tmp_path: Path) 
         found[name], beside, unknown = foretold(clips(tmp_path), vae=place)
         assert beside == {VAE: 4 * numbers} and unknown == ""
     assert found["ours"] == 4 * found["wan22"]
-    words = ["vae=wan22", "stage.job.live=true", *WORDS]
+    words = ["vae=wan22", "latents=live", *WORDS]
     plan = planned(tmp_path, *words, f"inputs.vae={tmp_path / 'wan22'}")["memory"]
     assert plan["gib"]["activations"] * 2**30 == pytest.approx(found["wan22"], abs=1)
     assert plan["gib"][VAE] * 2**30 == pytest.approx(4 * numbers)

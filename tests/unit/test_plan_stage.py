@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +15,13 @@ from test_dit import run as forward
 from torch.utils.flop_counter import FlopCounterMode
 
 from soratrain.amounts import memory
+from soratrain.distributed.options import StrategyOptions
 from soratrain.errors import ConfigError
 from soratrain.run import check_machine, instantiate, prepare, run
 from soratrain.stages.plan_cost import forward_flops, parse_clip
+from soratrain.stages.plan_device import on_gpu
+from soratrain.stages.plan_ranks import Ranks, ranks_of
+from soratrain.stages.plan_table import mends
 
 SHAPES = [(48, 64, 9)] * 12 + [(64, 48, 1)] * 6 + [(8, 8, 1)] * 2
 DDP = ("strategy=ddp",)
@@ -142,12 +147,85 @@ def test_an_end_that_is_given_is_one_latent_frame_more(tmp_path: Path) -> None:
 def test_a_run_that_does_not_fit_is_told_so(tmp_path: Path, capsys) -> None:
     write_shards(tmp_path / "shards")
     planned(tmp_path, "machine=gpu", "dit=14b")
-    assert "more than the 79.1 GiB of a device: use more ranks" in capsys.readouterr().out
+    keys = "more ranks (trainer.devices, trainer.num_nodes or stage.job.ranks)"
+    few = "dit.recompute=full, or fewer tokens (data.tokens_per_batch)"
+    said = capsys.readouterr().out
+    assert f"more than the 79.1 GiB of a device: use strategy=zero3 on {keys}, {few}" in said
+    assert "plan of stage=dit on 1 rank\n" in said and "strategy=single is one rank; for more: strategy=zero2" in said
+    told = {"strategy": "zero2", "recompute": "full"}, {"strategy": "zero3_offload", "recompute": None}
+    assert mends(told[0]) == f"use {keys}, strategy=zero3, or fewer tokens (data.tokens_per_batch)"
+    assert mends(told[1]) == f"use {keys}, or fewer tokens (data.tokens_per_batch)"
+
+
+def test_a_training_command_with_its_stage_swapped_is_planned_on_the_trainers_ranks(tmp_path: Path, capsys) -> None:
+    write_shards(tmp_path / "shards")
+    words = ("machine=gpu", "dit=tiny", "strategy=zero2", "trainer.num_nodes=4", "trainer.devices=2")
+    found = planned(tmp_path, *words)
+    assert found["ranks"] == 8 and found["time"]["nodes"] == 4  # though two nodes of the device would hold them
+    said = capsys.readouterr().out
+    assert "; largest micro-batch 1 sample, 36 tokens" in said
+    assert "plan of stage=dit on 8 ranks\n" in said and "a step on 8 h100 on 4 nodes" in said and "auto" not in said
+    assert "the mean rank's work by the largest's (1: none waits for another): 1.000 over 64 steps" in said
+    found = planned(tmp_path, *words, "stage.job.ranks=16", "data.canonical_ranks=32")
+    assert (found["ranks"], found["time"]["nodes"], found["balance"]["micro_steps"]) == (16, 2, 128)
+
+
+def test_ranks_that_nobody_says_are_the_gpus_that_are_here_or_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ranks(devices: int | str = "auto", name: str = "zero2", nodes: int = 1, **more: Any) -> Ranks:
+        given = {"ranks": None, "nodes": None, "sequence": 1, "on_gpu": True, **more}
+        return ranks_of(trainer_nodes=nodes, trainer_devices=devices, strategy=StrategyOptions(name=name), **given)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    one = ranks()
+    assert (one.count, one.nodes) == (1, None) and one.note == (
+        "trainer.devices=auto counts as 1 rank of each node, since no GPU is here; for more: trainer.devices,"
+        " trainer.num_nodes or stage.job.ranks"
+    )
+    two = ranks(nodes=2, sequence=4)
+    assert (two.count, two.nodes) == (8, 2) and "counts as 4 ranks of each node" in two.note
+    assert ranks(on_gpu=False).note == ranks(8).note == ranks(ranks=8).note == ""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert (ranks().count, ranks(nodes=2).count, ranks(name="single").count) == (4, 8, 1)
+    with pytest.raises(ConfigError, match=r"trainer.devices=2 with strategy=single, which is one process; use"):
+        ranks(2, "single")
+    with pytest.raises(ConfigError, match="trainer.devices=all: use auto or a number"):
+        ranks("all")
+
+
+def test_what_has_no_time_foretold_says_so(tmp_path: Path, capsys) -> None:
+    write_shards(tmp_path / "shards")
+    words = ("target=vae", "+experiment=vae_a", "data.durations=null", "data.image_fraction=null")
+    found = planned(tmp_path, *words, "machine.tuned.vae_a.crop=16")
+    assert found["time"] is None
+    assert "the time of a step is foretold for stage=dit alone, not for a VAE" in capsys.readouterr().out
+    larger = planned(tmp_path, *words, "fresh=true")  # crops of 32
+    assert larger["memory"]["gib"]["activations"] > 2 * found["memory"]["gib"]["activations"]
+
+
+def test_latents_made_live_are_planned_with_the_durations_that_training_shows(tmp_path: Path) -> None:
+    write_shards(tmp_path / "shards")
+    buckets = [
+        {item["bucket"] for item in planned(tmp_path, "target=dit", "data.durations=[1,5]", *live)["data"]["buckets"]}
+        for live in ((), ("latents=live",))  # with upstream=fail, and neither VAE nor captions there
+    ]
+    assert buckets == [{"64x48x9", "48x64x1"}, {"64x48x1", "64x48x5", "48x64x1"}]
+
+
+def test_what_begins_like_the_cpu_is_no_gpu(tmp_path: Path, capsys) -> None:
+    write_shards(tmp_path / "shards")
+    mine = "+stage.devices.mine={like:cpu,fp32_tflops:1,bf16_tflops:1}"
+    words = ("stage.device=mine", mine, "+stage.devices.ours={like:mine}")
+    found = planned(tmp_path, *words)
+    assert found["time"]["on_gpu"] is False and found["memory"]["device_gib"] is None
+    said = capsys.readouterr().out
+    assert "a step on 1 mine" in said and "published runs" not in said and "the GPU" not in said
+    devices = {"cpu": {}, "h100": {}, "mine": {"like": "cpu"}, "ours": {"like": "mine"}, "b200": {"like": "h100"}}
+    assert [on_gpu(devices, name) for name in devices] == [False, True, False, False, True]
 
 
 def test_what_runs_live_beside_the_dit_is_counted_or_said_not_to_be(tmp_path: Path, capsys) -> None:
     write_shards(tmp_path / "shards")
-    words = ("stage.job.live=true", "text=t5", "text.features=live", f"text.folder={tmp_path / 'encoder'}")
+    words = ("latents=live", "text=t5", "text.features=live", f"text.folder={tmp_path / 'encoder'}")
     memory = planned(tmp_path, *words)["memory"]
     with torch.device("meta"):
         size = sum(param.numel() for param in instantiate(prepare(WORDS)[0]["vae"])().parameters())
@@ -251,7 +329,10 @@ def test_a_vae_of_a_larger_stride_has_fewer_positions(tmp_path: Path, vae: str) 
         ("stage.job.target=dti", "stage.job.target=dti is not there; use one of vae, captioner, dit"),
         ("stage.job.ranks=0", "stage.job.ranks=0 must be at least 1"),
         ("stage.job.ranks=64", "stage.job.ranks=64 with strategy=single, which is one process; use strategy=ddp"),
-        ("stage.job.nodes=2", "stage.job.nodes=2: must lie between 1 and stage.job.ranks=1"),
+        (
+            "stage.job.nodes=2",
+            "stage.job.nodes=2: must lie between 1 and 1 rank .trainer.num_nodes=1 trainer.devices=auto",
+        ),
         ("stage.device=h101", "stage.device=h101 is not there; use one of h100, h200, a100, cpu, or add"),
         ("stage.devices.cpu.memory_gb_s=0", "stage.devices.cpu.memory_gb_s=0: must be positive"),
         ("+stage.devices.mine={like:h100,matmull:1}", "stage.devices.mine.matmull=1: no such figure; did you mean 'ma"),
