@@ -86,7 +86,7 @@ def read_phrases(text: str) -> list[Phrase]:
     if count := NUMBER.search(text):
         phrases.append(Phrase("number", 1 + COUNTS.index(count[1]), *count.span(1)))
     matches = list(THING.finditer(text))
-    known: list[tuple[str, str]] = []
+    known: list[tuple[Any, ...]] = []
     for number, match in enumerate(matches):
         named_so = (match[3], match[4])
         if named_so not in known:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_prep.world import Judgement, Seen, judge
+from data_prep.world import Judgement, Seen, judge, read_caption
 from data_prep.world.judging import ATTRIBUTES
 from soratrain.stages.evaluate_captioner_clips import true_captions
 from soratrain.stages.evaluate_captioner_text import can_score, language, pool_of, recall, text_scores, words
@@ -110,7 +110,9 @@ def found_again(
 ) -> dict[str, Any] | None:
     """Return how often a clip finds its caption, and a caption its clip; None of fewer than two distinct captions."""
     texts = [true[0] for _, true in pairs]
-    places = pool_of(texts, pool)
+    known = [one.truth is not None for one, _ in pairs]  # of the world: a paraphrase is no other caption
+    meanings = [read_caption(text) if seen else tuple(words(text)) for text, seen in zip(texts, known, strict=True)]
+    places = pool_of(meanings, pool)
     if len(places) < 2:
         return None
     features, packing = text(text.tokenize([texts[place] for place in places]))  # type: ignore[operator]

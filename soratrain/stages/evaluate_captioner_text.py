@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -83,12 +83,16 @@ def repeated(found: Sequence[str]) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def pool_of(texts: Sequence[str], size: int) -> list[int]:
-    """Return the first clips, at most `size`, whose captions differ from each other by more than case and marks."""
-    first: dict[tuple[str, ...], int] = {}
-    for clip, text in enumerate(texts):
-        if found := tuple(words(text)):
-            first.setdefault(found, clip)
+def pool_of(meanings: Sequence[Hashable], size: int) -> list[int]:
+    """Return the first clips, at most `size`, whose captions mean different things; one that means nothing is left out.
+
+    Args:
+        meanings: what each clip's caption says; `tuple(words(text))` where no more is known of it.
+    """
+    first: dict[Hashable, int] = {}
+    for clip, meaning in enumerate(meanings):
+        if meaning:
+            first.setdefault(meaning, clip)
     return sorted(first.values())[:size]
 
 

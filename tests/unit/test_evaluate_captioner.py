@@ -342,8 +342,20 @@ def test_language_is_counted():
 
 
 def test_a_pool_holds_each_caption_once():
-    assert pool_of(["a disc", "A disc.", "", "a box", "a cross"], 64) == [0, 3, 4]
-    assert pool_of(["a disc", "a box", "a cross"], 2) == [0, 1]
+    said = [tuple(words(text)) for text in ("a disc", "A disc.", "", "a box", "a cross")]
+    assert pool_of(said, 64) == [0, 3, 4] and pool_of(said, 2) == [0, 3]
+
+
+def test_a_paraphrase_is_no_other_caption_where_it_is_known_what_it_means():
+    truth = World("demo").scene(0, "seen").truth
+    texts = ("a red circle rises on a black background", "on a black background, a red circle moves up", "a blue cross")
+    pairs = [(scores.Told(text, (), truth, {}, torch.eye(3)[n]), [text]) for n, text in enumerate(texts)]
+    net = Finder(describe)
+    reader = Reader(net)
+    reader.row, reader.size = {text: n for n, text in enumerate(texts)}, 3
+    assert scores.found_again(pairs, 64, net, reader)["clips"] == 2
+    unknown = [(scores.Told(one.name, (), None, {}, one.vector), true) for one, true in pairs]
+    assert scores.found_again(unknown, 64, net, reader)["clips"] == 3
 
 
 def test_recall_counts_ties_and_what_is_no_number_as_misses():
