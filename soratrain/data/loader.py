@@ -26,6 +26,8 @@ from soratrain.errors import DataError, UserError
 
 TRIES = 3  # workers are started again so often at one micro-batch
 MANY, RECENT = 12, 1000  # and so often in as many micro-batches, however many of them came in between
+# what SLURM sends to every process of a job, and is left to the one that trains; macOS has neither SLURM nor the call
+LEFT = tuple(slurm.SIGNALS) if hasattr(signal, "sigwaitinfo") else ()
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ class Loader(DataLoader[Batch]):
                 except StopIteration:
                     return
                 except (RuntimeError, OSError, EOFError) as error:  # the last two: what it had sent went with it
-                    said = self.dead()
+                    said = dead(self._iterator)
                     if said is None:
                         raise
                     deaths = [*(number for number in deaths if number > due - RECENT), due]
@@ -103,17 +105,6 @@ class Loader(DataLoader[Batch]):
         finally:
             span.start = first
 
-    def dead(self) -> str | None:
-        """Return in words which worker has died of what; None where all live."""
-        workers = getattr(self._iterator, "_workers", [])
-        for _ in range(10):  # it may be dying
-            for number, worker in enumerate(workers):
-                code = worker.exitcode
-                if code is not None:
-                    return f"loader process {number} of {len(workers)} (process {worker.pid}) {ended_by(code)}"
-            time.sleep(0.1)
-        return None
-
     def anew(self) -> Iterator[Batch]:
         """End all workers and start others."""
         old, self._iterator = self._iterator, None
@@ -122,6 +113,38 @@ class Loader(DataLoader[Batch]):
         if old is not None:
             old._shutdown_workers()  # type: ignore[attr-defined]
         return super().__iter__()
+
+
+def dead(iterator: Any) -> str | None:
+    """Return in words which worker of a loader's iterator has died of what; None where all live."""
+    workers = getattr(iterator, "_workers", [])
+    for _ in range(10):  # it may be dying
+        for number, worker in enumerate(workers):
+            code = worker.exitcode
+            if code is not None:
+                return f"loader process {number} of {len(workers)} (process {worker.pid}) {ended_by(code)}"
+        time.sleep(0.1)
+    return None
+
+
+def made_by(items: Dataset, workers: int) -> Iterator[Any]:
+    """Yield `items` in order, made by as many processes; for jobs, which go on where they stopped.
+
+    Raises:
+        DataError: a process died.
+    """
+    iterator = iter(DataLoader(items, batch_size=None, num_workers=workers))
+    while True:
+        try:
+            item = next(iterator)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            said = dead(iterator)
+            if said is None:
+                raise
+            raise DataError(f"{said}. Fewer stage.job.workers need less memory; the same command goes on") from error
+        yield item
 
 
 def serve(environment: Mapping[str, str], worker: int) -> None:
@@ -134,14 +157,14 @@ def serve(environment: Mapping[str, str], worker: int) -> None:
     is killed, this one ends too; PyTorch looks at the parent, which is the server that forks, and that outlives it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, slurm.SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, LEFT)
     os.environ.update(environment)
     trainer = multiprocessing.parent_process()
     assert trainer is not None and trainer.pid is not None
 
     def heed(trainer: int) -> None:
         while True:
-            told = signal.sigwaitinfo(slurm.SIGNALS)
+            told = signal.sigwaitinfo(LEFT)
             if told.si_signo == signal.SIGTERM and told.si_pid == trainer:
                 os._exit(0)
 
@@ -150,7 +173,8 @@ def serve(environment: Mapping[str, str], worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=end, name="parent", daemon=True).start()
-    threading.Thread(target=heed, args=(trainer.pid,), name="signals", daemon=True).start()
+    if LEFT:
+        threading.Thread(target=heed, args=(trainer.pid,), name="signals", daemon=True).start()
 
 
 def start_server() -> None:
@@ -160,7 +184,7 @@ def start_server() -> None:
     """
     multiprocessing.set_forkserver_preload([MicroBatches.__module__])
     for start in (resource_tracker.ensure_running, forkserver.ensure_running):  # the first lets signals through again
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, slurm.SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, LEFT)
         try:
             start()
         finally:

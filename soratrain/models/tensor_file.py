@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -135,7 +136,7 @@ def _let_go(file: BinaryIO, start: int) -> None:
     """Have the disk keep what is written, and the page cache let go of it from `start` on."""
     file.flush()
     os.fsync(file.fileno())
-    if hasattr(os, "posix_fadvise"):  # not on macOS
+    with suppress(AttributeError, OSError):  # advice: macOS has none, and some file systems take none
         os.posix_fadvise(file.fileno(), start, 0, os.POSIX_FADV_DONTNEED)
 
 

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from soratrain.data.assignment import Assignment, Bucket
 from soratrain.data.atomic import replacing
 from soratrain.data.buckets import Buckets
+from soratrain.data.loader import made_by
 from soratrain.data.manifest import Manifest
 from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
@@ -229,7 +229,7 @@ class Encode:
         own = [each.of(team.rank) for each in plan]
         wanted, parts = [item[0] for item in own if item], [item[1] for item in own if item]
         groups = Groups(manifest, wanted, strides, self.remote, parts)
-        loaded = iter(DataLoader(groups, batch_size=None, num_workers=self.workers))
+        loaded = made_by(groups, self.workers)
         how: dict[str, Any] = {"max_bytes": self.max_bytes, "manifest": manifest, "strides": strides}
         with Output(self.out, number, active=team.first, **how) as output:
             team.together(output.open)

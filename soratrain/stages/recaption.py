@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from soratrain.captions.clips import ClipGroups, seen
 from soratrain.captions.describe import Outcome, describe
@@ -24,6 +23,7 @@ from soratrain.captions.faults import REASONS
 from soratrain.captions.folder import CaptionFolder, check_alone
 from soratrain.captions.journal import Journal
 from soratrain.data.buckets import Buckets
+from soratrain.data.loader import made_by
 from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
 from soratrain.distributed.ranks import Ranks, deal
@@ -185,7 +185,7 @@ class Recaption:
         groups = [[one for one in group if one[0] in wanted] for group in self.engine.groups(members)]
         groups = [group for group in groups if group]
         decoded = ClipGroups(manifest, folder.assignment.stride, groups, self.engine.load, self.remote)
-        for group, clips in zip(groups, DataLoader(decoded, batch_size=None, num_workers=self.workers), strict=True):
+        for group, clips in zip(groups, made_by(decoded, self.workers), strict=True):
             whole = [(one, clip) for one, clip in zip(group, clips, strict=True) if clip.video is not None]
             known = [(seen(clip, one, manifest, folder.assignment), clip.captions) for one, clip in whole]
             asked = [(place, style) for place, (one, _) in enumerate(whole) for style in wanted[one[0]]]

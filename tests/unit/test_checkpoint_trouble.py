@@ -87,6 +87,18 @@ def test_where_there_is_no_memory_for_a_copy_training_waits_and_that_is_said(
     assert caplog.text.count("training waits: there was no memory for a copy (rank 0: not enough memory") == 1
 
 
+def test_another_fault_of_a_copy_is_not_said_to_be_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: object) -> None:
+        raise RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")
+
+    monkeypatch.setattr(saving.Image, "take", wrong)
+    saver = Saver()
+    saver.open()
+    with pytest.raises(RuntimeError, match="must match the size"):
+        save(saver, tmp_path, 1)
+    assert saver.beside
+
+
 def test_memory_that_cannot_be_page_locked_is_used_as_it_is_and_that_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,12 +16,13 @@ import pytest
 import torch
 from data_tiny import key, write_clips
 from loading import SHAPES, cached, damage, same, video
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from soratrain import slurm
 from soratrain.batch import draw_of
 from soratrain.data import loader as loading_again
 from soratrain.data.buckets import Table
+from soratrain.data.loader import made_by
 from soratrain.errors import ConfigError, DataError
 
 PACK = dict(batching="pack", batch_size=None, tokens_per_batch=60)
@@ -306,3 +307,33 @@ def test_what_was_merged_dropped_or_made_smaller_is_said_before_training(tmp_pat
     for text in ("9 samples in 2 buckets", "1 sample of 96x48x9 merged into 32x32x9", "1 sample dropped: smaller"):
         assert text in caplog.text
     assert "for want of samples: 32x32x1, 32x32x9" in caplog.text
+
+
+class Fatal(Dataset):
+    """Its third item ends the process that makes it, or is an error of its own."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> int:
+        if number < 2:
+            return number
+        if self.error is not None:
+            raise self.error
+        os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+
+def test_a_process_of_a_job_that_dies_is_one_line_and_an_error_in_one_stays_what_it_is() -> None:
+    seen = []
+    with pytest.raises(DataError, match=r"loader process 0 of 1 .*SIGKILL.* Fewer stage.job.workers .* goes on"):
+        for item in made_by(Fatal(), 1):
+            seen.append(item)
+    assert seen[:1] == [0]
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="mine"):
+            list(made_by(Fatal(ValueError("mine")), workers))
+    assert [int(item) for (item,) in made_by(TensorDataset(torch.arange(3)), 0)] == [0, 1, 2]

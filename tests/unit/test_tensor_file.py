@@ -110,3 +110,15 @@ def test_what_was_written_does_not_stay_in_the_page_cache(tmp_path: Path, monkey
     assert (tmp_path / "file").read_bytes() == b"header  " + bytes(data) and size == 8 + len(data)
     starts = [start for start, _ in let_go]
     assert len(starts) >= 3 and starts == sorted(starts) and starts[0] == 0
+
+
+@pytest.mark.parametrize("error", [OSError(95, "Operation not supported"), AttributeError("posix_fadvise")])
+def test_a_file_is_written_where_the_page_cache_takes_no_advice(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: int) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    assert tensor_file.write(tmp_path / "file", b"header  ", iter([memoryview(b"data")]))[0] == 12
+    assert (tmp_path / "file").read_bytes() == b"header  data"
