@@ -76,7 +76,7 @@ class Dying(Dataset):
 )
 def test_workers_are_started_again_but_not_for_ever(times, said, monkeypatch):
     loader = loading_again.Loader(Dying(times), batch_size=None, sampler=loading_again.Span(0, 2000))
-    monkeypatch.setattr(loader, "dead", lambda: "worker 0 died")
+    monkeypatch.setattr(loading_again, "dead", lambda _: "worker 0 died")
     if said is None:
         assert list(loader) == list(range(2000))
     else:
