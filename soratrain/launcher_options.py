@@ -11,31 +11,45 @@ from soratrain.errors import ConfigError
 from soratrain.schema import suggest
 
 ANSWER = 30  # seconds that a node has to answer
-# What the job's script does after srun. A job whose process cannot reach SLURM, in a container say, has it start the
-# job again. So has one that has failed while some of its nodes, not all, answer no more: a node that is shut down ends
-# its processes, and with them the job, before SLURM misses it. One that was cancelled, or that fails on nodes that are
-# well, has not.
-TEARDOWN = f"""\
+LEAST = {"signal_delay_s": 0, "requeues": 0}  # of the numbers; 1 of the others
+EXAMPLES = {"setup": "['module load cuda']", "srun_args": "['--mpi=none']"}
+
+
+def teardown(requeues: int) -> list[str]:
+    """Return what a job's script does after srun: it starts the job again, at most `requeues` times, for two reasons.
+
+    A process that cannot reach SLURM, in a container say, has asked for it. Or the job has failed while some of its
+    nodes, not all, answer no more: a node that is shut down ends its processes, and with them the job, before SLURM
+    misses it. A job that was cancelled, or that fails on nodes that are well, does not start again.
+    """
+    return f"""\
 code=$?
+again=
 job=$SLURM_JOB_ID
 if [ -n "$SLURM_ARRAY_TASK_ID" ]; then job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID; fi
 answers() {{ timeout {ANSWER} srun --overlap --quiet --nodes=1 --ntasks=1 --nodelist="$1" true && echo "$1"; }}
 nodes() {{ for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do answers "$node" & done; wait; }}
 case "$code" in
-0 | 2 | 130 | {slurm.AGAIN}) ;;
+0 | 2 | 130) ;;
+{slurm.AGAIN}) again=yes ;;
 *) if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
   count=$(nodes 2>/dev/null | wc -l)
   echo "exit code $code; $count of $SLURM_JOB_NUM_NODES nodes answer"
   if [ "$count" -gt 0 ] && [ "$count" -lt "$SLURM_JOB_NUM_NODES" ]; then
-    if scontrol show job "$job" -o | grep -q JobState=RUNNING; then code={slurm.AGAIN}; fi
+    if scontrol show job "$job" -o | grep -q JobState=RUNNING; then again=yes; fi
   fi
 fi ;;
 esac
-if [ "$code" = {slurm.AGAIN} ]; then scontrol requeue "$job"; fi
+if [ -n "$again" ]; then
+  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
+    code={slurm.AGAIN}
+    scontrol requeue "$job"
+  else
+    echo "SLURM job $job has started again ${{SLURM_RESTART_COUNT:-0}} times, as often as it may (requeues)"
+  fi
+fi
 exit "$code"
 """.splitlines()
-LEAST = {"signal_delay_s": 0}  # of the numbers; 1 of the others
-EXAMPLES = {"setup": "['module load cuda']", "srun_args": "['--mpi=none']"}
 
 
 def shown(value: Any) -> str:
@@ -82,6 +96,7 @@ class Options:
     mem_gb: int | None = None
     timeout_min: int = 1440
     signal_delay_s: int = 300
+    requeues: int = 100
     name: str = "soratrain"
     partition: str | None = None
     account: str | None = None
@@ -133,8 +148,11 @@ class Options:
         own |= {
             "slurm_setup": list(self.setup) or None,
             "slurm_srun_args": ["--kill-on-bad-exit=1", *cpus, *self.srun_args],
-            "slurm_teardown": TEARDOWN,
-            "slurm_additional_parameters": {"requeue": True, **self.additional_parameters},
+            "slurm_teardown": teardown(self.requeues),
+            "slurm_additional_parameters": {
+                "requeue" if self.requeues else "no_requeue": True,
+                **self.additional_parameters,
+            },
             "stderr_to_stdout": True,
         }
         return {key: value for key, value in own.items() if value is not None}

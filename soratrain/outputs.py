@@ -9,9 +9,10 @@ outputs/<run>/<stage>/<experiment or base>/
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import shutil
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,16 +114,18 @@ def claim(out: Path, config: Mapping[str, Any], *, compare: bool) -> None:
 
     Raises:
         ConfigError: another config owns the folder, or `fresh` was asked for a folder that no run made.
+        DataError: the folder cannot be written to, or not emptied.
     """
     old = stored_config(out)
     if config["fresh"] and out.exists():
-        made = [path for path in out.iterdir() if path.name not in OF_A_JOB]
-        if old is None and made:
-            raise ConfigError(
-                f"fresh=true: {out} holds files but no config.yaml, so no run made it; remove it yourself"
-            )
-        for path in made:
-            remove(path)
+        with written_to(out):
+            made = [path for path in out.iterdir() if path.name not in OF_A_JOB]
+            if old is None and made:
+                raise ConfigError(
+                    f"fresh=true: {out} holds files but no config.yaml, so no run made it; remove it yourself"
+                )
+            for path in made:
+                remove(path)
         old = None
     if old is not None and compare:
         changed = differences(old, config)
@@ -154,14 +157,25 @@ def written_to(out: Path) -> Iterator[None]:
         ) from error
 
 
-def check_writable(out: Path) -> None:
+def check_writable(out: Path, *, probe: bool = True) -> None:
     """Look whether a folder, or what it would be made in, can be written to; nothing of that stays.
+
+    Args:
+        probe: write a file there, which finds more than asking does. Not where another process may be emptying the
+            folder: it would find that file.
 
     Raises:
         DataError: it cannot.
     """
-    with written_to(out), tempfile.TemporaryFile(dir=next(place for place in (out, *out.parents) if place.exists())):
-        pass
+    with written_to(out):
+        place = next(place for place in (out, *out.parents) if place.exists())
+        if probe:
+            with tempfile.NamedTemporaryFile(dir=place):  # closed, then removed: NFS keeps the name of an open file
+                pass
+        elif not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+            read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+            code = errno.EROFS if read_only else errno.EACCES if place.is_dir() else errno.ENOTDIR
+            raise OSError(code, os.strerror(code), str(place))
 
 
 def release(out: Path) -> None:
@@ -179,11 +193,14 @@ def release(out: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    """Remove a file, or a folder with all that is in it; what is gone by then is as it should be."""
+    with suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            for inside in path.iterdir():
+                remove(inside)
+            path.rmdir()
+        else:
+            path.unlink()
 
 
 def fail(out: Path, reason: str) -> None:

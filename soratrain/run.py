@@ -13,7 +13,7 @@ from typing import Any
 
 from soratrain import outputs, slurm, slurm_folder, upstream
 from soratrain.compose import compose, split_override
-from soratrain.errors import ConfigError, DataError, UserError, on_all_ranks
+from soratrain.errors import ConfigError, DataError, UserError
 from soratrain.quoting import literal
 from soratrain.rules import validate
 
@@ -79,12 +79,6 @@ def global_rank() -> int:
     """
     names = ("RANK", "SLURM_PROCID", "LOCAL_RANK") if slurm.in_step() else ("RANK", "LOCAL_RANK")
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdigit()), 0)
-
-
-def on_first_node() -> bool:
-    """Return whether this process is on the first rank's node."""
-    names = ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID")
-    return next((os.environ[name] for name in names if os.environ.get(name, "").isdigit()), "0") == "0"
 
 
 def start_logging() -> None:
@@ -161,12 +155,7 @@ def run_stage(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
     once = stage.get("once", True)
     start_logging()
     check_machine(config)
-    try:
-        outputs.check_writable(out)  # on every rank, so that none waits for one that cannot
-    except DataError as error:
-        if on_first_node():  # another may have another disk
-            on_all_ranks(error)
-        raise
+    outputs.check_writable(out, probe=first)  # on every rank, so that none waits for one that cannot, and which says so
     if stage["kind"] == "fit":
         trainer, alone = config["trainer"], config["strategy"]["name"] == "single"
         slurm.check_tasks(trainer["num_nodes"], trainer["devices"], single=alone)

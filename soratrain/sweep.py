@@ -132,7 +132,7 @@ def slurm_words(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return what a job array still has to be told, since all its jobs are of one size.
 
     Raises:
-        ConfigError: the jobs differ in size, or nobody said how many devices a node has.
+        ConfigError: the jobs differ in size or in `requeues`, or nobody said how many devices a node has.
     """
     sizes = {(config["trainer"]["num_nodes"], config["trainer"]["devices"]) for config in configs}
     if len(sizes) > 1:
@@ -140,6 +140,8 @@ def slurm_words(configs: Sequence[Mapping[str, Any]]) -> list[str]:
             "trainer.num_nodes, trainer.devices: the jobs of one SLURM array are of one size; sweep over them in"
             " separate commands"
         )
+    if len({config["requeues"] for config in configs}) > 1:
+        raise ConfigError("requeues: is one number for all jobs of a SLURM array; give one value, not several")
     alone = {config["strategy"]["name"] for config in configs} == {"single"}
     if alone and any(nodes > 1 or devices not in (1, "auto") for nodes, devices in sizes):
         nodes, devices = next(iter(sizes))

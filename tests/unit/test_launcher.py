@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from soratrain import launcher, outputs, slurm
+from soratrain.compose import launcher_node
 from soratrain.errors import ConfigError, DataError
 from soratrain.launcher import SlurmLauncher
-from soratrain.launcher_options import TEARDOWN
+from soratrain.launcher_options import teardown
 from soratrain.sweep import Run
 
 
@@ -103,20 +104,22 @@ def test_looking_whether_a_folder_can_be_written_to_leaves_nothing(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("code", "answering", "state", "ends", "requeued"),
+    ("code", "answering", "state", "restarts", "ends", "requeued"),
     [
-        (1, ["n1"], "RUNNING", 75, True),  # the other is gone
-        (137, ["n2"], "RUNNING", 75, True),
-        (1, ["n1", "n2"], "RUNNING", 1, False),  # a mistake in the code
-        (1, [], "RUNNING", 1, False),  # nobody can be asked
-        (1, ["n1"], "CANCELLED", 1, False),
-        (2, ["n1"], "RUNNING", 2, False),  # the user can mend it
-        (0, ["n1"], "RUNNING", 0, False),
-        (75, ["n1", "n2"], "RUNNING", 75, True),  # its process wants to and cannot say so
+        (1, ["n1"], "RUNNING", "", 75, True),  # the other is gone
+        (137, ["n2"], "RUNNING", "2", 75, True),
+        (1, ["n1"], "RUNNING", "3", 1, False),  # as often as it may
+        (1, ["n1", "n2"], "RUNNING", "", 1, False),  # a mistake in the code
+        (1, [], "RUNNING", "", 1, False),  # nobody can be asked
+        (1, ["n1"], "CANCELLED", "", 1, False),
+        (2, ["n1"], "RUNNING", "", 2, False),  # the user can mend it
+        (0, ["n1"], "RUNNING", "", 0, False),
+        (75, ["n1", "n2"], "RUNNING", "2", 75, True),  # its process wants to and cannot say so
+        (75, ["n1", "n2"], "RUNNING", "3", 75, False),  # nor does it know how often it has
     ],
 )
 def test_a_job_that_has_failed_starts_again_where_some_of_its_nodes_answer_no_more(
-    code: int, answering: list[str], state: str, ends: int, requeued: bool, place: Path
+    code: int, answering: list[str], state: str, restarts: str, ends: int, requeued: bool, place: Path
 ) -> None:
     command(
         place, "srun", f'case "$*" in {"|".join(f"*={name}?true" for name in answering) or "none"}) ;; *) exit 1; esac'
@@ -127,10 +130,22 @@ def test_a_job_that_has_failed_starts_again_where_some_of_its_nodes_answer_no_mo
         f'case "$1 $2" in "show hostnames") printf "n1\\nn2\\n";; show*) echo JobState={state};; esac',
     )
     environment = {**os.environ, "SLURM_JOB_ID": "17", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    environment["SLURM_RESTART_COUNT"] = restarts
     environment.pop("SLURM_ARRAY_TASK_ID", None)
-    script = "\n".join([f"(exit {code})", *TEARDOWN])
+    script = "\n".join([f"(exit {code})", *teardown(requeues=3)])
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == ends, done.stderr
     said = (place / "scontrol.said").read_text() if (place / "scontrol.said").exists() else ""
     assert ("requeue 17" in said) is requeued
+    assert ("has started again 3 times, as often as it may" in done.stdout) is (restarts == "3")
     assert (place / "srun.said").exists() is (code in (1, 137))
+
+
+def test_a_job_is_told_how_often_it_may_start_again_and_one_that_never_may_tells_slurm(place: Path) -> None:
+    command(place, "sbatch", f"cp $1 {place}/script; echo Submitted batch job 17")
+    for requeues, said, limit in ((7, "--requeue", "-lt 7 ]"), (0, "--no-requeue", "-lt 0 ]")):
+        node = launcher_node(["stage=dit", "trainer.devices=1", f"requeues={requeues}", "hydra/launcher=slurm"])
+        made = SlurmLauncher(**{**node, "submitit_folder": str(place / "jobs")})
+        made.submit([Run((), place / f"run{requeues}", ("seed=1",), False)])
+        script = (place / "script").read_text()
+        assert f"#SBATCH {said}\n" in script and limit in script

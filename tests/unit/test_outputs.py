@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -112,6 +114,50 @@ def test_a_place_that_cannot_be_written_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         outputs.claim(tmp_path / "file" / "run", config(), compare=True)
+
+
+def test_a_folder_that_cannot_be_emptied_is_one_clear_error_and_what_is_gone_already_is_none(tmp_path, monkeypatch):
+    out, refuses, real = tmp_path / "run", [True], Path.unlink
+    outputs.claim(out, config(), compare=True)
+    (out / "samples").mkdir()
+    (out / "samples" / "a.png").touch()
+
+    def unlink(path, missing_ok=False):
+        if refuses:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        real(path, missing_ok=True)  # by another process, a moment before
+        real(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(DataError, match=r"run: cannot be written \(Operation not permitted\)"):
+            outputs.claim(out, config(fresh=True), compare=True)
+        refuses.clear()
+        outputs.claim(out, config(seed=7, fresh=True), compare=True)
+    assert [path.name for path in out.iterdir()] == ["config.yaml"]
+    assert outputs.stored_config(out)["seed"] == 7
+
+
+def test_where_the_first_rank_may_be_emptying_a_folder_the_others_look_and_do_not_touch(tmp_path, monkeypatch):
+    before = tmp_path.stat().st_mtime_ns  # a name that comes and goes is a change
+    outputs.check_writable(tmp_path / "run", probe=False)
+    assert tmp_path.stat().st_mtime_ns == before
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    with pytest.raises(DataError, match=r"run: cannot be written \(Permission denied\); give run=NAME"):
+        outputs.check_writable(tmp_path / "run", probe=False)
+
+
+def test_each_rank_that_cannot_write_says_so_and_only_the_first_writes_a_file_to_find_out(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    config, words = prepare(["stage=vae", "machine=laptop", "upstream=fail", f"out={tmp_path}/file/run"])
+    real, probes = tempfile.NamedTemporaryFile, []
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **given: probes.append(given) or real(**given))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(DataError, match=r"file/run: cannot be written \(Not a directory\)") as refused:
+            run(config, words)
+        assert not refused.value.alike  # nobody knows whether another one can
+    assert len(probes) == 1
 
 
 def test_a_result_survives_a_round_trip_and_is_what_marks_the_end(tmp_path):

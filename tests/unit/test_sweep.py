@@ -76,6 +76,7 @@ def test_a_job_array_of_jobs_of_several_sizes_is_refused() -> None:
             ["-m", *SLURM, "trainer.num_nodes=2"],
             "trainer.num_nodes=2 trainer.devices=auto with strategy=single: use str",
         ),
+        (["-m", *SLURM, "requeues=1,2"], "requeues: is one number for all jobs of a SLURM array"),
         (["-m", *SLURM], "there is no sbatch on this machine; run it on a login node"),
         (["-m", "stage=dit", "seed=1,2", "out=here"], "a sweep names its jobs' folders itself"),
         (["stage=dit", "requeues=-1"], "requeues=-1: must be at least 0"),
