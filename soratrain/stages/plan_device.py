@@ -128,7 +128,7 @@ def described(devices: Mapping[str, Mapping[str, Any]], name: str, after: tuple[
     values: dict[str, float] = {}
     sources: dict[str, str] = {}
     if (like := given.get("like")) is not None:
-        if like not in devices or like in (name, *after):
+        if not isinstance(like, str) or like not in devices or like in (name, *after):
             others = [other for other in devices if other not in (name, *after)]
             raise ConfigError(f"{key}.like={like}: must be another device: {', '.join(others)}")
         model = described(devices, like, (name, *after))
@@ -138,7 +138,7 @@ def described(devices: Mapping[str, Mapping[str, Any]], name: str, after: tuple[
         if figure == "like":
             continue
         if figure not in FIGURES:
-            raise ConfigError(f"{key}.{figure}={value!r}: no such figure; {suggest(figure, ('like', *FIGURES))}")
+            raise ConfigError(f"{key}.{figure}={value!r}: no such figure; {suggest(str(figure), ('like', *FIGURES))}")
         values[figure], sources[figure] = checked(f"{key}.{figure}", figure, value)
     if lacking := [figure for figure in FIGURES if figure not in values]:
         raise ConfigError(f"{key}: lacks {', '.join(lacking)}; give them, or like: h100 to take them from another")
