@@ -19,7 +19,8 @@ from soratrain.errors import ConfigError
 from soratrain.schema import suggest
 
 GIVEN = "as given"  # the source of a number that comes without one
-MAY_BE_0 = ("bf16_tflops", "fp32_tflops", "hidden", "launch_us")
+MAY_BE_0 = ("hidden", "launch_us")
+MEASURED = ("bf16_tflops", "fp32_tflops")  # where they are 0, which they may be of a CPU
 SHARES = ("matmul", "attention", "hidden")
 SAID = {  # of the figures that a time rests on
     "bf16_tflops": "peak in bf16, TFLOP/s",
@@ -41,7 +42,7 @@ class Device:
     """What a step is computed on.
 
     Attributes:
-        bf16_tflops, fp32_tflops: peak of dense products; 0 where it is to be measured here.
+        bf16_tflops, fp32_tflops: peak of dense products; 0 of a CPU, where it is to be measured here.
         matmul, attention: the part of it that large products, and attention forwards and backwards, reach.
         memory_gib: of a device.
         memory_gb_s: its bandwidth.
@@ -122,7 +123,7 @@ def described(devices: Mapping[str, Mapping[str, Any]], name: str, after: tuple[
     Raises:
         ConfigError: names the figure and the mend.
     """
-    key, given = f"stage.devices.{name}", devices[name]
+    key, given, gpu = f"stage.devices.{name}", devices[name], on_gpu(devices, name)
     if not isinstance(given, Mapping):
         raise ConfigError(f"{key}={given!r}: must hold figures by name, {{like: h100, bf16_tflops: 2250}} say")
     values: dict[str, float] = {}
@@ -139,15 +140,15 @@ def described(devices: Mapping[str, Mapping[str, Any]], name: str, after: tuple[
             continue
         if figure not in FIGURES:
             raise ConfigError(f"{key}.{figure}={value!r}: no such figure; {suggest(str(figure), ('like', *FIGURES))}")
-        values[figure], sources[figure] = checked(f"{key}.{figure}", figure, value)
+        values[figure], sources[figure] = checked(f"{key}.{figure}", figure, value, gpu)
     if lacking := [figure for figure in FIGURES if figure not in values]:
         raise ConfigError(f"{key}: lacks {', '.join(lacking)}; give them, or like: h100 to take them from another")
     whole = {"per_node": int(values["per_node"])}
     return Device(**{**values, **whole}, sources=sources)  # type: ignore[arg-type]
 
 
-def checked(key: str, figure: str, value: Any) -> tuple[float, str]:
-    """Return a figure and its source.
+def checked(key: str, figure: str, value: Any, gpu: bool) -> tuple[float, str]:
+    """Return a figure, of a GPU or not, and its source.
 
     Raises:
         ConfigError: it is no number, or none that can be.
@@ -155,7 +156,9 @@ def checked(key: str, figure: str, value: Any) -> tuple[float, str]:
     number, source = value if isinstance(value, list | tuple) and len(value) == 2 else (value, GIVEN)
     if isinstance(number, bool) or not isinstance(number, int | float) or not isinstance(source, str):
         raise ConfigError(f"{key}={value!r}: must be a number, or a number and its source")
-    if not number >= 0 or number == float("inf") or (number == 0 and figure not in MAY_BE_0):
+    if number == 0 and gpu and figure in MEASURED:
+        raise ConfigError(f"{key}={number}: must be positive; 0, measured here, is for cpu and what is like it")
+    if not number >= 0 or number == float("inf") or (number == 0 and figure not in MAY_BE_0 + MEASURED):
         raise ConfigError(f"{key}={number}: must be positive")
     if figure in SHARES and number > 1:
         raise ConfigError(f"{key}={number}: is a share, at most 1")

@@ -47,6 +47,7 @@ def test_a_device_is_like_another_but_for_what_it_says_itself() -> None:
         ({"like": "h100", "matmul": 1.5}, "stage.devices.mine.matmul=1.5: is a share"),
         ({"like": "h100", "per_node": 2.5}, "stage.devices.mine.per_node=2.5: must be a whole number"),
         ({"like": "h100", "memory_gb_s": 0}, "stage.devices.mine.memory_gb_s=0: must be positive"),
+        ({"like": "h200", "fp32_tflops": 0}, "stage.devices.mine.fp32_tflops=0: must be positive; 0, measured here"),
         ({"like": "h100", "memory_gb_s": float("nan")}, "stage.devices.mine.memory_gb_s=nan: must be positive"),
     ],
 )
@@ -78,4 +79,5 @@ def test_what_is_measured_is_a_ranks_own_and_leaves_threads_as_they_were(monkeyp
         device, _ = device_of(KNOWN, "cpu", False, ranks=ranks, nodes=nodes)
         assert device.peak(False) == 3e12 and device.sources["fp32_tflops"] == "measured"
     assert asked == [1, 2, 4]
+    assert device_of({**KNOWN, "mine": {"like": "cpu", "fp32_tflops": 0}}, "mine", False)[0].peak(False) == 3e12
     assert device_of({**KNOWN, "cpu": {**KNOWN["cpu"], "fp32_tflops": 1}}, "cpu", False, ranks=4)[0].peak(False) == 1e12
