@@ -43,7 +43,8 @@ class Device:
 
     Attributes:
         bf16_tflops, fp32_tflops: peak of dense products; 0 of a CPU, where it is to be measured here.
-        matmul, attention: the part of it that large products, and attention forwards and backwards, reach.
+        matmul, attention: the part of it that large products, and attention forwards and backwards, reach. One part
+            for both kinds of numbers: in fp32 that of bf16 is assumed, where it was found in bf16.
         memory_gib: of a device.
         memory_gb_s: its bandwidth.
         intra_gb_s: between two devices of a node, one way.
@@ -201,7 +202,10 @@ def measured_tflops(half: bool, *, ranks: int = 1, size: int = 1024, seconds: fl
 def rests_on(
     device: Device, options: StrategyOptions, *, half: bool, ranks: int, nodes: int, sequence: int = 1
 ) -> list[dict[str, str]]:
-    """Return each figure of the device that a step's time rests on, its value, and where it is from."""
+    """Return each figure of the device that a step's time rests on, its value, and where it is from.
+
+    A share whose source says that it was found in bf16 is but assumed of a step in fp32, and is said to be.
+    """
     apart = ranks > 1 and options.name != "single"
     used = {
         "bf16_tflops": half,
@@ -212,8 +216,13 @@ def rests_on(
         "host_memory_gb_s": options.offload,
         "hidden": apart,
     }
+
+    def source(name: str) -> str:
+        found = device.sources.get(name, GIVEN)
+        return f"assumed to be as in bf16: {found}" if name in SHARES and not half and "bf16" in found else found
+
     return [
-        {"figure": said, "value": f"{getattr(device, name):.4g}", "from": device.sources.get(name, GIVEN)}
+        {"figure": said, "value": f"{getattr(device, name):.4g}", "from": source(name)}
         for name, said in SAID.items()
         if used.get(name, True)
     ]

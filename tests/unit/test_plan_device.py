@@ -8,10 +8,20 @@ import pytest
 import torch
 import yaml
 
+from soratrain.distributed.options import StrategyOptions
 from soratrain.errors import ConfigError
 from soratrain.schema import CONF
 from soratrain.stages import plan_device
-from soratrain.stages.plan_device import FIGURES, GIVEN, described, device_of, measured_tflops, threads_of_a_rank
+from soratrain.stages.plan_device import (
+    FIGURES,
+    GIVEN,
+    SAID,
+    described,
+    device_of,
+    measured_tflops,
+    rests_on,
+    threads_of_a_rank,
+)
 
 KNOWN: dict[str, Any] = yaml.safe_load((CONF / "stage" / "plan.yaml").read_text())["stage"]["devices"]
 
@@ -23,6 +33,20 @@ def test_every_figure_that_is_shipped_says_where_it_is_from(name: str) -> None:
     for figure in set(FIGURES) - own:
         source = device.sources[figure].removeprefix("as h100: ")
         assert source.startswith(("data sheet", "cited: ", "measured: ", "assumed")), (figure, source)
+
+
+@pytest.mark.parametrize("name", ["h100", "h200", "a100"])
+def test_what_was_found_in_bf16_is_said_to_be_assumed_of_fp32(name: str) -> None:
+    mine = {"like": name, "matmul": [0.9, "measured: in fp32, on ours"]}
+    for half in (True, False):
+        device, own = described(KNOWN, name), described({**KNOWN, "mine": mine}, "mine")
+        found, ours = (
+            {row["figure"]: row["from"] for row in rests_on(of, StrategyOptions(), half=half, ranks=1, nodes=1)}
+            for of in (device, own)
+        )
+        for figure in ("matmul", "attention"):
+            assert found[SAID[figure]] == ("" if half else "assumed to be as in bf16: ") + device.sources[figure]
+        assert ours[SAID["matmul"]] == "measured: in fp32, on ours"
 
 
 def test_a_device_is_like_another_but_for_what_it_says_itself() -> None:
