@@ -26,7 +26,8 @@ PEAKS = {
     "A10G": 70.0, "A10": 125.0, "L40S": 362.0, "L40": 181.0, "L4": 121.0, "RTX 6000 Ada": 364.0, "RTX A6000": 154.8,
     "RTX 5090": 209.5, "RTX 4090": 165.2, "RTX 3090": 71.0, "MI300X": 1307.0, "MI325X": 1307.0,
 }  # fmt: skip
-OTHERS = re.compile(r"Ti|SUPER|D|NVL|PCIe|PG\d+\w*|MIG|Laptop|Max-Q", re.IGNORECASE)  # words of another card's name
+# words of another card's name, or of a part of a card: MIG 1g.10gb, and vGPUs such as A100-10C, A40-48Q, A100-1-5CME
+OTHERS = re.compile(r"Ti|SUPER|D|NVL|PCIe|PG\d+\w*|MIG|Laptop|Max-Q|\d+[ABCQ](?:4|ME)?", re.IGNORECASE)
 WORK = ("flops", "tokens", "frames", "samples")  # by which the work of a rank's step is measured: the first there is
 COLUMNS = ("seconds", "tokens_per_s", "samples_per_s", "mfu", "data_wait", "balance", "memory_gib", "seconds_left")
 

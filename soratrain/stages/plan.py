@@ -34,7 +34,7 @@ from soratrain.stages.plan_ranks import ranks_of
 from soratrain.stages.plan_scale import DiTWork, predicted, vae_activations
 from soratrain.stages.plan_table import show
 
-TARGETS = ("vae", "captioner", "dit")
+TRAINED = {"vae": ("vae",), "captioner": ("captioner", "text"), "dit": ("dit", "text")}  # nets, by target
 
 
 class PlanStage:
@@ -110,14 +110,14 @@ class PlanStage:
         max_batch_size: int | None = None,
         held_out: HeldOut | None = None,
     ) -> None:
-        if target not in TARGETS:
-            raise ConfigError(f"stage.job.target={target} is not there; use one of {', '.join(TARGETS)}")
+        if target not in TRAINED:
+            raise ConfigError(f"stage.job.target={target} is not there; use one of {', '.join(TRAINED)}")
         if batching == "pack" and target != "dit":
             raise ConfigError(f"data.batching=pack: stage={target} takes clips of one size; packs are of latents")
         self.clip = parse_clip(clip) if clip else None
         self.device_name = device or ("cpu" if machine == "laptop" else "h100")
         self.cuda = on_gpu(devices, self.device_name)
-        self.spread = ranks_of(
+        spread = self.spread = ranks_of(
             ranks,
             nodes,
             trainer_nodes=trainer_nodes,
@@ -126,13 +126,11 @@ class PlanStage:
             sequence=sequence,
             on_gpu=self.cuda,
         )
-        self.out, self.target, self.ranks, self.sequence = Path(out), target, self.spread.count, sequence
+        self.out, self.target, self.ranks, self.sequence = Path(out), target, spread.count, sequence
         self.nets, self.strategy, self.optimizer, self.average = nets, strategy, optimizer, average
         self.crop = int(crop or tuned[target].get("crop", 0))
         self.steps, self.half = max_steps or int(steps[target]), precision.startswith("bf16")
-        self.device, self.nodes = device_of(
-            devices, self.device_name, self.half, ranks=self.ranks, nodes=self.spread.nodes
-        )
+        self.device, self.nodes = device_of(devices, self.device_name, self.half, ranks=self.ranks, nodes=spread.nodes)
         self.live, self.vae, self.conditioning = latents == "live", vae, conditioning
         self.data = VideoData(
             shards=shards,
@@ -158,7 +156,7 @@ class PlanStage:
         """Print the plan, write `plan.json` and return its chief figures."""
         plan, summary = self.data.plan(self.ranks // self.sequence), self.data.summary()
         with torch.device("meta"):
-            parts = {name: factory() for name, factory in self.nets.items() if name in self.trained}
+            parts = {name: factory() for name, factory in self.nets.items() if name in TRAINED[self.target]}
         run = run_figures(plan, self.steps)
         for item in summary["sets"]:
             item["epochs"] = run["samples_per_step"] * self.steps * item["shown"] / max(item["samples"], 1)
@@ -184,11 +182,6 @@ class PlanStage:
         figures = {"steps": self.steps, "epochs": run["epochs"], "buckets": len(summary["buckets"])}
         figures |= {"step_seconds": time["step_seconds"]} if time else {}
         return figures | {"memory_gib": memory["total_gib"], "plan": str(self.out / "plan.json")}
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """Return the nets that the target trains."""
-        return {"vae": ("vae",), "captioner": ("captioner", "text"), "dit": ("dit", "text")}[self.target]
 
     def memory(self, parts: Mapping[str, nn.Module], plan: Plan) -> dict[str, Any]:
         """Return what a rank holds, by component, with the largest micro-batch."""
@@ -235,8 +228,7 @@ class PlanStage:
         """Return what the DiT computes and keeps."""
         stride = live_vae(self.vae, self.nets["vae"], Beside()) if self.live else None
         stride = stride or stride_of(self.nets["vae"])
-        given = self.conditioning
-        return DiTWork(parts["dit"], stride, half=self.half, sequence=self.sequence, conditioning=given)
+        return DiTWork(parts["dit"], stride, half=self.half, sequence=self.sequence, conditioning=self.conditioning)
 
     def time(self, parts: Mapping[str, nn.Module], plan: Plan, run: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return how long a step takes; None for a net of which nothing is known."""
@@ -245,7 +237,6 @@ class PlanStage:
         parameters = sum(parameter.numel() for net in parts.values() for parameter in net.parameters())
         dit = self.dit(parts)
         work = dit.of_a_step(plan, self.ranks // self.sequence, parameters)
-        tokens = dit.tokens(round(run["tokens_per_step"]))
         found = predicted(
             work,
             self.strategy,
@@ -253,7 +244,7 @@ class PlanStage:
             ranks=self.ranks,
             nodes=self.nodes,
             half=self.half,
-            sizes=(self.steps, tokens),
+            sizes=(self.steps, dit.tokens(round(run["tokens_per_step"]))),
             sequence=self.sequence,
         )
         return {"device": self.device_name, "on_gpu": self.cuda, **found}

@@ -19,7 +19,8 @@ from soratrain.errors import ConfigError
 from soratrain.schema import suggest
 
 GIVEN = "as given"  # the source of a number that comes without one
-MAY_BE_0 = ("bf16_tflops", "fp32_tflops", "hidden", "launch_us")
+MAY_BE_0 = ("hidden", "launch_us")
+MEASURED = ("bf16_tflops", "fp32_tflops")  # where they are 0, which they may be of a CPU
 SHARES = ("matmul", "attention", "hidden")
 SAID = {  # of the figures that a time rests on
     "bf16_tflops": "peak in bf16, TFLOP/s",
@@ -41,8 +42,9 @@ class Device:
     """What a step is computed on.
 
     Attributes:
-        bf16_tflops, fp32_tflops: peak of dense products; 0 where it is to be measured here.
-        matmul, attention: the part of it that large products, and attention forwards and backwards, reach.
+        bf16_tflops, fp32_tflops: peak of dense products; 0 of a CPU, where it is to be measured here.
+        matmul, attention: the part of it that large products, and attention forwards and backwards, reach. One part
+            for both kinds of numbers: in fp32 that of bf16 is assumed, where it was found in bf16.
         memory_gib: of a device.
         memory_gb_s: its bandwidth.
         intra_gb_s: between two devices of a node, one way.
@@ -122,13 +124,13 @@ def described(devices: Mapping[str, Mapping[str, Any]], name: str, after: tuple[
     Raises:
         ConfigError: names the figure and the mend.
     """
-    key, given = f"stage.devices.{name}", devices[name]
+    key, given, gpu = f"stage.devices.{name}", devices[name], on_gpu(devices, name)
     if not isinstance(given, Mapping):
         raise ConfigError(f"{key}={given!r}: must hold figures by name, {{like: h100, bf16_tflops: 2250}} say")
     values: dict[str, float] = {}
     sources: dict[str, str] = {}
     if (like := given.get("like")) is not None:
-        if like not in devices or like in (name, *after):
+        if not isinstance(like, str) or like not in devices or like in (name, *after):
             others = [other for other in devices if other not in (name, *after)]
             raise ConfigError(f"{key}.like={like}: must be another device: {', '.join(others)}")
         model = described(devices, like, (name, *after))
@@ -138,16 +140,16 @@ def described(devices: Mapping[str, Mapping[str, Any]], name: str, after: tuple[
         if figure == "like":
             continue
         if figure not in FIGURES:
-            raise ConfigError(f"{key}.{figure}={value!r}: no such figure; {suggest(figure, ('like', *FIGURES))}")
-        values[figure], sources[figure] = checked(f"{key}.{figure}", figure, value)
+            raise ConfigError(f"{key}.{figure}={value!r}: no such figure; {suggest(str(figure), ('like', *FIGURES))}")
+        values[figure], sources[figure] = checked(f"{key}.{figure}", figure, value, gpu)
     if lacking := [figure for figure in FIGURES if figure not in values]:
         raise ConfigError(f"{key}: lacks {', '.join(lacking)}; give them, or like: h100 to take them from another")
     whole = {"per_node": int(values["per_node"])}
     return Device(**{**values, **whole}, sources=sources)  # type: ignore[arg-type]
 
 
-def checked(key: str, figure: str, value: Any) -> tuple[float, str]:
-    """Return a figure and its source.
+def checked(key: str, figure: str, value: Any, gpu: bool) -> tuple[float, str]:
+    """Return a figure, of a GPU or not, and its source.
 
     Raises:
         ConfigError: it is no number, or none that can be.
@@ -155,7 +157,9 @@ def checked(key: str, figure: str, value: Any) -> tuple[float, str]:
     number, source = value if isinstance(value, list | tuple) and len(value) == 2 else (value, GIVEN)
     if isinstance(number, bool) or not isinstance(number, int | float) or not isinstance(source, str):
         raise ConfigError(f"{key}={value!r}: must be a number, or a number and its source")
-    if not number >= 0 or number == float("inf") or (number == 0 and figure not in MAY_BE_0):
+    if number == 0 and gpu and figure in MEASURED:
+        raise ConfigError(f"{key}={number}: must be positive; 0, measured here, is for cpu and what is like it")
+    if not number >= 0 or number == float("inf") or (number == 0 and figure not in MAY_BE_0 + MEASURED):
         raise ConfigError(f"{key}={number}: must be positive")
     if figure in SHARES and number > 1:
         raise ConfigError(f"{key}={number}: is a share, at most 1")
@@ -198,7 +202,10 @@ def measured_tflops(half: bool, *, ranks: int = 1, size: int = 1024, seconds: fl
 def rests_on(
     device: Device, options: StrategyOptions, *, half: bool, ranks: int, nodes: int, sequence: int = 1
 ) -> list[dict[str, str]]:
-    """Return each figure of the device that a step's time rests on, its value, and where it is from."""
+    """Return each figure of the device that a step's time rests on, its value, and where it is from.
+
+    A share whose source says that it was found in bf16 is but assumed of a step in fp32, and is said to be.
+    """
     apart = ranks > 1 and options.name != "single"
     used = {
         "bf16_tflops": half,
@@ -209,8 +216,13 @@ def rests_on(
         "host_memory_gb_s": options.offload,
         "hidden": apart,
     }
+
+    def source(name: str) -> str:
+        found = device.sources.get(name, GIVEN)
+        return f"assumed to be as in bf16: {found}" if name in SHARES and not half and "bf16" in found else found
+
     return [
-        {"figure": said, "value": f"{getattr(device, name):.4g}", "from": device.sources.get(name, GIVEN)}
+        {"figure": said, "value": f"{getattr(device, name):.4g}", "from": source(name)}
         for name, said in SAID.items()
         if used.get(name, True)
     ]

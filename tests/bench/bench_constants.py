@@ -114,7 +114,7 @@ def exchanged() -> list[float]:
 def measure() -> list[dict[str, str]]:
     """Return the table."""
     import yaml
-    from counting import of_a_block
+    from counting import operations, passes
 
     from soratrain.schema import CONF
     from soratrain.stages.plan_device import described
@@ -130,13 +130,15 @@ def measure() -> list[dict[str, str]]:
         rows.append({"constant": constant, "used": f"{value:.3g}", "found": f"{median(found):.3g}{spread}", "how": how})
 
     for half, kind in ((True, "bf16"), (False, "fp32")):
-        operations, forwards, both = of_a_block(half=half)
-        add(f"operations of a block, {kind}", OPERATIONS[half], [operations], "counted: all that are no views")
+        first, every = operations(half=half)
+        forwards, both = passes(half=half)
+        add(f"operations of a block, {kind}", OPERATIONS[half][1], [every], "counted: all that are no views")
+        add(f"of them forwards, {kind}", OPERATIONS[half][0], [first], "")
         add(f"passes over what is kept, {kind}", PASSES[half][1], [both], "counted: bytes read and written")
         add(f"of them forwards, {kind}", PASSES[half][0], [forwards], "")
     add("cpu: matmul, of the peak", used.matmul, products(), f"{TOKENS} tokens of width {DIM}, fp32")
     add("cpu: attention, of the peak", used.attention, attention(), f"{LENGTH} tokens, {HEADS} heads, fp32")
     add("cpu: memory_gb_s", used.memory_gb_s, memory(), f"adding {FAR >> 20} Mi numbers in place")
-    add("cpu: launch_us", used.launch_us, launches(OPERATIONS[False]), "blocks on 4 tokens of width 48")
+    add("cpu: launch_us", used.launch_us, launches(OPERATIONS[False][1]), "blocks on 4 tokens of width 48")
     add("cpu: intra_gb_s", used.intra_gb_s, exchanged(), "gloo, 64 MiB summed over two processes")
     return rows

@@ -4,6 +4,7 @@ no product nor attention. The same operations run on any device, but for attenti
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -52,35 +53,50 @@ def spread(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Found:
-    """What a pass counts to: operations; bytes that are moved forwards, and in all; bytes that it is said to keep."""
+    """What a pass counts to: operations, and bytes moved, each forwards and in all; bytes that it is said to keep."""
 
+    first: int
     operations: int
     forwards: int
     moved: int
     kept: int
 
 
-def pass_over(depth: int, clip: tuple[int, int, int], *, half: bool) -> Found:
+@cache
+def pass_over(depth: int, clip: tuple[int, int, int], half: bool, recompute: str) -> Found:
     """Return what a pass, forwards and backwards, through so many blocks counts to."""
-    net = DiT(channels=CHANNELS, dim=DIM, depth=depth, num_heads=HEADS, text_dim=TEXT, mlp_ratio=RATIO)
+    net = DiT(
+        channels=CHANNELS,
+        dim=DIM,
+        depth=depth,
+        num_heads=HEADS,
+        text_dim=TEXT,
+        mlp_ratio=RATIO,
+        recompute=recompute,
+    )
     segment = Segment(torch.randn(CHANNELS, *clip), torch.tensor(0.5), 8.0)
     tokens, text = flatten([[segment]], net.patch).tokens, torch.randn(3, TEXT)
     with Counted() as counted:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             out = net(tokens, text, Packing.of([3]))
-        forwards = counted.bytes
+        first, forwards = counted.operations, counted.bytes
         out.float().square().mean().backward()
     kept = dit_activations(tokens=len(tokens.values), dim=DIM, depth=depth, mlp_ratio=RATIO, itemsize=2 if half else 4)
-    return Found(counted.operations, forwards, counted.bytes, kept)
+    return Found(first, counted.operations, forwards, counted.bytes, kept)
 
 
-def of_a_block(*, half: bool) -> tuple[int, float, float]:
-    """Return a block's operations, and the passes over what it keeps that memory sees: forwards, and in all."""
-    found = {(depth, clip): pass_over(depth, clip, half=half) for depth in (1, 2) for clip in CLIPS}
+def operations(*, half: bool, recompute: str = "none", clip: tuple[int, int, int] = CLIPS[0]) -> tuple[int, int]:
+    """Return a block's operations, forwards and in all."""
+    less, more = (pass_over(depth, clip, half, recompute) for depth in (1, 2))
+    return more.first - less.first, more.operations - less.operations
+
+
+def passes(*, half: bool) -> tuple[float, float]:
+    """Return the passes over what a block keeps that memory sees, forwards and in all."""
+    found = {(depth, clip): pass_over(depth, clip, half, "none") for depth in (1, 2) for clip in CLIPS}
 
     def grown(name: str) -> int:
         less, more = (getattr(found[2, clip], name) - getattr(found[1, clip], name) for clip in CLIPS)
         return more - less
 
-    operations = found[2, CLIPS[0]].operations - found[1, CLIPS[0]].operations
-    return operations, grown("forwards") / grown("kept"), grown("moved") / grown("kept")
+    return grown("forwards") / grown("kept"), grown("moved") / grown("kept")

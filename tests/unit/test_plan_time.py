@@ -47,6 +47,15 @@ def test_a_single_process_computes_and_passes_over_its_memory() -> None:
     assert again.memory == pytest.approx((12 + 3.7) * 1e10 / 1e12)
 
 
+def test_what_is_computed_again_starts_its_operations_again() -> None:
+    device, none = replace(DEVICE, launch_us=6.0), replace(WORK, kept=0.0, micro_batches=4)
+    found = [
+        step_time(work, StrategyOptions(name="single"), device, ranks=1, nodes=1, half=True).memory
+        for work in (none, replace(none, again=(1.0, 1.0)))
+    ]
+    assert found == pytest.approx([4 * 10 * 200 * 6e-6, 4 * 10 * 272 * 6e-6])
+
+
 @pytest.mark.parametrize(
     ("name", "buffers"), [("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 3), ("zero2_offload", 2)]
 )
@@ -91,10 +100,13 @@ def test_offload_pays_with_the_hosts_memory_and_the_way_there() -> None:
 @pytest.mark.parametrize("half", [True, False])
 def test_the_constants_are_what_a_block_counts_to(half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCH)
-    from counting import of_a_block
+    from counting import operations, passes
 
-    operations, forwards, both = of_a_block(half=half)
-    assert (OPERATIONS[half], *PASSES[half]) == pytest.approx((operations, forwards, both), rel=0.1)
+    assert OPERATIONS[half] == pytest.approx(operations(half=half), rel=0.1)
+    assert PASSES[half] == pytest.approx(passes(half=half), rel=0.1)
+    for recompute in ("selective", "full"):
+        forwards, every = operations(half=half, recompute=recompute, clip=(4, 16, 16))
+        assert (OPERATIONS[half][0], sum(OPERATIONS[half])) == pytest.approx((forwards, every), rel=0.1)
 
 
 def test_published_runs_took_longer_than_foretold_and_less_than_twice_as_long(monkeypatch: pytest.MonkeyPatch) -> None:

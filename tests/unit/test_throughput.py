@@ -129,6 +129,8 @@ def test_known_gpus_have_their_own_peak_and_a_cpu_has_none() -> None:
         assert peak_of(f"NVIDIA {name}") == peak
     assert peak_of("NVIDIA H100 80GB HBM3 MIG 1g.10gb") is None and peak_of("NVIDIA A100-PCIE-40GB") == 312.0
     assert peak_of("NVIDIA GeForce RTX 3090 Ti") is peak_of("NVIDIA GeForce RTX 4090 D") is None
+    for part in ("GRID A100-10C", "NVIDIA A40-48Q", "NVIDIA A10-24A", "NVIDIA A40-2B4", "NVIDIA A100-1-5CME"):
+        assert peak_of(part) is None
     for other in ("NVIDIA RTX A4000", "NVIDIA RTX A1000", "NVIDIA GeForce RTX 4090 Laptop GPU"):
         assert peak_of(other) is None
     with pytest.raises(ConfigError, match="trainer.peak_tflops=0"):
