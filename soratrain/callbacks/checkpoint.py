@@ -126,15 +126,18 @@ class Checkpoint(StepCallback):
     def best_folder(self, trainer: L.Trainer) -> Path | None:
         """Return the whole checkpoint of the lowest loss, None where that is the present step's or there is none.
 
-        One that is not whole is passed over, saying so; collective.
+        One that is damaged is passed over, saying so; collective.
+
+        Raises:
+            UnreadableError: on every rank, where one cannot be read now: it may be whole.
         """
         self.saver.wait()
         stage, step = trainer.lightning_module, trainer.global_step
         assert isinstance(stage, TrainStage)
-        present, best, problem = score_at(stage, step), self.best(), None
+        present, best, scores, problem = score_at(stage, step), self.best(), self.scores, None
         there = gather([step_of(folder) for folder in saved_checkpoints(self.folder)])[0]
-        for number in sorted(self.scores, key=lambda one: (self.scores[one], one)):
-            if number == step or (present is not None and present < self.scores[number]):
+        for number in sorted(scores, key=lambda one: (scores[one], one)):
+            if number == step or (present is not None and present < scores[number]):
                 return None
             if number not in there and number not in best:
                 continue  # long removed
@@ -142,12 +145,18 @@ class Checkpoint(StepCallback):
             problem = problem_of(folder)
             if problem is None:
                 return folder
+            if isinstance(problem, UnreadableError):
+                raise on_all_ranks(
+                    UnreadableError(
+                        f"{problem}: see to that and give the same command again, which only exports; or move the"
+                        " folder away to export the next best"
+                    )
+                )
+            there = [one for one in there if one != number]
+            self.scores = {one: score for one, score in scores.items() if one in there or one == step}
             if trainer.is_global_zero:
                 log.warning("%s; the next best is exported instead", problem)
-            if not isinstance(problem, UnreadableError):
-                del self.scores[number]
-                if trainer.is_global_zero:
-                    self.tidy(saved_checkpoints(self.folder)[-1])  # it is not kept for its loss
+                self.tidy(saved_checkpoints(self.folder)[-1])  # it is not kept for its loss
         if problem is not None and trainer.is_global_zero:
             log.warning("no other is whole: the weights of the last step, %d, are exported", step)
         return None
