@@ -7,6 +7,7 @@ import math
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Checkpoint(StepCallback):
         keep_best: how many of the lowest losses stay beside them.
         beside: write while training goes on, where there is memory for a copy.
         timeout: how long a rank waits for another; None for torch's half hour.
+        moved: called whenever more is written for which training waits.
 
     Attributes:
         scores: the loss of each step that has a checkpoint with one.
@@ -64,6 +66,7 @@ class Checkpoint(StepCallback):
         keep_best: int = 0,
         beside: bool = True,
         timeout: timedelta | None = None,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         if every < 0 or keep < 1 or keep_best < 0:
@@ -73,7 +76,7 @@ class Checkpoint(StepCallback):
             )
         self.folder, self.every, self.keep, self.keep_best = Path(folder), every, keep, keep_best
         self.timeout = timeout
-        self.saver = Saver(beside=beside, after=self.tidy, timeout=timeout)
+        self.saver = Saver(beside=beside, after=self.tidy, timeout=timeout, moved=moved)
         self.saved = -1
         self.scores: dict[int, float] = {}
         self.untouched: set[int] = set()

@@ -140,9 +140,9 @@ def test_a_best_checkpoint_that_cannot_be_read_now_is_exported_by_the_same_comma
         with pytest.raises(UnreadableError, match=r"cannot be read now \(Permission denied\): .*give the same command"):
             train(tmp_path, max_steps=8, trainer=how, callbacks=[spoil])
     assert names(tmp_path) == [5, 6, 8] and not (tmp_path / "weights").exists()
-    trainer, _, _ = train(tmp_path, max_steps=8, trainer=how)
+    trainer, _, result = train(tmp_path, max_steps=8, trainer=how)
     assert weights.document_of(tmp_path, "net")["extra"]["step"] == 5
-    assert trainer.global_step == 8 and names(tmp_path) == [5, 6, 8]
+    assert trainer.global_step == 8 and names(tmp_path) == [5, 6, 8] and result["best_step"] == 5
 
 
 def test_without_keep_best_what_is_measured_keeps_nothing(tmp_path: Path) -> None:
