@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,8 @@ from soratrain.distributed.rounds import ROUND, Rounds
 
 
 def test_who_has_done_his_part_waits_for_the_others_no_longer_than_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, barrier, said = 0.0, threading.Barrier(2), [[], []]
-    moves = [0, 0]
+    now, barrier, moves = 0.0, threading.Barrier(2), [0, 0]
+    said: list[list[tuple[float, bool]]] = [[], []]
 
     def gather(done: bool, rank: int) -> list[bool]:
         said[rank].append((now, done))
@@ -27,7 +28,7 @@ def test_who_has_done_his_part_waits_for_the_others_no_longer_than_a_round(monke
 
     monkeypatch.setattr(rounds, "gather", gather)
     monkeypatch.setattr(rounds, "time", SimpleNamespace(monotonic=lambda: now))
-    busy, idle = (Rounds(rank, lambda rank=rank: moved(rank)) for rank in (0, 1))
+    busy, idle = (Rounds(rank, partial(moved, rank)) for rank in (0, 1))
     other = threading.Thread(target=idle.end)
     other.start()
     for _ in range(7):

@@ -83,7 +83,9 @@ def test_a_slow_export_may_take_any_time_as_long_as_it_goes_on(monkeypatch: pyte
     now = 0.0
     for module in (phases, watchdog):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
-    ranks, dog, known, found = [Phases(), Phases()], Watchdog(Phases(), limit=LIMIT, long=LONG), [], []
+    ranks, dog = [Phases(), Phases()], Watchdog(Phases(), limit=LIMIT, long=LONG)
+    known: list[Seen] = []
+    found: list[tuple[str, list[int]] | None] = []
     dog.store, dog.ranks = Store(), 2
 
     def look() -> None:
