@@ -7,6 +7,7 @@ import math
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class Checkpoint(StepCallback):
         keep_best: how many of the lowest losses stay beside them.
         beside: write while training goes on, where there is memory for a copy.
         timeout: how long a rank waits for another; None for torch's half hour.
+        moved: called whenever more is written for which training waits.
 
     Attributes:
         scores: the loss of each step that has a checkpoint with one.
@@ -64,6 +66,7 @@ class Checkpoint(StepCallback):
         keep_best: int = 0,
         beside: bool = True,
         timeout: timedelta | None = None,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         if every < 0 or keep < 1 or keep_best < 0:
@@ -73,7 +76,7 @@ class Checkpoint(StepCallback):
             )
         self.folder, self.every, self.keep, self.keep_best = Path(folder), every, keep, keep_best
         self.timeout = timeout
-        self.saver = Saver(beside=beside, after=self.tidy, timeout=timeout)
+        self.saver = Saver(beside=beside, after=self.tidy, timeout=timeout, moved=moved)
         self.saved = -1
         self.scores: dict[int, float] = {}
         self.untouched: set[int] = set()
@@ -126,15 +129,18 @@ class Checkpoint(StepCallback):
     def best_folder(self, trainer: L.Trainer) -> Path | None:
         """Return the whole checkpoint of the lowest loss, None where that is the present step's or there is none.
 
-        One that is not whole is passed over, saying so; collective.
+        One that is damaged is passed over, saying so; collective.
+
+        Raises:
+            UnreadableError: on every rank, where one cannot be read now: it may be whole.
         """
         self.saver.wait()
         stage, step = trainer.lightning_module, trainer.global_step
         assert isinstance(stage, TrainStage)
-        present, best, problem = score_at(stage, step), self.best(), None
+        present, best, scores, problem = score_at(stage, step), self.best(), self.scores, None
         there = gather([step_of(folder) for folder in saved_checkpoints(self.folder)])[0]
-        for number in sorted(self.scores, key=lambda one: (self.scores[one], one)):
-            if number == step or (present is not None and present < self.scores[number]):
+        for number in sorted(scores, key=lambda one: (scores[one], one)):
+            if number == step or (present is not None and present < scores[number]):
                 return None
             if number not in there and number not in best:
                 continue  # long removed
@@ -142,12 +148,18 @@ class Checkpoint(StepCallback):
             problem = problem_of(folder)
             if problem is None:
                 return folder
+            if isinstance(problem, UnreadableError):
+                raise on_all_ranks(
+                    UnreadableError(
+                        f"{problem}: see to that and give the same command again, which only exports; or move the"
+                        " folder away to export the next best"
+                    )
+                )
+            there = [one for one in there if one != number]
+            self.scores = {one: score for one, score in scores.items() if one in there or one == step}
             if trainer.is_global_zero:
                 log.warning("%s; the next best is exported instead", problem)
-            if not isinstance(problem, UnreadableError):
-                del self.scores[number]
-                if trainer.is_global_zero:
-                    self.tidy(saved_checkpoints(self.folder)[-1])  # it is not kept for its loss
+                self.tidy(saved_checkpoints(self.folder)[-1])  # it is not kept for its loss
         if problem is not None and trainer.is_global_zero:
             log.warning("no other is whole: the weights of the last step, %d, are exported", step)
         return None

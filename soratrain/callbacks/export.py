@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -18,6 +19,7 @@ from soratrain.callbacks.checkpoint import Checkpoint
 from soratrain.callbacks.ema import EMA
 from soratrain.distributed.checkpoint import CheckpointReader, gather, step_of
 from soratrain.distributed.fragments import assemble, forms_of, persistent_buffers
+from soratrain.distributed.phases import Phases
 from soratrain.distributed.strategy import Restorable
 from soratrain.errors import DataError, on_all_ranks
 from soratrain.models import weights
@@ -45,6 +47,7 @@ class Export(L.Callback):
         largest: bytes of a file; a net that takes more is spread over several.
         best: of whose checkpoints the best is taken; None takes the last step.
         stopping: whether the run was told to stop, by any rank; all call it. The rest of the export is then left.
+        phases: told how far it has come.
 
     Attributes:
         done: whether everything is written.
@@ -58,9 +61,10 @@ class Export(L.Callback):
         largest: int = weights.LARGEST,
         best: Checkpoint | None = None,
         stopping: Callable[[], bool] = lambda: False,
+        phases: Phases | None = None,
     ) -> None:
         self.folder, self.ema, self.largest, self.best = Path(folder), ema, largest, best
-        self.stopping, self.done = stopping, False
+        self.stopping, self.phases, self.done = stopping, phases or Phases(), False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainStage)
@@ -86,7 +90,7 @@ class Export(L.Callback):
         chosen = self.best.best_folder(trainer) if self.best else None
         step = trainer.global_step if chosen is None else step_of(chosen)
         average = self.ema.in_place(trainer) if self.ema else nullcontext()
-        with average if chosen is None else weights_of(chosen, trainer):
+        with average if chosen is None else weights_of(chosen, trainer, partial(self.phases.move, alike=False)):
             training = stage.training
             stage.eval()
             with strategy.computing():
@@ -104,9 +108,14 @@ class Export(L.Callback):
             raise Interrupted
 
     def heeding(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield `tensors` as long as the run is not told to stop. Raises Interrupted where it is."""
+        """Yield `tensors`, as many on every rank, as long as the run is not told to stop.
+
+        Raises:
+            Interrupted: it is.
+        """
         for item in tensors:
             self.heed()
+            self.phases.move()
             yield item
 
     def write(self, trainer: L.Trainer, stage: TrainStage, step: int) -> None:
@@ -137,8 +146,12 @@ class Export(L.Callback):
 
 
 @contextmanager
-def weights_of(folder: Path, trainer: L.Trainer) -> Iterator[None]:
-    """Compute with a checkpoint's weights inside the block, averaged where it has averages; with the own after it."""
+def weights_of(folder: Path, trainer: L.Trainer, moved: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Compute with a checkpoint's weights inside the block, averaged where it has averages; with the own after it.
+
+    Args:
+        moved: called after each fragment that is read.
+    """
     strategy, reader = trainer.strategy, CheckpointReader(folder)
     assert isinstance(strategy, Restorable)
     fragments, buffers = strategy.fragments(), persistent_buffers(trainer.lightning_module)
@@ -147,6 +160,7 @@ def weights_of(folder: Path, trainer: L.Trainer) -> Iterator[None]:
         for fragment in fragments:
             kind = "average" if f"average/{fragment.name}" in reader else "weight"
             fragment.write(reader.read(f"{kind}/{fragment.name}", fragment.start, fragment.numel))
+            moved()
         for name, buffer in buffers.items():
             buffer.copy_(reader.read(f"buffer/{name}", 0, buffer.numel()).view(buffer.shape))
         strategy.publish()

@@ -42,7 +42,8 @@ class Previews(StepCallback):
 
     Args:
         out: the stage's folder; clips and a contact sheet go to `samples/`.
-        metrics: whose clock is set back: the time is not counted in the training's speed.
+        metrics: whose clock is set back: the time is not counted in the training's speed. Its phases are told how far
+            it has come.
         ema: the average, if any.
         precision: `32-true` or `bf16-mixed`.
         every: steps; 0 never draws.
@@ -125,9 +126,15 @@ class Previews(StepCallback):
             together = getattr(trainer.strategy, "zero_stage_3", False) or Mesh.of(trainer).sequence > 1
             clips: list[np.ndarray] = []
             with self.ema.in_place(trainer) if self.ema else nullcontext():
-                if trainer.is_global_zero or together:
-                    with apart(stage.dit, stage.text):
-                        clips = self.draw(stage)
+                drawing = trainer.is_global_zero or together
+                with apart(stage.dit, stage.text) if drawing else nullcontext():
+                    generate = self.generator(stage) if drawing else None
+                    for start in range(0, len(self.prompts), self.batch):
+                        if generate is not None:
+                            clips += self.draw(generate, self.prompts[start : start + self.batch])
+                        gather(None)  # no rank waits for another for longer than a batch takes
+                        self.metrics.throughput.phases.move()
+                    del generate
             if trainer.is_global_zero:
                 self.write(trainer, clips)
                 log.info("samples at step %d: %s; %.1f s", self.step, self.sheet, time.monotonic() - began)
@@ -145,10 +152,10 @@ class Previews(StepCallback):
             precision=self.precision,
         )
 
-    def draw(self, stage: DiTStage) -> list[np.ndarray]:
+    def draw(self, generate: Generator, prompts: Sequence[str]) -> list[np.ndarray]:
         """Return a clip for each prompt, uint8 `[T, H, W, 3]`."""
-        return self.generator(stage)(
-            self.prompts,
+        return generate(
+            prompts,
             height=self.height,
             width=self.width,
             frames=self.frames,

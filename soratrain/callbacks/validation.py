@@ -52,7 +52,7 @@ class Validation(StepCallback):
 
     Args:
         out: the stage's folder.
-        metrics: whose clock is set back.
+        metrics: whose clock is set back, and whose phases are told how far it has come.
         ema: the average, if any.
         precision: `32-true` or `bf16-mixed`.
         every: steps; 0 never measures.
@@ -141,6 +141,7 @@ class Validation(StepCallback):
                 except DataError as error:
                     log.warning("validation: %s is left out: %s", held.key(number), error)
                     damaged.add(number)
+                self.metrics.throughput.phases.move(alike=False)
             found = set[int]().union(*gather(damaged))
             if not found:
                 return turns, clips
@@ -167,6 +168,7 @@ class Validation(StepCallback):
                     if turn.counts and self.mesh.counts and call < turn.parts:
                         found[0, turn.clip, piece] = levels[piece].to(found)
                         found[1, turn.clip, piece] = answer.to(found)
+                    self.metrics.throughput.phases.move()
         if dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(found)
         return found[0].cpu(), found[1].cpu()

@@ -36,9 +36,10 @@ class Standing:
     Attributes:
         phase: what it is at.
         step: the optimizer step that it works on, counted from 1.
-        moves: how much it has begun and ended; ranks do the same, so the one with least is behind.
-        quiet: seconds since it last began or ended something.
+        moves: how much it has begun, ended or come further with; ranks do the same, so the one with least is behind.
+        quiet: seconds since the last of that, or of its own pieces.
         free: whether it may take long: in a long phase, or in its first step, which may compile.
+        pieces: of work that only this rank has, or of which it has more or less than others: shows that it moves.
     """
 
     phase: str
@@ -46,6 +47,7 @@ class Standing:
     moves: int
     quiet: float
     free: bool
+    pieces: int = 0
 
 
 class Phases(Profiler):
@@ -58,7 +60,7 @@ class Phases(Profiler):
     def __init__(self) -> None:
         super().__init__()
         self.stack: list[tuple[str, float]] = []
-        self.moves, self.since, self.waited = 0, time.monotonic(), 0.0
+        self.moves, self.pieces, self.since, self.waited = 0, 0, time.monotonic(), 0.0
         self.count: Callable[[], int] = lambda: 0  # of finished optimizer steps
         self.first = 0
 
@@ -80,10 +82,22 @@ class Phases(Profiler):
             if name.endswith(FETCH):
                 self.waited += now - began
 
+    def move(self, *, alike: bool = True) -> None:
+        """Say that what takes long, and is one action to Lightning, has come further.
+
+        Args:
+            alike: whether all ranks say so equally often.
+        """
+        self.since = time.monotonic()
+        if alike:
+            self.moves += 1
+        else:
+            self.pieces += 1
+
     def standing(self) -> Standing:
         """Return where this process is; for another thread."""
         names, since, done = [name for name, _ in self.stack], self.since, self.count()
         phase = next((called for name in reversed(names) for part, called in NAMES if part in name), None)
         phase = phase or (BETWEEN if "run_training_epoch" in names else OUTSIDE)
         free = phase in LONG or done <= self.first
-        return Standing(phase, done + 1, self.moves, time.monotonic() - since, free)
+        return Standing(phase, done + 1, self.moves, time.monotonic() - since, free, self.pieces)

@@ -15,7 +15,8 @@ import re
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -31,6 +32,7 @@ from soratrain.distributed.checkpoint import FORMAT, gather, own_place, part_of,
 from soratrain.distributed.halt import DIED
 from soratrain.distributed.image import Image
 from soratrain.distributed.room import available
+from soratrain.distributed.rounds import Rounds
 from soratrain.errors import DataError, UserError, on_all_ranks
 from soratrain.models import tensor_file
 from soratrain.models.tensor_file import Form, Layout
@@ -68,7 +70,9 @@ class Saver:
     Args:
         beside: write while training goes on, where there is memory for it.
         after: called on the first rank with the folder of each checkpoint that has become whole.
-        timeout: how long a rank waits for another to write its part; None for torch's half hour.
+        timeout: how long a rank waits for another that writes its part and comes no further; None for torch's half
+            hour.
+        moved: called whenever more is written for which training waits.
     """
 
     def __init__(
@@ -77,8 +81,10 @@ class Saver:
         beside: bool = True,
         after: Callable[[Path], None] | None = None,
         timeout: timedelta | None = None,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
-        self.beside, self.after, self.timeout = beside, after, timeout
+        self.beside, self.after, self.timeout, self.moved = beside, after, timeout, moved
+        self.waiting = False  # whether training does
         self.groups: tuple[Any, Any] = (None, None)  # of the threads, and of the steps' ends
         self.ready = False
         self.image = Image()
@@ -132,7 +138,8 @@ class Saver:
         if pieces is None:
             names = [] if layout is None else list(layout.starts)
             save = Save(folder, layout, (tensor_file.raw(tensors[name]) for name in names), starts, state)
-            self.write(save, None)
+            with self.waited_for():
+                self.write(save, None)
             if save.problem is not None:
                 raise not_written(folder, save.problem)
             return
@@ -164,10 +171,25 @@ class Saver:
         if self.under_way is None:
             return
         save, thread = self.under_way
-        thread.join()
+        with self.waited_for():
+            thread.join()
         self.under_way = None
         if save.problem is not None:
             raise not_written(save.folder, save.problem)
+
+    @contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """What is written inside the block, training waits for."""
+        self.waiting = True
+        try:
+            yield
+        finally:
+            self.waiting = False
+
+    def came_further(self) -> None:
+        """Say so, where training waits for it."""
+        if self.waiting:
+            self.moved()
 
     def give_up(self) -> None:
         """Stop the save under way, if any, and leave nothing of it."""
@@ -225,14 +247,21 @@ class Saver:
         """Write a checkpoint and set its `problem`; collective over `group`."""
         rank, ranks = own_place()
         part, report = part_of(save.folder), dict[str, Any]()
+        rounds = Rounds(group, self.came_further)
+
+        def given_up() -> bool:
+            rounds.go_on()
+            return save.given_up.is_set()
+
         try:
             if save.layout is not None:
                 path = part / f"rank-{rank:05d}.safetensors"
-                size, crc = tensor_file.write(path, save.layout.header, save.pieces, save.given_up.is_set)
+                size, crc = tensor_file.write(path, save.layout.header, save.pieces, given_up)
                 report = {"file": path.name, "bytes": size, "crc32": crc, "starts": dict(save.starts)}
         except Exception as error:  # noqa: BLE001 - whatever it is, all ranks hear of it, and the last one stands
             report = {"error": told(rank, error)}
         try:
+            rounds.end()
             reports = gather(report, group)
             said = next((item["error"] for item in reports if "error" in item), None)
             if rank == 0:

@@ -8,6 +8,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +158,8 @@ def build_trainer(
         export: whose weights go to `weights/`: of the `last` step, or of the `best` checkpoint that is kept.
         max_shard_gb: size, in 10^9 bytes, above which a net's exported weights are spread over several files.
         stall_minutes: a run of several processes in which nothing has moved for so long ends, and says which rank is
-            behind; one process only says where it stands. A first step, checkpoints, validations and exports may take
-            nine tenths of the strategy's `timeout_minutes`, if that is longer.
+            behind; one process only says where it stands. A first step, checkpoints, validations, samples and exports
+            may stand still for nine tenths of the strategy's `timeout_minutes`, if that is longer.
         peak_tflops: dense bf16 peak of one device, of which `mfu` is the share; None takes that of a known GPU.
         title: what the progress bar calls it.
         logger: called with `out`, returns further loggers.
@@ -206,6 +207,7 @@ def build_trainer(
         keep_best=keep_best,
         beside=checkpoint_async,
         timeout=options.timeout,
+        moved=partial(phases.move, alike=False),
     )
     stop = GracefulStop(checkpoint)
     beside = {"out": out, "metrics": metrics, "ema": average, "precision": precision}
@@ -249,6 +251,7 @@ def build_trainer(
                 largest=int(max_shard_gb * 1e9),
                 best=checkpoint if export == "best" else None,
                 stopping=stop.agreed,
+                phases=phases,
             ),
             stop,
         ],
@@ -342,7 +345,7 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
             f"stopped at step {trainer.global_step} of {stage.max_steps}{left}; the same command goes on",
             stop.received,
         )
-    return metrics.row | checkpoint.told() if metrics.row else {}
+    return metrics.row | checkpoint.told()
 
 
 def settle_accumulation(trainer: L.Trainer, data: L.LightningDataModule, folder: Path) -> None:

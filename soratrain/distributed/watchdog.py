@@ -3,8 +3,8 @@
 Each rank's thread leaves in the store where the rank stands (`Phases`). Ranks 0 and 1 read what all have left. When
 none has moved for so long, the rank that has done least is the one that the others wait for; one whose thread is
 silent too is stopped, or its node is gone. What may take long (a first step, a checkpoint, a validation, an export) has
-a limit of its own. Beside that each rank looks whether the next one on its node still runs, and whether the store
-answers, which one rank holds.
+a limit of its own, for which it may stand still; as long as it goes on it may take any time. Beside that each rank
+looks whether the next one on its node still runs, and whether the store answers, which one rank holds.
 
 Alone, a process is only told that it stands still, and where: nothing waits for it.
 """
@@ -75,10 +75,10 @@ def verdict(ranks: Sequence[Seen], now: float, limit: float, long: float) -> tup
     behind = [rank for rank, seen in enumerate(ranks) if seen.standing.moves == least]
     first = ranks[behind[0]].standing
     still = f"no step has ended for {now - max(seen.moved for seen in ranks):.0f} s"
-    mend = "; if it may take longer, give strategy.timeout_minutes=" if free else ""
+    mend = "; if it may take longer, give a larger strategy.timeout_minutes" if free else ""
     if len(behind) == len(ranks):
-        where = f"all ranks stand at step {first.step} ({first.phase}); is the network between them up?"
-        return f"{still}: {where}{mend}", behind
+        where = f"all ranks stand at step {first.step} ({first.phase}){mend}"
+        return f"{still}: {where}; is the network between them up?", behind
     who = f"rank {behind[0]} is" if len(behind) == 1 else f"ranks {', '.join(map(str, behind[:8]))} are"
     return f"{still}: {who} behind, at step {first.step} ({first.phase}), and the others wait{mend}", behind
 
@@ -205,7 +205,8 @@ class Watchdog:
             said = json.loads(text)
             standing, before = Standing(**said["standing"]), seen[rank] if seen else None
             heard = before.heard if before and before.beat == said["beat"] else now
-            moved = before.moved if before and before.standing.moves == standing.moves else now
+            still = before and (before.standing.moves, before.standing.pieces) == (standing.moves, standing.pieces)
+            moved = before.moved if before and still else now
             found.append(Seen(standing, said["beat"], heard, moved))
         return found
 

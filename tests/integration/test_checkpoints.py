@@ -22,7 +22,13 @@ from tiny_training import Measured, Net, train
 
 from soratrain.callbacks import export
 from soratrain.distributed import checkpoint
-from soratrain.distributed.checkpoint import CheckpointReader, latest_checkpoint, read_state, saved_checkpoints
+from soratrain.distributed.checkpoint import (
+    CheckpointReader,
+    UnreadableError,
+    latest_checkpoint,
+    read_state,
+    saved_checkpoints,
+)
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
 
@@ -110,21 +116,33 @@ class Spoil(L.Callback):
         self.reach.setattr(checkpoint, "crc32", out_of_reach)
 
 
-@pytest.mark.parametrize("damaged", [True, False])
-def test_a_best_checkpoint_that_is_not_whole_is_not_exported_and_the_next_best_is(
-    damaged: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("keep_best", "exported", "left"), [(2, 3, [3, 6, 8]), (1, 8, [6, 8])])
+def test_a_damaged_best_checkpoint_is_not_exported_and_the_next_best_that_is_there_is(
+    keep_best: int, exported: int, left: list[int], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = tmp_path / "checkpoints" / "step-00000005"
-    how: dict[str, Any] = {"keep_best": 2, "validation": partial(Measured, LOSSES), "export": "best"}
+    how: dict[str, Any] = {"keep_best": keep_best, "validation": partial(Measured, LOSSES), "export": "best"}
     with caplog.at_level("WARNING", logger="soratrain"):
-        spoil = Spoil(folder, None if damaged else monkeypatch)
+        spoil = Spoil(tmp_path / "checkpoints" / "step-00000005", None)
         _, _, result = train(tmp_path, max_steps=8, trainer=how, callbacks=[spoil])
-    assert weights.document_of(tmp_path, "net")["extra"]["step"] == 3
-    why = "does not have the checksum" if damaged else "cannot be read now (Permission denied)"
-    assert f"step-00000005: rank-00000.safetensors {why}" in caplog.text
+    assert weights.document_of(tmp_path, "net")["extra"]["step"] == exported
+    assert "step-00000005: rank-00000.safetensors does not have the checksum" in caplog.text
     assert "; the next best is exported instead" in caplog.text
-    assert names(tmp_path) == ([3, 6, 8] if damaged else [3, 5, 6, 8])  # what is damaged is not kept for its loss
-    assert result["best_step"] == (3 if damaged else 5)
+    assert names(tmp_path) == left  # what is damaged is not kept for its loss
+    assert (result["best_step"], result["best_val_loss"]) == (exported, LOSSES[exported])
+
+
+def test_a_best_checkpoint_that_cannot_be_read_now_is_exported_by_the_same_command_once_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {"keep_best": 1, "validation": partial(Measured, LOSSES), "export": "best"}
+    with monkeypatch.context() as patch:
+        spoil = Spoil(tmp_path / "checkpoints" / "step-00000005", patch)
+        with pytest.raises(UnreadableError, match=r"cannot be read now \(Permission denied\): .*give the same command"):
+            train(tmp_path, max_steps=8, trainer=how, callbacks=[spoil])
+    assert names(tmp_path) == [5, 6, 8] and not (tmp_path / "weights").exists()
+    trainer, _, result = train(tmp_path, max_steps=8, trainer=how)
+    assert weights.document_of(tmp_path, "net")["extra"]["step"] == 5
+    assert trainer.global_step == 8 and names(tmp_path) == [5, 6, 8] and result["best_step"] == 5
 
 
 def test_without_keep_best_what_is_measured_keeps_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,16 @@ import numpy as np
 import pytest
 from data_tiny import write_latents
 from PIL import Image
+from safetensors.torch import load_file
 from test_validation import same
 from tiny_dit import PROMPTS, SHAPES, previews, train, write_vae
 
 from soratrain.callbacks import loggers
 from soratrain.diffusion.generator import Generator
 from soratrain.diffusion.sampler import Sampler
+from soratrain.distributed.phases import Phases
 from soratrain.errors import ConfigError
+from soratrain.models import tensor_file
 from soratrain.stages.sample_files import slug
 
 
@@ -76,6 +80,28 @@ def test_training_is_the_same_bit_for_bit_with_and_without_them(latents: Path, v
     train(tmp_path / "with", latents, vae=vae, max_steps=5)
     train(tmp_path / "without", latents, max_steps=5)
     same(tmp_path / "with", tmp_path / "without")
+
+
+def test_all_that_takes_long_says_how_far_it_has_come(
+    latents: Path, vae: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+    move = Phases.move
+
+    def kept(self: Phases, *, alike: bool = True) -> None:
+        found.append(self.standing().phase)
+        move(self, alike=alike)
+
+    monkeypatch.setattr(Phases, "move", kept)
+    monkeypatch.setattr(tensor_file, "CHUNK", 1000)
+    train(tmp_path, latents, max_steps=1, checkpoint_async=False, previews=previews(vae, every=1, batch=1))
+    exported = sum(len(load_file(file)) for file in (tmp_path / "weights").glob("*.safetensors"))
+    size = (tmp_path / "checkpoints" / "step-00000001" / "rank-00000.safetensors").stat().st_size
+    counts = Counter(found)
+    assert counts["samples"] == len(PROMPTS) and counts["export"] == exported > 20
+    assert counts["checkpoint"] >= size // 1000 > 20
+    assert counts["validation"] >= 3 * 4  # four clips are read, and asked of both weights
+    assert sum(counts.values()) == sum(counts[name] for name in ("samples", "export", "checkpoint", "validation"))
 
 
 def test_a_run_that_could_draw_nothing_ends_before_it_begins(latents: Path, vae: str, tmp_path: Path) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from soratrain.callbacks.export import Export
+from soratrain.distributed import phases, watchdog
 from soratrain.distributed.neighbours import GONE, RUNS, STOPPED, UNKNOWN, Card
 from soratrain.distributed.phases import Phases, Standing
-from soratrain.distributed.watchdog import Seen, verdict
+from soratrain.distributed.watchdog import Seen, Watchdog, verdict
 
 LIMIT, LONG = 60.0, 900.0
 
@@ -36,7 +42,7 @@ def test_a_rank_at_what_takes_long_has_a_limit_of_its_own_and_so_have_those_who_
     assert verdict(ranks, LONG - 1, LIMIT, LONG) is None
     words, behind = verdict(ranks, LONG, LIMIT, LONG) or ("", [])
     assert behind == [1] and f"for 900 s: rank 1 is behind, at step 12 ({phase}), and the others wait; if it" in words
-    assert words.endswith("if it may take longer, give strategy.timeout_minutes=")
+    assert words.endswith("if it may take longer, give a larger strategy.timeout_minutes")
     assert verdict([], 1000.0, LIMIT, LONG) is None
 
 
@@ -58,6 +64,59 @@ def test_a_rank_whose_thread_is_silent_is_named_before_those_that_wait_for_it() 
 def test_where_all_stand_alike_it_is_nobody_s_fault() -> None:
     words, behind = verdict([seen(48, moved=900.0), seen(48, moved=900.0)], 1000.0, LIMIT, LONG) or ("", [])
     assert behind == [0, 1] and "all ranks stand at step 12 (data); is the network between them up?" in words
+    words, _ = verdict([seen(48, moved=0.0, phase="export", free=True)] * 2, 1000.0, LIMIT, LONG) or ("", [])
+    mend = "if it may take longer, give a larger strategy.timeout_minutes; is the network between them up?"
+    assert words.endswith(f"all ranks stand at step 12 (export); {mend}")
+
+
+class Store(dict):
+    """Where ranks leave their signs of life."""
+
+    def check(self, keys: list[str]) -> bool:
+        return all(key in self for key in keys)
+
+    def multi_get(self, keys: list[str]) -> list[str]:
+        return [self[key] for key in keys]
+
+
+def test_a_slow_export_may_take_any_time_as_long_as_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    for module in (phases, watchdog):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    ranks, dog = [Phases(), Phases()], Watchdog(Phases(), limit=LIMIT, long=LONG)
+    known: list[Seen] = []
+    found: list[tuple[str, list[int]] | None] = []
+    dog.store, dog.ranks = Store(), 2
+
+    def look() -> None:
+        nonlocal known
+        for rank, own in enumerate(ranks):
+            beat = {"beat": now, "standing": asdict(own.standing())}
+            dog.store[f"{watchdog.PLACE}/beat/{rank}"] = json.dumps(beat)
+        known = dog.read(known)
+        found.append(verdict(known, now, LIMIT, LONG))
+
+    tensors = [("weight", torch.zeros(1))] * 6
+    work = [Export(Path("weights"), phases=own).heeding(iter(tensors)) for own in ranks]
+    for own in ranks:
+        own.start("[Callback]Export.on_train_end")
+    look()
+    for _ in tensors:
+        now += LONG / 2
+        next(work[0])
+        next(work[1])
+        look()
+    assert now > 2 * LONG and found == [None] * 7
+    now += LONG / 2
+    ranks[1].move(alike=False)  # what it alone has to do, as far as it has come
+    look()
+    now += LONG / 2
+    look()
+    assert found[7:] == [None, None]
+    now += LONG / 2
+    look()
+    words, behind = found[-1] or ("", [])
+    assert behind == [0, 1] and "for 900 s: all ranks stand at step 1 (export)" in words
 
 
 @pytest.mark.parametrize(
@@ -77,25 +136,25 @@ def test_where_all_stand_alike_it_is_nobody_s_fault() -> None:
     ],
 )
 def test_the_innermost_known_action_is_the_phase(actions: list[str], phase: str, free: bool) -> None:
-    phases, done = Phases(), 7
-    phases.follow(lambda: done)
+    own, done = Phases(), 7
+    own.follow(lambda: done)
     done = 8
     for action in actions:
-        phases.start(action)
-    standing = phases.standing()
+        own.start(action)
+    standing = own.standing()
     assert (standing.phase, standing.step, standing.moves, standing.free) == (phase, 9, len(actions), free)
     done = 7
-    assert phases.standing().free  # the first step, which may compile
+    assert own.standing().free  # the first step, which may compile
 
 
 def test_waiting_for_the_loader_is_added_up() -> None:
-    phases = Phases()
-    with phases.profile("[L].train_dataloader_next"):
+    own = Phases()
+    with own.profile("[L].train_dataloader_next"):
         time.sleep(0.05)
-    waited = phases.waited
-    with phases.profile("[Strategy]D.backward"):
+    waited = own.waited
+    with own.profile("[Strategy]D.backward"):
         time.sleep(0.05)
-    assert 0.05 <= waited == phases.waited
+    assert 0.05 <= waited == own.waited
 
 
 def test_a_process_is_known_to_run_to_be_stopped_and_to_have_gone() -> None:
