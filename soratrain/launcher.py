@@ -27,7 +27,7 @@ from soratrain.errors import ConfigError
 from soratrain.launcher_options import Options
 from soratrain.launcher_task import why, work
 from soratrain.sweep import Run, failed, metric_of, run_of
-from soratrain.sweep_runs import record
+from soratrain.sweep_runs import compared, diverged, record
 
 TARGET = "hydra_plugins.soratrain.SlurmLauncher"  # Hydra takes launchers from this package only, and a name for one
 POLLS = (1.0, 10.0, 60.0)  # seconds between two looks at the queue, at first and later, and when later begins
@@ -157,9 +157,7 @@ class SlurmLauncher(Launcher):
                 that another command has submitted: a node of the partition is down or drained, and comes back.
         """
         if state == "ended":
-            metric = metric_of(run.out) if run.done else math.nan
-            what = "is done" if run.done else f"ended before it was done: {why(run.out)}"
-            tell(f"{job}: {what}{'' if math.isnan(metric) else f', {metric:.6g}'}")
+            tell(f"{job}: {told(run)}")
             return
         tell(f"{job}: {state}")
         if state.startswith(("runs", "stops")):
@@ -172,6 +170,16 @@ class SlurmLauncher(Launcher):
 def restarted(job: str) -> bool:
     """Return whether SLURM has started a job more than once, where it says so."""
     return slurm.facts("job", job).get("Restarts", "0") != "0"
+
+
+def told(run: Run) -> str:
+    """Return in words what came of a run whose job has ended."""
+    result = outputs.stored_result(run.out)
+    if result is None:
+        return f"ended before it was done: {why(run.out)}"
+    name, metric = compared(result)
+    lost = diverged(result)
+    return f"is done, but has {lost}" if lost else f"is done{'' if math.isnan(metric) else f', {name} {metric:.6g}'}"
 
 
 def tell(words: str) -> None:

@@ -30,16 +30,7 @@ from soratrain.errors import ConfigError, DataError
 from soratrain.quoting import quote, quote_value
 from soratrain.run import detect_machine, prepare
 from soratrain.schema import CONF
-from soratrain.sweep_runs import record
-
-METRICS = (
-    "val_loss",
-    "loss",
-    "clips_per_s",
-    "captions_per_s",
-    "samples",
-)  # the first one that a stage reports is what a sweeper minimises
-
+from soratrain.sweep_runs import compared, record
 
 CHECKED = 256  # runs of a sweep are checked before the first of them starts
 HIDDEN = ("out", "upstream", "machine")  # words that sweep() itself may have added
@@ -110,9 +101,8 @@ def job(config: DictConfig) -> float:
 
 
 def metric_of(out: Path) -> float:
-    """Return what a sweep compares finished runs by; NaN of a stage that reports no such figure."""
-    result = json.loads((out / "result.json").read_text())
-    return float(next((result[key] for key in METRICS if key in result), math.nan))
+    """Return what a sweep compares finished runs by; NaN of one that has no such figure."""
+    return compared(json.loads((out / "result.json").read_text()))[1]
 
 
 def combinations(overrides: Sequence[str]) -> tuple[Iterator[list[str]], int]:

@@ -15,7 +15,14 @@ from soratrain.sweep_runs import Outcome
 Area = tuple[float, float, float, float]  # left, top, right, bottom
 WIDTH, EDGE, BETWEEN, TALL, TOP, LINE = 1280, 24, 20, 400, 84, 26  # pixels
 MOST = 24  # runs that are listed
-STATES = {"done": GOOD, "running": "#f5b83d", "waiting": FAINT, "unfinished": FAINT, "failed": BAD}
+STATES = {
+    "done": GOOD,
+    "diverged": BAD,
+    "running": "#f5b83d",
+    "waiting": FAINT,
+    "unfinished": FAINT,
+    "failed": BAD,
+}
 
 
 def draw(path: Path, title: str, runs: Sequence[Outcome], keys: Sequence[str], name: str) -> None:
@@ -174,7 +181,7 @@ def courses(
     panel = Panel(chart, area, f"{column} over steps", Scale(0, last * 1.02), Scale.around(every), below="step")
     for run, points in reversed(curves):  # the best one on top
         panel.curve(points, colours[id(run)], 2.6 if run is runs[0] else 1.5)
-        if run.state == "failed":
+        if run.state in ("failed", "diverged"):
             chart.dot(panel.at(*points[-1]), BAD, 4)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from soratrain.distributed.neighbours import RUNS, STOPPED, Card
 from soratrain.errors import DataError
 from soratrain.launcher_task import errors_in, rank_logs
 
+TRAINED = ("val_loss", "loss")  # the first one that a stage reports is what a sweeper minimises
+METRICS = (*TRAINED, "clips_per_s", "captions_per_s", "samples")  # of a job that trains nothing
 FILE = "sweep.json"  # in a run's folder: its overrides, and which process on which machine works on it
 
 
@@ -25,8 +27,8 @@ class Outcome:
     Attributes:
         folder: where it lies.
         values: what its command said, by key.
-        state: `done`, `running`, `waiting`, `unfinished` or `failed`.
-        note: why it failed, or how far it is.
+        state: `done`, `diverged` (at the end, without a loss), `running`, `waiting`, `unfinished` or `failed`.
+        note: why it failed or has no loss, or how far it is.
         result: what a finished run says of itself.
         rows: its metrics so far, as in `metrics.csv`.
     """
@@ -46,6 +48,24 @@ class Outcome:
     def curve(self, name: str) -> list[tuple[float, float]]:
         """Return (step, value) of a column of its metrics."""
         return [(float(row["step"]), float(row[name])) for row in self.rows if row.get(name)]
+
+
+def compared(result: Mapping[str, object]) -> tuple[str, float]:
+    """Return the name and the value of what finished runs are compared by, NaN where this one has no such figure."""
+    usual = TRAINED if "step" in result else METRICS
+    for name in usual:
+        if isinstance(value := result.get(name), int | float):
+            return name, float(value)
+    return usual[-1], math.nan
+
+
+def diverged(result: Mapping[str, object]) -> str:
+    """Return why a run that has made all its steps ends without a loss; empty where it has one, or trains nothing."""
+    if "step" not in result or math.isfinite(compared(result)[1]):
+        return ""
+    skipped = result.get("bad_steps")
+    known = isinstance(skipped, int | float) and skipped > 0
+    return f"no loss: {skipped:.0f} updates were skipped, the last ones among them" if known else "no loss"
 
 
 def record(out: Path, overrides: Sequence[str], *, here: bool, code: int | None = None) -> None:
@@ -88,7 +108,8 @@ def outcome(place: Path) -> Outcome:
     overrides = json.loads((place / FILE).read_text())["overrides"]
     values = {item.partition("=")[0].lstrip("+"): item.partition("=")[2] for item in overrides}
     result, rows = outputs.stored_result(place), read_rows(place / "metrics.csv")
-    state, note = ("done", "") if result is not None else unfinished(place, rows)
+    lost = diverged(result or {})
+    state, note = ("diverged" if lost else "done", lost) if result is not None else unfinished(place, rows)
     return Outcome(place, values, state, note, result or {}, rows)
 
 
@@ -138,7 +159,7 @@ def swept(runs: Sequence[Outcome]) -> list[str]:
     return sorted((key for key in keys if different[key] > 1), key=lambda key: (-different[key], keys.index(key)))
 
 
-def figure(runs: Sequence[Outcome], asked: str | None, usual: Sequence[str]) -> str:
+def figure(runs: Sequence[Outcome], asked: str | None) -> str:
     """Return the name of the figure that runs are compared by.
 
     Raises:
@@ -152,4 +173,5 @@ def figure(runs: Sequence[Outcome], asked: str | None, usual: Sequence[str]) -> 
                 f"stage.job.metric={asked}: no run reports it; there are: {', '.join(sorted(there | columns))}"
             )
         return asked
+    usual = TRAINED if "step" in there | columns else METRICS
     return next((name for name in usual if name in there), next((name for name in usual if name in columns), usual[0]))

@@ -112,6 +112,20 @@ class Metrics(StepCallback):
             self.rows.append({key: shown(value) for key, value in row.items()})
             append_row(self.file, self.rows)
 
+    def result(self) -> dict[str, float]:
+        """Return what a finished run says of itself: the last row, and how many updates were skipped in all.
+
+        A last row without a loss, all of whose updates were skipped, is said.
+        """
+        skipped = sum(float(row.get("bad_steps") or 0) for row in self.rows)
+        if self.row and "loss" not in self.row and self.rows:
+            log.warning(
+                "the run ends without a loss: %d of its updates were skipped, the last ones among them; lower"
+                " optimizer.lr, or set trainer.precision=32-true, with fresh=true",
+                skipped,
+            )
+        return self.row | ({"bad_steps": skipped} if "bad_steps" in self.row else {})
+
     def reduced(self, device: torch.device) -> dict[str, float]:
         """Return the means over steps of this row so far: counts summed over ranks, the rest averaged.
 

@@ -38,10 +38,11 @@ USERS, OURS = 2, 1  # exit codes: what the user can mend, and all else
 LOST = re.compile(
     r"connection (was )?(closed|reset|refused)|closed by peer|broken pipe|timed? ?out|NCCL|gloo|recvBytes|aborted", re.I
 )
+GOES_ON = "the same command goes on from the last checkpoint"
 DIED = "another process of this run has died"  # what a rank says that knows no more
 _watched: set[int] = set()  # processes in which the thread runs
 _over = threading.Event()
-_told = threading.Event()  # this process's reason is known
+_telling = threading.Lock()  # taken by the thread that tells why this process ends, which then ends it
 _last: list[Callable[[], None]] = []  # what is done before this process is ended from a thread
 _keepers: list[Callable[[str], None]] = []  # who writes down why it was
 
@@ -106,16 +107,18 @@ def claim() -> bool:
 def announce(reason: str, code: int = USERS, show: Sequence[int] = ()) -> bool:
     """Tell all ranks to stop, because of `reason`, and let them have time to hear it; return whether it was the first.
 
+    Another reason may be that of another rank, or of another thread of this process: neither is said twice.
+
     Args:
         reason: one line.
         code: the exit code of the ranks that hear it.
         show: ranks that are to show where they stand in the code.
     """
-    if not together() or not (_told.is_set() or claim()):
+    if not together() or not _telling.acquire(blocking=False):
         return False
-    if _told.is_set():
-        return True
-    _told.set()
+    if not claim():
+        _telling.release()
+        return False
     text = json.dumps({"rank": dist.get_rank(), "reason": reason, "code": code, "show": list(show)})
     ask(lambda: _get_default_store().set(KEY, text), None)
     time.sleep(LINGER)

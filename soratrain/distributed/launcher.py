@@ -55,7 +55,7 @@ class Launcher(_SubprocessScriptLauncher):
         rank = self.cluster_environment.node_rank() * self.num_processes + number
         who = f"rank {rank} (process {self.procs[number - 1].pid})"
         if code < 0:
-            reason = f"{who} {ended_by(code)}; the same command goes on from the last checkpoint"
+            reason = f"{who} {ended_by(code)}; {halt.GOES_ON}"
             if not halt.announce(reason, halt.OURS) and halt.together():
                 time.sleep(halt.PATIENCE)  # another's reason was first
             halt.end(reason, halt.OURS)

@@ -345,7 +345,7 @@ def fit(trainer: L.Trainer, stage: TrainStage, data: L.LightningDataModule) -> d
             f"stopped at step {trainer.global_step} of {stage.max_steps}{left}; the same command goes on",
             stop.received,
         )
-    return metrics.row | checkpoint.told()
+    return metrics.result() | checkpoint.told()
 
 
 def settle_accumulation(trainer: L.Trainer, data: L.LightningDataModule, folder: Path) -> None:

@@ -247,7 +247,7 @@ class Watchdog:
         """Return in words what is wrong with a rank's process, as far as this node knows."""
         card = self.cards.get(rank)
         state = card.state() if card else ""
-        why = {GONE: " without a word: killed, perhaps for want of memory", STOPPED: ""}
+        why = {GONE: f" without a word: killed, perhaps for want of memory; {halt.GOES_ON}", STOPPED: ""}
         return f"{card} {state}{why[state]}" if state in why else ""
 
     def holder(self) -> str:
@@ -259,7 +259,8 @@ class Watchdog:
         """End all ranks; those behind show where they stand."""
         if halt.announce(reason, halt.OURS, behind):
             halt.end(reason, halt.OURS)
-        self.over.wait(halt.PATIENCE)  # another rank was first: its reason is on its way
+        if not self.over.wait(halt.PATIENCE):  # in which another's reason, which was first, ends this process
+            halt.end(reason, halt.OURS)
 
     def end_stopped(self) -> None:
         """Kill a stopped process beside this one, which could not end by itself."""

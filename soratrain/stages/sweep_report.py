@@ -13,7 +13,6 @@ from rich.table import Table
 
 from soratrain.data.atomic import replacing
 from soratrain.errors import DataError
-from soratrain.sweep import METRICS
 from soratrain.sweep_plot import STATES, draw, summary
 from soratrain.sweep_runs import FILE, Outcome, figure, outcomes, swept
 
@@ -53,7 +52,7 @@ class SweepReport:
     def report(self, folder: Path) -> list[Outcome]:
         """Report one sweep and return its runs, best first."""
         runs = outcomes(folder)
-        name, keys = figure(runs, self.metric, METRICS), swept(runs)
+        name, keys = figure(runs, self.metric), swept(runs)
         runs.sort(key=lambda run: (math.isnan(run.metric(name)), run.metric(name), run.folder.name))
         stage = folder.parent.name
         place = self.out / stage

@@ -117,6 +117,7 @@ def test_a_rank_that_is_killed_is_missed_by_the_next(way: str, rank: int, tmp_pa
     codes, said, seconds = run(tmp_path, way, fault="kill", fault_rank=rank)
     assert (codes[rank], codes[1 - rank]) == (-9, 1) and seconds < 60
     assert "Traceback" not in said[1 - rank] and "has gone without a word: killed" in said[1 - rank]
+    assert "the same command goes on from the last checkpoint" in said[1 - rank]
 
 
 @pytest.mark.parametrize(

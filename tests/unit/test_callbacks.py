@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,6 +107,20 @@ def test_a_figure_that_some_steps_lack_is_the_mean_of_those_that_have_it() -> No
     again = Metrics(Path("unused.csv"), every=10)
     again.load_state_dict(metrics.state_dict())
     assert again.reduced(torch.device("cpu")) == pytest.approx(means)
+
+
+def test_a_run_that_ends_without_a_loss_says_so_and_how_many_updates_were_skipped_in_all(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("soratrain"), "propagate", True)
+    metrics = Metrics(Path("unused.csv"), every=2)
+    metrics.rows = [{"step": "2", "loss": "1", "bad_steps": "1"}, {"step": "4", "loss": "", "bad_steps": "2"}]
+    metrics.row = {"step": 4.0, "bad_steps": 2.0}
+    assert metrics.result() == {"step": 4.0, "bad_steps": 3.0}
+    assert "the run ends without a loss: 3 of its updates were skipped, the last ones among them" in caplog.text
+    caplog.clear()
+    metrics.row["loss"] = 1.0
+    assert metrics.result() == {"step": 4.0, "bad_steps": 3.0, "loss": 1.0} and not caplog.text
 
 
 def test_metrics_that_cannot_be_written_anew_stay_as_they_were(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from PIL import Image
 from soratrain.__main__ import dispatch
 from soratrain.chart import Scale, short
 from soratrain.errors import DataError
+from soratrain.launcher import told
 from soratrain.stages.sweep_report import SweepReport
-from soratrain.sweep_runs import outcomes, record, swept
+from soratrain.sweep import Run, metric_of
+from soratrain.sweep_runs import compared, diverged, figure, outcomes, record, swept
 
 
 def make(root: Path, name: str, overrides: list[str], *, loss: float | None = None, here: bool = False) -> Path:
@@ -66,6 +68,27 @@ def test_every_run_is_told_as_what_it_is(root: Path) -> None:
         "ee": ("unfinished", "step 30 of 40"),
         "ff": ("waiting", "no step yet, SLURM job 7_1"),
     }
+
+
+def test_a_run_that_ends_without_a_loss_has_diverged_and_is_compared_by_nothing_else(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lost = {"step": 40, "samples": 35.0, "bad_steps": 9.0, "seconds": 9, "stage": "dit"}
+    (root / "aa/result.json").write_text(json.dumps(lost))
+    assert np.isnan(metric_of(root / "aa")) and metric_of(root / "bb") == 0.2
+    note = "no loss: 9 updates were skipped, the last ones among them"
+    assert told(Run((), root / "aa", (), False)) == f"is done, but has {note}"
+    assert told(Run((), root / "bb", (), False)) == "is done, val_loss 0.2"
+    assert {(run.state, run.note) for run in outcomes(root) if run.folder.name == "aa"} == {("diverged", note)}
+    assert dispatch(["stage=sweep_report", "machine=laptop"]) == 0
+    assert "6 runs: 1 done, 1 diverged, 1 running" in capsys.readouterr().out
+    (root / "bb/result.json").write_text(json.dumps(lost))
+    assert figure(outcomes(root), None) == "loss"  # not the samples, of which both have some
+
+
+def test_a_job_that_trains_nothing_is_compared_by_how_fast_it_was_or_by_what_it_made() -> None:
+    assert compared({"clips_per_s": 3.0, "samples": 8}) == ("clips_per_s", 3.0)
+    assert compared({"samples": 8}) == ("samples", 8.0) and not diverged({"samples": 8})
 
 
 def test_a_process_that_got_the_number_of_one_that_is_gone_does_not_work_on_its_run(root: Path) -> None:

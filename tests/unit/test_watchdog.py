@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from soratrain.callbacks.export import Export
-from soratrain.distributed import phases, watchdog
+from soratrain.distributed import halt, phases, watchdog
 from soratrain.distributed.neighbours import GONE, RUNS, STOPPED, UNKNOWN, Card
 from soratrain.distributed.phases import Phases, Standing
 from soratrain.distributed.watchdog import Seen, Watchdog, verdict
@@ -59,6 +60,23 @@ def test_a_rank_whose_thread_is_silent_is_named_before_those_that_wait_for_it() 
         [],
     )
     assert behind == [1] and words.startswith("rank 1 has shown no sign of life for 70 s, since step 12 (data)")
+
+
+def test_of_two_threads_that_see_a_process_killed_the_one_that_knows_its_signal_is_not_talked_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said, asked = dict[str, str](), threading.Event()
+    store = SimpleNamespace(set=lambda key, text: (said.update({key: text}), asked.set()))
+    for name, value in {"together": lambda: True, "claim": lambda: True, "LINGER": 0.5}.items():
+        monkeypatch.setattr(halt, name, value)
+    monkeypatch.setattr(halt, "_telling", threading.Lock())
+    monkeypatch.setattr(halt, "_get_default_store", lambda: store)
+    monkeypatch.setattr(halt.dist, "get_rank", lambda: 0)
+    first = threading.Thread(target=halt.announce, args=("killed by signal 9", halt.OURS))
+    first.start()
+    assert asked.wait(10) and not halt.announce("gone without a word", halt.OURS)
+    first.join()
+    assert json.loads(said[halt.KEY])["reason"] == "killed by signal 9"
 
 
 def test_where_all_stand_alike_it_is_nobody_s_fault() -> None:
