@@ -69,7 +69,7 @@ class SlurmLauncher(Launcher):
             if (job := slurm_folder.worker(run.out).get("job")) and slurm.alive(job)
         }
         for place, job in jobs.items():
-            tell(f"{runs[place].called}: job {job}, which another command has submitted, works on it")
+            tell(f"{runs[place].called}: job {job}, submitted earlier, works on it")
         left = [place for place, run in enumerate(runs) if place not in jobs and (run.fresh or not run.done)]
         if left:
             jobs |= dict(zip(left, self.submit([runs[place] for place in left]), strict=True))
@@ -164,7 +164,8 @@ class SlurmLauncher(Launcher):
             self.unproved.discard(job)
         if any(reason in state for reason in NEVER) and job in self.unproved and not restarted(job):
             subprocess.run(["scancel", job.split("_")[0]], capture_output=True, check=False)
-            raise refusal(f"it would never start job {job} ({state})", self.options)
+            reason = state.removeprefix("waits (").removesuffix(")")
+            raise refusal(f"it would never start job {job} ({reason}), which is cancelled", self.options)
 
 
 def restarted(job: str) -> bool:

@@ -88,10 +88,19 @@ def matters(key: str) -> bool:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Return `key: old → new` for every key that matters and differs."""
+    """Return `key: old → new` for every key that matters and differs; what a stage takes from another key is that key.
+
+    So `stage.module.max_steps` is not named where `trainer.max_steps` is, which a user gives.
+    """
     before, after = flatten(old), flatten(new)
-    keys = [key for key in sorted(before.keys() | after.keys()) if matters(key)]
-    return [f"{key}: {before.get(key)!r} → {after.get(key)!r}" for key in keys if before.get(key) != after.get(key)]
+    keys = [key for key in sorted(before.keys() | after.keys()) if matters(key) and before.get(key) != after.get(key)]
+
+    def change(key: str) -> tuple[str, Any, Any]:
+        return key.rpartition(".")[2], before.get(key), after.get(key)
+
+    given = [change(key) for key in keys if not key.startswith("stage.")]
+    keys = [key for key in keys if not key.startswith("stage.") or change(key) not in given]
+    return [f"{key}: {before.get(key)!r} → {after.get(key)!r}" for key in keys]
 
 
 def stored_config(out: Path) -> dict[str, Any] | None:
@@ -132,8 +141,8 @@ def claim(out: Path, config: Mapping[str, Any], *, compare: bool) -> None:
         if changed:
             shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
             raise ConfigError(
-                f"{out} was begun with another config ({shown}); give the same values, run=NAME for a run beside it,"
-                " or fresh=true to start over"
+                f"{out} was begun with another config ({shown}); give the same values, run=NAME for a run beside it"
+                f" (init={out} begins it from the weights that this one has come to), or fresh=true to start over"
             )
     with written_to(out):
         out.mkdir(parents=True, exist_ok=True)

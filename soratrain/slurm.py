@@ -288,7 +288,11 @@ def start_again(received: int, requeues: int) -> int:
     job, name = facts("job", job_id()), signal.Signals(received).name
     state, limit = job.get("JobState"), job.get("Reason") == "TimeLimit"
     if received == signal.SIGTERM and not (limit or (state == "RUNNING" and preempted(job))):
-        log.info("SLURM job %s was ended (%s): it does not start again by itself", job_id(), state or name)
+        how = "scancel or the like" if state in (None, "COMPLETING") else state
+        log.info(
+            "SLURM job %s was ended (%s, %s): it does not start again by itself; the same command goes on",
+            *(job_id(), name, how),
+        )
         return 130
     if restarts() >= requeues:
         log.info("SLURM job %s has started again %d times, as often as it may (requeues)", job_id(), restarts())

@@ -189,8 +189,9 @@ def sweep(overrides: Sequence[str]) -> int:
         words = [*slurm_words(configs), *words]  # what is asked for comes last, and wins
         hydra_words = [item for item in words if split_override(item)[0].startswith(("hydra.", "hydra/"))]
         launcher.prepared(launcher_node([*runs[0], *slurm_words(configs), *hydra_words]))
-        for config in configs:
-            upstream.ensure(config, words)  # before they wait in a queue for it
+        for run, config in zip(runs, configs, strict=True):
+            own = [word for word in run if word in words or split_override(word)[0] != "seed"]  # not a swept one
+            upstream.ensure(config, own)  # before they wait in a queue for it
     sys.argv[1:] = ["--multirun", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what goes wrong, so that it is said like anything else
     failed.clear()

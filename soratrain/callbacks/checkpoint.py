@@ -279,7 +279,8 @@ class GracefulStop(StepCallback):
 
     def on_step(self, trainer: L.Trainer, stage: TrainStage) -> None:
         if self.agreed():
-            log.info("stopping after step %d (signal %d): saving a checkpoint", self.step, self.received)
+            if trainer.is_global_zero:
+                log.info("stopping after step %d (signal %d): saving a checkpoint", self.step, self.received)
             if self.step < stage.max_steps:  # else the last one is saved in any case
                 self.checkpoint.save(trainer, wait=True)
                 trainer.should_stop = True

@@ -54,7 +54,7 @@ WAITS, RUNS = "17|PENDING|PartitionNodeLimit|\n", "17|RUNNING|None|n[1-2]\n"
 
 def test_a_new_job_that_slurm_would_never_start_is_cancelled(place: Path) -> None:
     says(place, "squeue", WAITS)
-    with pytest.raises(ConfigError, match=r"it would never start job 17 \(waits \(PartitionNodeLimit\)\)"):
+    with pytest.raises(ConfigError, match=r"it would never start job 17 \(PartitionNodeLimit\), which is cancelled"):
         watched(place, own=True)
     assert (place / "scancel.said").read_text() == "17\n"
 

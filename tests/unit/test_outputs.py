@@ -71,6 +71,16 @@ def test_a_folder_in_which_nothing_was_made_is_given_up_and_any_other_is_not(tmp
         outputs.release(out)
 
 
+def test_what_a_stage_takes_from_another_key_is_named_by_that_key() -> None:
+    old = {"trainer": {"max_steps": 400}, "stage": {"module": {"max_steps": 400, "x": 1}, "data": {"max_steps": 400}}}
+    new = {"trainer": {"max_steps": 25}, "stage": {"module": {"max_steps": 25, "x": 2}, "data": {"max_steps": 26}}}
+    assert outputs.differences(old, new) == [
+        "stage.data.max_steps: 400 → 26",
+        "stage.module.x: 1 → 2",
+        "trainer.max_steps: 400 → 25",
+    ]
+
+
 def test_a_command_that_the_data_refuse_claims_no_folder(tmp_path):
     write_clips(tmp_path / "shards", [(48, 64, 9)] * 4)
     (tmp_path / "shards" / "dataset.json").write_text("{}")
