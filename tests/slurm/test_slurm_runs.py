@@ -58,7 +58,7 @@ def test_a_job_that_is_preempted_saves_waits_and_goes_on_bit_for_bit(slurm: Clus
     until(lambda: command.poll() is not None, folder)
     said, log = (folder / "terminal.txt").read_text(), (out / "logs/rank-00000.log").read_text()
     assert command.returncode == 0, said + log
-    assert "waits to start again" in said and re.search(r": is done, [\d.]+", said), said
+    assert "waits to start again" in said and re.search(r": is done, loss [\d.]+", said), said
     stopped = re.search(r"stopping after step (\d+) \(signal 15\): saving", log)
     assert stopped and 4 <= int(stopped[1]) < STEPS, log
     assert f"going on from step-{int(stopped[1]):08d}" in log and "starts again and goes on (SIGTERM; restart 1)" in log
