@@ -90,10 +90,11 @@ def test_a_rank_that_raises_ends_all_with_its_traceback_first(
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_what_all_ranks_find_at_the_same_step_is_said_once(strategy: str, tmp_path: Path) -> None:
     codes, said, _ = run(tmp_path, "torchrun", strategy=strategy, poison=2)
-    assert codes == [2, 2] and said[1] == "", said[1]
-    assert (
-        said[0].startswith("error: the loss is nan at step 3; the last checkpoint stands") and said[0].count("\n") == 1
-    )
+    assert codes == [2, 2]
+    # torch's own warning may stand beside it, where a rank asked the store in the moment in which that went
+    told = [re.findall(r"^error: .*|^Traceback.*", each, re.MULTILINE) for each in said]
+    assert len(told[0]) == 1 and told[1] == [], said
+    assert told[0][0].startswith("error: the loss is nan at step 3; the last checkpoint stands")
 
 
 def test_where_one_process_starts_the_others_the_traceback_comes_before_what_follows_from_it(tmp_path: Path) -> None:
