@@ -289,7 +289,7 @@ def training(config: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
     """Build a training run; calling it trains, from the newest checkpoint if there is one, to the last metrics."""
     import lightning as L
 
-    from soratrain.distributed import trainer as engine
+    from soratrain.distributed.fit import fit
 
     L.seed_everything(config["seed"], verbose=False)
     module = instantiate(config["stage"]["module"])
@@ -304,6 +304,6 @@ def training(config: Mapping[str, Any]) -> Callable[[], dict[str, Any]]:
                     module.start_from(name, config["init"])
                 except DataError as error:
                     raise DataError(f"init={config['init']}: {error}") from error
-        return engine.fit(trainer, module, data)
+        return fit(trainer, module, data)
 
     return train

@@ -32,7 +32,8 @@ from tiny_training import Data, Numbers
 from soratrain.callbacks.checkpoint import Checkpoint
 from soratrain.callbacks.ema import EMA
 from soratrain.distributed.checkpoint import folder_of
-from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.distributed.fit import fit
+from soratrain.distributed.trainer import build_trainer
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import TrainStage
 

@@ -9,13 +9,16 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing import forkserver
+from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
+UNIT = Path(__file__).parents[1] / "unit"
 
 
 def start_server() -> None:
@@ -85,3 +88,26 @@ def run_ranks(function: Callable[..., Any], count: int, timeout: float = 120, **
     if failures:
         raise RuntimeError("\n".join(failures))
     return [value for _, value in answers]
+
+
+class Scripts:
+    """Processes that run a script: `script PLACE OUT PAUSE fail`, one alone or two as torchrun starts them."""
+
+    def __init__(self, script: str) -> None:
+        self.script = script
+
+    def start(
+        self, place: Path, out: str, *, pause: float = 0.0, fail: bool = False, **env: object
+    ) -> subprocess.Popen[str]:
+        """Start a process."""
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(UNIT), *sys.path]), "OMP_NUM_THREADS": "1"}
+        environment |= {name: str(value) for name, value in env.items()}
+        words = [sys.executable, "-c", self.script, str(place), out, str(pause), "fail" if fail else ""]
+        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def launched(self, place: Path, out: str, fail: int | None = None) -> list[tuple[int, str, str]]:
+        """Run two ranks, of which one may fail; return the exit code and output of each."""
+        common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        ranks = [self.start(place, out, fail=rank == fail, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(2)]
+        said = [process.communicate(timeout=120) for process in ranks]
+        return [(process.returncode, *texts) for process, texts in zip(ranks, said, strict=True)]

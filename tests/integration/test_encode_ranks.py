@@ -11,11 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import free_port
+from ranks import UNIT, Scripts
 
 from soratrain.distributed.ranks import deal
 
-UNIT = Path(__file__).parents[1] / "unit"
 SCRIPT = """
 import sys, time
 from pathlib import Path
@@ -41,22 +40,8 @@ try:
 except UserError as error:
     sys.exit(f"error: {error}")
 """
-
-
-def start(place: Path, out: str, *, pause: float = 0.0, fail: bool = False, **env: object) -> subprocess.Popen[str]:
-    """Start a process that encodes the clips in `place`."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(UNIT), *sys.path]), "OMP_NUM_THREADS": "1"}
-    environment |= {name: str(value) for name, value in env.items()}
-    words = [sys.executable, "-c", SCRIPT, str(place), out, str(pause), "fail" if fail else ""]
-    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def launched(place: Path, out: str, fail: int | None = None) -> list[tuple[int, str, str]]:
-    """Encode with two ranks as torchrun starts them; return the exit code and output of each."""
-    common = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    ranks = [start(place, out, fail=rank == fail, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(2)]
-    said = [process.communicate(timeout=120) for process in ranks]
-    return [(process.returncode, *texts) for process, texts in zip(ranks, said, strict=True)]
+SCRIPTS = Scripts(SCRIPT)
+start, launched = SCRIPTS.start, SCRIPTS.launched
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -17,8 +17,9 @@ from tiny_training import SGDFactory
 from soratrain.data.datamodule import LatentData
 from soratrain.diffusion.conditioning import MODES, Conditioning
 from soratrain.diffusion.flow import Flow
+from soratrain.distributed.fit import fit
 from soratrain.distributed.options import StrategyOptions
-from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.distributed.trainer import build_trainer
 from soratrain.models import weights
 from soratrain.models.dit import DiT
 from soratrain.models.text import ByteTextEncoder

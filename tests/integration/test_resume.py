@@ -24,7 +24,7 @@ from tiny_training import train
 from soratrain.callbacks import export
 from soratrain.callbacks.checkpoint import GracefulStop
 from soratrain.distributed.checkpoint import latest_checkpoint, read_state, saved_checkpoints
-from soratrain.distributed.trainer import StoppedError
+from soratrain.distributed.fit import StoppedError
 from soratrain.errors import DataError, DivergedError
 
 HERE = Path(__file__).parent

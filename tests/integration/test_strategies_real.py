@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from soratrain.batch import Batch, LatentBatch, VideoBatch, draw_of
 from soratrain.diffusion.conditioning import MODES, Conditioning
 from soratrain.diffusion.flow import Flow
+from soratrain.distributed.fit import fit
 from soratrain.distributed.options import StrategyOptions
-from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.distributed.trainer import build_trainer
 from soratrain.models import weights
 from soratrain.models.captioner import Captioner
 from soratrain.models.dit import DiT

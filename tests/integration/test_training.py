@@ -19,7 +19,8 @@ from tiny_training import Data, Net, SGDFactory, Stage, train
 from soratrain.callbacks import loggers
 from soratrain.callbacks.metrics import read_rows
 from soratrain.distributed.checkpoint import saved_checkpoints
-from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.distributed.fit import fit
+from soratrain.distributed.trainer import build_trainer
 from soratrain.optim import OptimizerFactory, Schedule
 
 

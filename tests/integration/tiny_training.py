@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from soratrain.callbacks.export import Whole
+from soratrain.distributed.fit import fit
 from soratrain.distributed.options import StrategyOptions
-from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.distributed.trainer import build_trainer
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import TrainStage
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from soratrain.batch import VideoBatch, draw_of
+from soratrain.distributed.fit import fit
 from soratrain.distributed.options import StrategyOptions
-from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.distributed.trainer import build_trainer
 from soratrain.models import weights
 from soratrain.models.discriminator import PatchDiscriminator
 from soratrain.models.vae import VAE

@@ -15,7 +15,8 @@ from torch import nn
 from soratrain.batch import LatentBatch
 from soratrain.data.datamodule import LatentData
 from soratrain.data.planned import PlannedData
-from soratrain.distributed.trainer import StoppedError, build_trainer, fit
+from soratrain.distributed.fit import StoppedError, fit
+from soratrain.distributed.trainer import build_trainer
 from soratrain.errors import ConfigError
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import TrainStage

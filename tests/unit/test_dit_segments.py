@@ -22,7 +22,8 @@ from soratrain.diffusion.arrange import Case
 from soratrain.diffusion.conditioning import MODES, Conditioning
 from soratrain.diffusion.flow import Flow
 from soratrain.diffusion.segments import Segment, flatten
-from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.distributed.fit import fit
+from soratrain.distributed.trainer import build_trainer
 from soratrain.errors import ConfigError, DataError
 from soratrain.models.dit import DiT
 from soratrain.models.patchify import patchify_target

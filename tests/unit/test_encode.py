@@ -30,7 +30,8 @@ from soratrain.data.members import read_members
 from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
 from soratrain.data.shards import ShardReader, ShardWriter
-from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.distributed.fit import fit
+from soratrain.distributed.trainer import build_trainer
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
 from soratrain.models.text import ByteTextEncoder, TextTokens

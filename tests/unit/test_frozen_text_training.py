@@ -17,8 +17,9 @@ from soratrain.data.datamodule import LatentData
 from soratrain.diffusion.conditioning import Conditioning
 from soratrain.diffusion.flow import Flow
 from soratrain.distributed.checkpoint import latest_checkpoint
+from soratrain.distributed.fit import fit
 from soratrain.distributed.options import StrategyOptions
-from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.distributed.trainer import build_trainer
 from soratrain.errors import DataError
 from soratrain.models.dit import DiT
 from soratrain.models.frozen_text import FrozenText

@@ -19,7 +19,8 @@ from soratrain.data.datamodule import LatentData, VideoData
 from soratrain.diffusion.conditioning import Conditioning
 from soratrain.diffusion.flow import Flow
 from soratrain.distributed.checkpoint import latest_checkpoint, read_state
-from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.distributed.fit import fit
+from soratrain.distributed.trainer import build_trainer
 from soratrain.errors import ConfigError
 from soratrain.models import weights
 from soratrain.models.dit import DiT

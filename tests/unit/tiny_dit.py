@@ -18,8 +18,9 @@ from soratrain.diffusion.conditioning import Conditioning
 from soratrain.diffusion.flow import Flow
 from soratrain.diffusion.objective import Objective
 from soratrain.diffusion.sampler import Sampler
+from soratrain.distributed.fit import fit
 from soratrain.distributed.options import StrategyOptions
-from soratrain.distributed.trainer import build_trainer, fit
+from soratrain.distributed.trainer import build_trainer
 from soratrain.models import weights
 from soratrain.models.dit import DiT
 from soratrain.models.text import ByteTextEncoder
