@@ -29,7 +29,8 @@ from soratrain.data.manifest import write_captions
 
 ROOT = Path(__file__).parents[2]
 PLACE = ROOT / "outputs" / "bench_recaption"
-CLIPS, SEEDS, PROMPTS = 2400, (0, 1), 256
+TAUGHT, CLIPS = 9600, 2400  # clips that the captioner learns from, and that it describes
+SEEDS, PROMPTS = (0, 1), 256
 NET = ("dit=nano", "trainer.max_steps=2700")
 STYLES = ("short", "long")  # that a DiT is shown by default
 NAMES = ("color", "shape", "motion", "background", "number")
@@ -111,7 +112,7 @@ def withhold() -> None:
 def prepare() -> None:
     """Make what both DiTs share: clips, captioner, captions, VAE, latents."""
     together(
-        ("data_prep", "input=world", "output=taught", f"world.clips={CLIPS}"),
+        ("data_prep", "input=world", "output=taught", f"world.clips={TAUGHT}"),
         ("data_prep", "input=world", "output=captioned", f"world.clips={CLIPS}", "world.seed=1"),
     )
     withhold()
