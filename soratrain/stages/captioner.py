@@ -96,7 +96,9 @@ class CaptionerStage(TrainStage):
         heard = language.new_tensor(told)
         loss = batch.mean(heard * (language + self.contrast_weight * contrast))
         self.report_captions(batch)
-        self.report(loss=loss, language=language.mean(), contrast=contrast.mean(), samples=len(batch))
+        self.report(loss=loss, samples=len(batch))
+        clips = max(sum(told), 1)
+        self.report(language=(heard * language).sum() / clips, contrast=(heard * contrast).sum() / clips)
         return loss
 
     def watch(self, batch: VideoBatch, styles: Sequence[str]) -> None:

@@ -61,19 +61,24 @@ def test_the_loss_is_language_plus_weighted_contrast():
     torch.testing.assert_close(language, plain.take_reported()["language"].float())
 
 
-def test_a_clip_without_a_caption_teaches_no_words():
-    built = stage(contrast_weight=0.0)
+def test_a_clip_without_a_caption_teaches_nothing_and_is_in_no_figure():
+    built = stage(contrast_weight=0.5)
     torch.nn.init.normal_(built.captioner.decoder.head.weight)
-    clips = batch(["a red disc", ""], ["short", "gt"])
-    grads = []
+    clips = batch(["a red disc", "", "a blue box"], ["short", "gt", "short"])
+    grads, figures = [], []
     for other in (0, 255):
         video = clips.video.clone()
-        video[1] = other
+        video[1, :, :8] = other
         built.zero_grad()
         built.training_step(replace(clips, video=video), 0).backward()
         grads.append(built.captioner.encoder.embed.weight.grad.clone())
+        figures.append(built.take_reported())
     torch.testing.assert_close(*grads)
-    assert grads[0].abs().sum() > 0
+    assert grads[0].abs().sum() > 0 and figures[0]["contrast"] > 0
+    for name in ("language", "contrast"):
+        torch.testing.assert_close(*(found[name] for found in figures))
+    told = figures[0]["language"] + 0.5 * figures[0]["contrast"]
+    torch.testing.assert_close(figures[0]["loss"] * 3 / 2, told)
 
 
 def test_clips_without_captions_are_an_error_that_names_both_ways_out():
