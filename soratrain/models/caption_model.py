@@ -199,4 +199,6 @@ class CaptionModel(nn.Module):
 
 def same_captions(captions: Sequence[str], device: torch.device) -> Tensor:
     """Return which pairs of clips are no negatives of each other, `[B, B]`: of one caption, or one of them of none."""
-    return torch.tensor([[one == other or not (one and other) for other in captions] for one in captions], device=device)
+    return torch.tensor(
+        [[one == other or not (one and other) for other in captions] for one in captions], device=device
+    )

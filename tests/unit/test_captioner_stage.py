@@ -14,7 +14,7 @@ from soratrain.errors import DataError
 from soratrain.models.captioner import Captioner
 from soratrain.models.text import ByteTextEncoder
 from soratrain.optim import OptimizerFactory, Schedule
-from soratrain.stages.captioner import PATIENCE, CaptionerStage
+from soratrain.stages.captioner import ENOUGH, PATIENCE, CaptionerStage
 
 
 def stage(**changes) -> CaptionerStage:
@@ -111,15 +111,22 @@ def test_captions_teach_the_style_of_their_type_and_originals_that_of_their_leng
 
 
 def test_a_style_that_must_come_and_does_not_is_one_line():
+    each, clips = ENOUGH // PATIENCE, batch(["a disc"], ["short"])
     built = stage(teaches=["short", "tags"])
-    with pytest.raises(DataError, match=r"teaches=\['tags'\].*caption of style 'tags'.*data.caption_types"):
-        for step in range(PATIENCE):
-            built.training_step(batch(["a disc", "a box"], ["short", "short"]), step)
+    with pytest.raises(DataError, match=rf"teaches=\['tags'\]: none of {ENOUGH} .*style 'tags'.*data.caption_types"):
+        for _ in range(PATIENCE):
+            built.watch(clips, ["short"] * each)
     fine = stage(teaches=["short", "tags"])
     for step in range(2 * PATIENCE):
-        kind = "tags" if step == PATIENCE - 2 else "short"
-        fine.training_step(batch(["a disc", "a box"], ["short", kind]), step)
-    assert fine.captioner.known_styles == ("short", "tags")
+        fine.watch(clips, ["short"] * (each - 1) + ["tags" if step == PATIENCE - 2 else "short"])
+
+
+def test_a_style_that_comes_seldom_in_small_batches_is_waited_for():
+    built = stage(teaches=["tags"])
+    for _ in range(ENOUGH - 1):
+        built.watch(batch(["a disc"], ["short"]), ["short"])
+    built.watch(batch(["disc, red"], ["tags"]), ["tags"])
+    assert not built.awaited
 
 
 def test_captions_of_ten_thousand_words_are_cut_counted_and_said_once(caplog):
