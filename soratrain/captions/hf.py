@@ -196,7 +196,7 @@ class HFEngine:
                 except torch.OutOfMemoryError as error:
                     raise ConfigError(
                         f"engine.batch_size={self.batch_size}: {self.device} has not the memory for as many captions at"
-                        " once; use a smaller one, or a smaller engine.max_side or engine.max_frames"
+                        " once; use a smaller one: the same command, with it, goes on"
                     ) from error
                 found |= dict(zip(some, said, strict=True))
         return [found[place] for place in range(len(questions))]

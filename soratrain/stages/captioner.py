@@ -121,8 +121,8 @@ class CaptionerStage(TrainStage):
         if self.awaited and self.waited >= PATIENCE and self.heard >= ENOUGH:
             raise DataError(
                 f"stage.module.teaches={self.awaited}: none of {self.heard} captions was of style"
-                f" {self.awaited[0]!r}; bring captions of that type (beside the videos, NAME.json) and give it a weight in"
-                " data.caption_types, or leave the style out of teaches"
+                f" {self.awaited[0]!r}; bring captions of that type (beside the videos, NAME.json) and give it a weight"
+                " in data.caption_types, or leave the style out of teaches"
             )
 
     def count_cut(self, longer: int, truncated: int) -> None:

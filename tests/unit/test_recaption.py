@@ -230,8 +230,24 @@ def test_only_styles_that_were_trained_can_be_asked_for(shards, seer, tmp_path):
     assert {style for _, style in texts(tmp_path / "out")} == {"short"}
     with pytest.raises(ConfigError, match=r"\['short'\].*'camera'"):
         recaption(shards, short, tmp_path / "out", styles=["short", "camera"])()
-    with pytest.raises(ConfigError, match="trained on the styles"):
+    with pytest.raises(ConfigError, match="has learned no style; train it on clips with captions"):
         recaption(shards, save_captioner(tmp_path / "none", styles=()), tmp_path / "new")()
+
+
+def test_a_device_that_holds_less_is_one_line_and_a_smaller_batch_goes_on(
+    shards, captioner, seer, tmp_path, monkeypatch
+):
+    look, limit = Captioner.look, 1
+
+    def small(self, pixels, fps):
+        if len(pixels) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return look(self, pixels, fps)
+
+    monkeypatch.setattr(Captioner, "look", small)
+    with pytest.raises(ConfigError, match=r"engine.batch_size=128, engine.pixels_per_batch=.* goes on$"):
+        recaption(shards, captioner, tmp_path / "out")()
+    assert recaption(shards, captioner, tmp_path / "out", batch_size=limit)()["captions"] == 2 * len(SHAPES)
 
 
 def test_a_real_captioner_writes_what_it_generates(shards, tmp_path):
