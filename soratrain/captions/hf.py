@@ -188,18 +188,34 @@ class HFEngine:
             for some in chunks(places, self.batch_size):
                 shown = [looked[questions[place].place] for place in some]
                 prompts = [told(self.prompts[style], len(frames), seconds) for frames, seconds in shown]
-                options: dict[str, Any] = self.chance if again else {"do_sample": False}
-                try:
-                    with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                        torch.manual_seed(draw_of(*(questions[place].draw for place in some)))
-                        said = self._write([frames for frames, _ in shown], prompts, self.max_tokens, options)
-                except torch.OutOfMemoryError as error:
-                    raise ConfigError(
-                        f"engine.batch_size={self.batch_size}: {self.device} has not the memory for as many captions at"
-                        " once; use a smaller one: the same command, with it, goes on"
-                    ) from error
+                said = self._say(
+                    [frames for frames, _ in shown],
+                    prompts,
+                    self.chance if again else {"do_sample": False},
+                    draw_of(*(questions[place].draw for place in some)),
+                )
                 found |= dict(zip(some, said, strict=True))
         return [found[place] for place in range(len(questions))]
+
+    def _say(
+        self, pictures: Sequence[list[Any]], prompts: Sequence[str], options: Mapping[str, Any], seed: int
+    ) -> list[Answer]:
+        """Return what the model says to each prompt; of a clip that its processor does not take, why."""
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                return self._write(pictures, prompts, self.max_tokens, options)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"engine.batch_size={self.batch_size}: {self.device} has not the memory for as many captions at"
+                " once; use a smaller one, with which the same command goes on, or show it less (engine.max_side,"
+                " engine.max_frames)"
+            ) from error
+        except (ValueError, TypeError, KeyError, IndexError, ArithmeticError) as error:
+            if len(prompts) > 1:  # one of them is to blame, and the others are not
+                alone = zip(pictures, prompts, strict=True)
+                return [self._say([some], [prompt], options, seed)[0] for some, prompt in alone]
+            return [Answer("", failure=f"{self.model}: {' '.join(str(error).split())[:300]}", final=True)]
 
     @torch.inference_mode()
     def _write(

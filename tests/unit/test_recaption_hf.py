@@ -127,6 +127,23 @@ def test_every_clip_is_described_and_named_after_the_model(model, tmp_path):
     assert same.parent.name == table.parent.name
 
 
+def test_a_clip_that_the_processor_does_not_take_costs_no_other(model, monkeypatch):
+    engine = opened(model)
+    expected, process = engine.ask(engine.look(CLIPS), QUESTIONS), type(engine.processor).__call__
+
+    def narrow(self, images, **options):
+        if any(picture.width > 8 * picture.height for some in images for picture in some):
+            raise ValueError("absolute aspect ratio must be smaller than 8")
+        return process(self, images=images, **options)
+
+    monkeypatch.setattr(type(engine.processor), "__call__", narrow)
+    wide = Seen(data_tiny.key(9), np.zeros((2, 2, 40, 3), np.uint8), 8.0, 5)
+    looked = engine.look([CLIPS[0], wide, *CLIPS[1:]])
+    said = engine.ask(looked, [Question(place, style, None) for place in range(4) for style in PROMPTS])
+    assert said[:2] + said[4:] == expected
+    assert all(answer.final and "aspect ratio" in answer.failure for answer in said[2:4])
+
+
 def test_what_is_no_such_model_is_said_in_one_line(tmp_path, model):
     engine = HFEngine(folder=str(tmp_path))
     with pytest.raises(DataError, match=r"engine.folder=.*holds no image-text-to-text model that can be read"):

@@ -282,6 +282,17 @@ def test_a_model_that_takes_no_pictures_is_found_at_the_start(shards, tmp_path):
         assert len(server.asked) == 1
 
 
+def test_a_server_that_takes_fewer_pictures_is_found_at_the_start(shards, tmp_path):
+    with looking(lambda body: said("A grey wall.") if len(frames(body)) == 1 else 400) as server:
+        with pytest.raises(ChatError, match=r"told to answer 400.*engine.max_frames=2 at once.*engine.max_tokens=300"):
+            job(shards, tmp_path / "out", server.url, max_side=64)()
+        (body,) = server.asked
+        assert [frame.shape for frame in frames(body)] == [(64, 64, 3)] * 2
+        assert body["max_tokens"] == 300 and body["seed"] == 0
+        job(shards, tmp_path / "out", server.url, max_frames=1)()
+    assert not listed(tmp_path / "out")
+
+
 def test_a_key_that_is_withdrawn_stops_at_once_and_what_is_done_is_kept(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-old")
     count = threading.Semaphore(5)
