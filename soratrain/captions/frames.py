@@ -20,7 +20,7 @@ def chosen(count: int, fps: float, per_second: float, most: int) -> list[int]:
 
     They are spread evenly in time from the first to the last; one alone is the middle one.
     """
-    wanted = min(count, most, 1 + int((count - 1) / fps * per_second + 1e-6))
+    wanted = 1 if count == 1 else min(count, most, 1 + int((count - 1) / fps * per_second + 1e-6))  # images: any rate
     if wanted == 1:
         return [(count - 1) // 2]
     return [round(place * (count - 1) / (wanted - 1)) for place in range(wanted)]

@@ -41,7 +41,7 @@ def decode(data: bytes, *, fps: Fraction, start: int = 0, count: int = 1, stride
     try:
         found = found_in(data, wanted, fps, seek=True) if start >= SEEK_FROM else None
         found = found_in(data, wanted, fps, seek=False) if found is None else found
-    except (av.FFmpegError, ValueError, OverflowError) as error:
+    except (av.FFmpegError, ValueError, ArithmeticError) as error:
         raise DataError(f"cannot be decoded: {error}") from error
     if found is None or len(found) < count:
         raise DataError(f"ends after {len(found or [])} of {count} frames from {start}")
