@@ -199,6 +199,7 @@ class CaptionModel(nn.Module):
 
 def same_captions(captions: Sequence[str], device: torch.device) -> Tensor:
     """Return which pairs of clips are no negatives of each other, `[B, B]`: of one caption, or one of them of none."""
-    return torch.tensor(
-        [[one == other or not (one and other) for other in captions] for one in captions], device=device
-    )
+    numbers: dict[str, int] = {"": 0}
+    found = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in captions], device=device)
+    silent = found == 0
+    return (found[:, None] == found) | silent[:, None] | silent
