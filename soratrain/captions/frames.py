@@ -11,8 +11,8 @@ from fractions import Fraction
 import numpy as np
 
 from soratrain.data.assignment import Bucket
-from soratrain.data.decode import Window, decode, scaled_size, to_rgb
-from soratrain.errors import ConfigError
+from soratrain.data.decode import Window, decode_some, scaled_size, to_rgb
+from soratrain.errors import ConfigError, DataError
 
 
 def chosen(count: int, fps: float, per_second: float, most: int) -> list[int]:
@@ -57,9 +57,11 @@ class Frames:
         Raises DataError where they cannot be decoded.
         """
         window = Window.of(frames, bucket, stride, None)
-        found = decode(data, fps=fps, start=window.start, count=window.count, stride=stride)
+        if not fps and window.count > 1:
+            raise DataError("has a frame rate of 0, so nobody knows how long it lasts")
         shown = chosen(window.count, float(fps / stride), self.per_second, self.most)
-        return self.fitted(cropped(to_rgb([found[number] for number in shown]), bucket))
+        wanted = [window.start + number * stride for number in shown]
+        return self.fitted(cropped(to_rgb(decode_some(data, wanted, fps=fps)), bucket))
 
     def fitted(self, frames: np.ndarray) -> np.ndarray:
         """Return `[T, H, W, 3]` with no side longer than `side`, by averaging areas."""
