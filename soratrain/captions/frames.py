@@ -104,12 +104,14 @@ def told(prompt: str, frames: int, seconds: float) -> str:
 
 
 def checked(prompts: dict[str, str], wanted: Sequence[str] | None) -> list[str]:
-    """Return the styles to write, each of which has a prompt.
+    """Return the styles to write, each of which has a prompt; where none is named, all that there are.
 
     Raises:
-        ConfigError: one has none.
+        ConfigError: one has none, or there are none.
     """
     styles = list(prompts) if wanted is None else list(wanted)
+    if not styles:
+        raise ConfigError("stage.job.prompts: is empty, so nothing is asked; write one for a style, or leave it out")
     for style in styles:
         if not prompts.get(style, "").strip():
             raise ConfigError(

@@ -73,6 +73,8 @@ def test_the_model_is_told_what_it_sees():
 
 
 def test_a_style_needs_a_prompt():
+    with pytest.raises(ConfigError, match="prompts: is empty"):
+        checked({}, None)
     prompts = {"short": "Be short.", "mood": " "}
     assert checked({"short": "Be short."}, None) == ["short"]
     with pytest.raises(ConfigError, match=r"no prompt for 'mood'.*stage.job.prompts.mood"):
