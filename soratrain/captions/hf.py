@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from soratrain.batch import draw_of
 from soratrain.captions.engine import Answer, Member, Question, Seen, by_style, chunks
@@ -22,6 +21,9 @@ from soratrain.errors import ConfigError, DataError
 from soratrain.models.hf_files import Place, samples, transformers
 
 DTYPES: dict[str, Any] = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What decides, beside the weights, what is seen and said: how pictures are cut up, what may not be repeated.
+SETTINGS = ("preprocessor_config.json", "processor_config.json", "generation_config.json", "tokenizer_config.json")
 
 
 class HFEngine:
@@ -148,12 +150,15 @@ class HFEngine:
             ) from error
 
     def identity(self) -> str:
-        """Return a hash of the model's weights and of how it is asked."""
+        """Return a hash of the model's weights, of its settings, and of how it is asked."""
         digest = hashlib.sha256()
         with self.place.reading():
             for name, shape, numbers in samples(self.place, lambda name: True):
                 digest.update(f"{name} {shape}".encode())
-                digest.update(numpy_bytes(numbers))
+                digest.update(numbers.contiguous().numpy().tobytes())
+            for name in SETTINGS:
+                file = self.place.file(name)
+                digest.update(file.read_bytes() if file else b"")
         asked: dict[str, Any] = {
             "prompts": self.prompts,
             "told": [told("", 1, 0), told("", 2, 1)],
@@ -239,8 +244,3 @@ class HFEngine:
         end = next((place for place, token in enumerate(row) if token in self.ends), None)
         text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
         return Answer(text, cut=end is None and len(row) >= most)
-
-
-def numpy_bytes(numbers: Tensor) -> bytes:
-    """Return a tensor's numbers as bytes."""
-    return numbers.contiguous().numpy().tobytes()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,8 @@ from soratrain.data.assignment import Bucket
 from soratrain.data.decode import load_clip
 from soratrain.errors import ConfigError
 from soratrain.models import weights
+
+PART = 1 << 24  # bytes of weights in memory while they are hashed
 
 
 class NativeEngine:
@@ -58,8 +59,10 @@ class NativeEngine:
     def identity(self) -> str:
         """Return a hash of the weights."""
         digest = hashlib.sha256()
-        for file in weights.files(self.folder, "captioner"):
-            digest.update(Path(file).read_bytes())
+        for path in weights.files(self.folder, "captioner"):
+            with path.open("rb") as file:
+                while part := file.read(PART):
+                    digest.update(part)
         return digest.hexdigest()
 
     def styles(self, wanted: Sequence[str] | None) -> list[str]:

@@ -98,6 +98,9 @@ def test_the_revision_tells_weights_prompts_and_settings_apart(model, tmp_path):
     assert identity == opened(model, batch_size=2, offline=True).identity()
     copy = shutil.copytree(model, tmp_path / "copy")
     assert opened(copy).identity() == identity
+    said = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**said, "repetition_penalty": 1.2}))
+    assert opened(copy).identity() != identity
     assert opened(model, max_side=16).identity() != identity != opened(model, max_tokens=13).identity()
     other = opened(model)
     other.prompts = {"short": "Be very brief."}
