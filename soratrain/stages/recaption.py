@@ -33,6 +33,8 @@ from soratrain.stages.pace import Pace, progress
 
 log = logging.getLogger(__name__)
 
+MANY = 0.05  # share of captions that are not who describes', from which that is said
+
 
 class Recaption:
     """The job: `recaption()` returns its figures; called again, it goes on or finds everything done.
@@ -230,6 +232,15 @@ class Recaption:
             raise DataError(
                 f"{missing:,} captions are still to be made ({why}); {self.out / 'failures.jsonl'} lists"
                 f" {len(passing):,} of them, and the same command goes on"
+            )
+        if totals["originals"] + totals["missing"] > MANY * max(totals["captions"], 1):
+            log.warning(
+                "%s captions are those that clips came with, and %s are missing: what %s said was none (%s); train it"
+                " longer, or ask another",
+                f"{totals['originals']:,}",
+                f"{totals['missing']:,}",
+                self.engine.model,
+                ", ".join(f"{reason} {totals[reason]:,}" for reason in REASONS if totals[reason]),
             )
         rejected = {f"rejected_{reason}": float(totals[reason]) for reason in REASONS}
         result = {"captions": float(totals["captions"]), "rejected": sum(rejected.values()), **rejected}

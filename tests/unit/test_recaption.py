@@ -177,7 +177,9 @@ def test_a_rejected_caption_is_asked_for_again_by_chance(shards, captioner, seer
         assert abs(grey_of(text) - data_tiny.grey(int(key, 16), 0)) <= 3
 
 
-def test_what_stays_rejected_keeps_the_original_caption(shards, captioner, seer, tmp_path, monkeypatch):
+def test_what_stays_rejected_keeps_the_original_caption_and_much_of_it_is_said(
+    shards, captioner, seer, tmp_path, monkeypatch, caplog
+):
     say = Captioner.say
     monkeypatch.setattr(
         Captioner,
@@ -187,6 +189,8 @@ def test_what_stays_rejected_keeps_the_original_caption(shards, captioner, seer,
     figures = recaption(shards, captioner, tmp_path / "out", attempts=2)()
     assert figures["rejected"] == figures["rejected_cut_off"] == 3 * len(SHAPES)
     assert figures["originals"] == len(SHAPES)
+    assert f"{len(SHAPES)} captions are those that clips came with, and 0 are missing" in caplog.text
+    assert f"(cut_off {3 * len(SHAPES)}); train it longer" in caplog.text
     told = json.loads((tmp_path / "out" / "captions.json").read_text())
     assert told["complete"] and told["figures"]["short"]["cut_off"] == 3 * len(SHAPES)
     assert "cut_off" not in told["figures"]["long"]
