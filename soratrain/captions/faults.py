@@ -9,6 +9,7 @@ from typing import Any
 
 from soratrain.captions.engine import Answer
 from soratrain.chat_messages import spoken
+from soratrain.models.writing import clean
 
 REASONS = ("empty", "repeated", "refused", "cut_off")
 # Four or more characters said three times in a row, or one said eight times: a decoder that has lost its way.
@@ -39,8 +40,7 @@ REFUSED = re.compile(
 
 def cleaned(text: str) -> str:
     """Return an answer as one line: no thoughts before it, no control characters, no quotes around it."""
-    text = spoken(text).encode("utf-8", "ignore").decode()
-    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    text = clean(spoken(text).encode("utf-8", "ignore").decode())
     if len(text) > 1 and QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
         text = text[1:-1].strip()
     return text

@@ -33,7 +33,7 @@ class Contrast(nn.Module):
         self.video.weight.no_muon = self.text.weight.no_muon = True  # type: ignore[attr-defined]
 
     def forward(self, video_BD: Tensor, text_BD: Tensor, same_BB: Tensor) -> Tensor:
-        """Return each clip's loss `[B]`; pairs marked in `same_BB` have one caption and are no negatives.
+        """Return each clip's loss `[B]`; pairs marked in `same_BB` are no negatives.
 
         Negatives are the other clips of the same micro-batch, never those of other ranks: which clips stand in a
         micro-batch does not depend on the number of ranks, so neither does the loss.
@@ -118,11 +118,12 @@ class CaptionModel(nn.Module):
 
         A style without any caption is not worth asking for.
         """
-        longer = 0
+        longest, longer = self.longest.tolist(), 0
         for style, caption in zip(self.style_ids(styles).tolist(), captions, strict=True):
             size = self.size(caption)
-            self.longest[style] = max(float(self.longest[style]), size)
+            longest[style] = max(longest[style], size)
             longer += size > self.most
+        self.longest.copy_(torch.tensor(longest))
         return longer
 
     def read_while_training(self, sizes: Sequence[int], draws: Sequence[int]) -> Tensor:
@@ -197,5 +198,8 @@ class CaptionModel(nn.Module):
 
 
 def same_captions(captions: Sequence[str], device: torch.device) -> Tensor:
-    """Return which pairs of captions are one and the same, `[B, B]`."""
-    return torch.tensor([[one == other for other in captions] for one in captions], device=device)
+    """Return which pairs of clips are no negatives of each other, `[B, B]`: of one caption, or one of them of none."""
+    numbers: dict[str, int] = {"": 0}
+    found = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in captions], device=device)
+    silent = found == 0
+    return (found[:, None] == found) | silent[:, None] | silent

@@ -50,6 +50,8 @@ def choose(logits_BV: Tensor, chance_B: Tensor | None, top_p: float) -> Tensor:
 def circles(symbols: Sequence[int], span: int) -> bool:
     """Return whether a text ends in the same symbols again and again: `CIRCLES` times, and for `span` symbols."""
     for unit in range(1, len(symbols) // CIRCLES + 1):
+        if symbols[-1] != symbols[-1 - unit]:  # which is so of nearly all, and found without copying
+            continue
         length = unit * max(CIRCLES, -(-span // unit))
         if length > len(symbols):
             continue

@@ -12,6 +12,7 @@ from vlm_parts_tiny import ENCODERS, MODELS, TEMPLATE, factory, save_encoder, sa
 
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
+from soratrain.models.hf_tower import layer_widths
 from soratrain.models.hf_vision import grid
 from soratrain.models.text import ByteTextEncoder
 from soratrain.models.vlm import VLM
@@ -148,6 +149,24 @@ def test_step_0_is_the_base_and_the_loss_reaches_all_that_is_trained(parts, tuni
             optimizer.step()
         assert not torch.allclose(losses(net, captions, styles), losses(base, captions, styles))
         assert all(torch.equal(param, held[name]) for name, param in net.language.here().named_parameters())
+
+
+@pytest.mark.parametrize(("vision", "language"), list(zip(ENCODERS, MODELS, strict=True)))
+def test_muon_turns_the_matrices_of_others_nets_and_no_table_nor_head(parts, vision, language):
+    net = factory(parts / vision, parts / language, vision_tuning="full", language_tuning="full")()
+    found = {name for name, param in net.named_parameters() if param.ndim > 1 and not getattr(param, "no_muon", False)}
+    towers = {name for name in found if name.startswith(("vision.net.", "language.net."))}
+    table = ("wte.", "wpe.", "embed_tokens.", "position_embedding", "class_embedding", "cls_token", "mask_token")
+    assert not [name for name in towers if any(word in name for word in table) or "lm_head" in name]
+    for tower in (net.vision, net.language):
+        inner = [layer for layer in tower.net.modules() if layer_widths(layer)]
+        assert sum(not hasattr(layer.weight, "no_muon") for layer in inner) >= 8
+
+
+def test_muon_leaves_a_learned_end_to_adamw(tmp_path):
+    save_encoder(tmp_path / "eye"), save_language(tmp_path / "tongue", ends=False)
+    net = factory(tmp_path / "eye", tmp_path / "tongue")()
+    assert net.language.end.weight.no_muon
 
 
 @pytest.mark.parametrize("tuning", ["frozen", "lora", "full"])
