@@ -136,6 +136,8 @@ def test_quotations_are_found_in_all_kinds_of_marks(text: str, found: list[str])
         ("a cat", Reply("…", "stop"), ("", "empty")),
         ("a cat", Reply("", "refusal"), ("", "refused")),
         ("a cat", Reply("I’m sorry, but I can’t help with that.", "stop"), ("", "refused")),
+        ("a cat", Reply("As a large language model, I draw no cats.", "stop"), ("", "refused")),
+        ("a cat", Reply("我不能写这个", "stop"), ("", "refused")),
         ("a cat", Reply("Sorry-looking cats sit in a row.", "stop"), ("Sorry-looking cats sit in a row.", "")),
         ("a sorry cat", Reply("A cat that looks sorry.", "stop"), ("A cat that looks sorry.", "")),
         ("a cat", Reply("A grey cat that", "length"), ("", "cut off")),
