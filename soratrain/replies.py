@@ -35,11 +35,6 @@ REFUSED = re.compile(
 )
 
 
-def one_line(text: str) -> str:
-    """Return a text without line breaks and control characters; spaces stay as many as they are."""
-    return "".join(letter if letter.isprintable() else " " for letter in text).strip()
-
-
 def unquoted(text: str) -> str:
     """Return a text without quotation marks around the whole of it."""
     closing = MARKS.get(text[:1], "")

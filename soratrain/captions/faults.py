@@ -10,12 +10,13 @@ from typing import Any
 from soratrain import replies
 from soratrain.captions.engine import Answer
 from soratrain.chat_messages import spoken
-from soratrain.replies import one_line, unquoted
+from soratrain.models.writing import clean
+from soratrain.replies import unquoted
 
 
 def cleaned(text: str) -> str:
     """Return an answer as one line: no thoughts before it, no control characters, no quotes around it."""
-    return unquoted(" ".join(one_line(spoken(text)).split()))
+    return unquoted(clean(spoken(text).encode("utf-8", "ignore").decode()))
 
 
 def fault(answer: Answer) -> str | None:

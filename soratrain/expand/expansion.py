@@ -24,7 +24,7 @@ from soratrain.errors import ChatError, ConfigError
 from soratrain.expand.cache import Cache
 from soratrain.expand.examples import Example, draw_examples
 from soratrain.expand.replies import caption_of, quotes
-from soratrain.replies import one_line
+from soratrain.models.writing import one_line
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,8 @@ import re
 
 from soratrain.chat import Reply
 from soratrain.diffusion.sizes import PROMPT_BYTES
-from soratrain.replies import DECLINED, fault, one_line, unquoted
+from soratrain.models.writing import one_line
+from soratrain.replies import DECLINED, fault, unquoted
 
 # What stands in quotation marks. Those that are apostrophes too stand at the ends of words, and no " that opens stands
 # after a digit, whose inches it would be.

@@ -146,6 +146,7 @@ def test_quotations_are_found_in_all_kinds_of_marks(text: str, found: list[str])
         ("a cat", Reply("ab" * 8_000_000, "stop"), ("", "too long")),
         ("a long prompt about a cat and a dog", Reply("A cat.", "stop"), ("", "too short")),
         ('it says "Hi  you"', Reply('A sign says "Hi  you".', "stop"), ('A sign says "Hi  you".', "")),
+        ('it says "می\u200cخواهم"', Reply("“می\u200cخواهم”, it says.\x07", ""), ('"می\u200cخواهم", it says.', "")),
         ('it says "Hi"', Reply("A sign says “Hi”.", "stop"), ('A sign says "Hi".', "")),
         ('it says "Hi"', Reply('A sign says "HI".', "stop"), ("", 'lost "Hi"')),
         ('it says "Hi"', Reply("A sign says Hi.", "stop"), ("", 'lost "Hi"')),
