@@ -214,6 +214,8 @@ def test_a_model_without_a_template_and_without_special_tokens_learns_its_own_en
     net.teach(["a", "bc"], ["short", "long"])
     styles = ["short", "long"]
     assert net.say(pooled, styles) == net.say(pooled, styles, cached=False) == ["a", "bc"]
+    with pytest.raises(ConfigError, match="caption style 'poem' is unknown"):
+        net.say(pooled, "poem")
 
 
 def test_what_is_asked_goes_into_the_models_chat_template(tmp_path):
