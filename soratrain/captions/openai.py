@@ -19,9 +19,9 @@ from soratrain.captions.frames import Frames, checked, jpeg_url, told
 from soratrain.chat import ChatServer
 from soratrain.chat_messages import ChatRequest, Reply
 from soratrain.errors import ChatError, ConfigError
+from soratrain.replies import DECLINED
 
 TOO_MUCH = (400, 413, 415, 422)  # statuses of a server that cannot take this request, however often
-DECLINED = ("refusal", "content_filter")  # why a reply ended
 WORD = 24  # bytes that no token is longer than, on average over a caption
 
 

@@ -22,7 +22,7 @@ from soratrain.data.manifest import CAPTION_SCHEMA, MANIFEST_SCHEMA
 from soratrain.data.shards import ShardReader
 from soratrain.data.tables import Part, batches, parts
 from soratrain.errors import DataError, UserError
-from soratrain.expand.replies import REPEATED
+from soratrain.replies import REPEATED
 
 log = logging.getLogger(__name__)
 

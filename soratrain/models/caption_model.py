@@ -51,7 +51,7 @@ class Contrast(nn.Module):
 
 
 class CaptionModel(nn.Module):
-    """A captioner's face; a body adds `look`, `say`, `size` and `forward`, and a `Contrast` as `self.contrast`.
+    """A captioner's face; a body adds `look`, `write`, `size` and `forward`, and a `Contrast` as `self.contrast`.
 
     Args:
         styles: kinds of caption that can be asked for; the order is stored in the weights, so only append.
@@ -143,8 +143,12 @@ class CaptionModel(nn.Module):
         return tuple(style for style, length in zip(self.styles, self.longest.tolist(), strict=True) if length)
 
     def bound(self, style: str) -> int:
-        """Return after how many symbols a caption of `style` has lost its way: a quarter above the longest learned."""
-        length = float(self.longest[self.styles.index(style)])
+        """Return after how many symbols a caption of `style` has lost its way: a quarter above the longest learned.
+
+        Raises:
+            ConfigError: a style that this captioner does not have.
+        """
+        length = float(self.longest[int(self.style_ids([style]))])
         return min(self.most, int(1.25 * length) + 16) if length else self.most
 
     def look(self, pixels: Tensor, fps: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,6 +160,17 @@ class CaptionModel(nn.Module):
         """
         raise NotImplementedError
 
+    def write(
+        self, pooled_BQD: Tensor, styles: Sequence[str], bounds: Sequence[int], **how: Any
+    ) -> tuple[list[str], list[bool]]:
+        """Return a text in each style, of at most so many symbols, and which of them came to their end.
+
+        Args:
+            how: `top_p`, `draws` and `cached` of `say`.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
     def say(
         self,
         pooled_BQD: Tensor,
@@ -177,11 +192,10 @@ class CaptionModel(nn.Module):
             draws: what each clip's chance depends on; needed where `top_p` is above 0.
             cached: False computes every place anew for every symbol: the same captions, slowly.
         """
-        raise NotImplementedError
-
-    def styles_of(self, style: str | Sequence[str], count: int) -> list[str]:
-        """Return the style of each of `count` clips."""
-        return [style] * count if isinstance(style, str) else list(style)
+        styles = [style] * len(pooled_BQD) if isinstance(style, str) else list(style)
+        bounds = [self.bound(name) for name in styles]
+        texts, ended = self.write(pooled_BQD, styles, bounds, top_p=top_p, draws=draws, cached=cached)
+        return [text if whole else "" for text, whole in zip(texts, ended, strict=True)]
 
     def embed_video(self, pixels: Tensor, fps: Tensor) -> Tensor:
         """Return unit vectors of clips, `[B, E]`."""

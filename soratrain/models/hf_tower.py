@@ -168,6 +168,15 @@ class Tower(nn.Module):
         make = getattr(self.reader, "from_config", None) or self.reader._from_config
         return make(self.config, dtype=torch.float32)
 
+    def frozen_bytes(self) -> int:
+        """Return the bytes of what is frozen, which every rank holds whole: counted by its config, nothing is read."""
+        if self.tuning == "full":
+            return 0
+        with built_whole(), torch.device("meta"):
+            net = self.built()
+        weights = sum(shape_of(param).numel() for param in net.parameters())  # what goes by two names counts once
+        return weights * DTYPES[self.dtype].itemsize + sum(buffer.nbytes for buffer in net.buffers())
+
     def train(self, mode: bool = True) -> Tower:
         """Others' nets never drop anything out: what is random here depends on a sample's key alone."""
         super().train(mode)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from soratrain.models.text import ByteTextEncoder
 from soratrain.models.writing import clean
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import CAPTIONS, TrainStage
+from soratrain.stages.beside import Beside, frozen_nets
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,12 @@ class CaptionerStage(TrainStage):
         self.awaited = list(teaches)  # styles that have not come yet, since training began
         self.waited = self.heard = 0  # batches and captions since then
         self.cut = 0  # captions longer than the captioner or its text encoder reads
+
+    def beside(self, nets: Mapping[str, nn.Module]) -> tuple[Mapping[str, int], str]:
+        """Return the bytes of others' nets that are not trained, by name; all of them are counted."""
+        found = Beside()
+        frozen_nets(nets.values(), found)
+        return found.bytes, found.said
 
     def style_of(self, kind: str, caption: str) -> str:
         """Return the style that a caption of type `kind` teaches: its own, or by its length for an original one."""

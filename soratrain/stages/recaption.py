@@ -19,7 +19,6 @@ import torch
 from soratrain.captions.clips import ClipGroups, seen
 from soratrain.captions.describe import Outcome, describe
 from soratrain.captions.engine import Engine
-from soratrain.captions.faults import REASONS
 from soratrain.captions.folder import CaptionFolder, check_alone
 from soratrain.captions.journal import Journal
 from soratrain.data.buckets import Buckets
@@ -28,6 +27,7 @@ from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
 from soratrain.distributed.ranks import Ranks, deal
 from soratrain.errors import ConfigError, DataError, UserError, on_all_ranks
+from soratrain.replies import REASONS
 from soratrain.stages.encoding import pixels_by_shard
 from soratrain.stages.pace import Pace, progress
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import data_tiny
 import pytest
-from caption_server import frames, grey, looking, said, words
+from chat_server import frames, grey, looking, said, words
 
 from soratrain.captions.openai import OpenAIEngine
 from soratrain.data.buckets import Native

@@ -57,6 +57,19 @@ def test_any_size_duration_and_image_has_a_vector_and_vectors_for_words(parts, v
         torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(shape[0]))
 
 
+@pytest.mark.parametrize(("tuning", "dtype"), [("frozen", "fp32"), ("frozen", "bf16"), ("lora", "bf16")])
+def test_what_is_frozen_is_counted_to_the_byte_before_it_is_read(parts, tuning, dtype):
+    for vision, language in zip(ENCODERS, MODELS, strict=True):
+        net = factory(parts / vision, parts / language, vision_tuning=tuning, language_tuning=tuning, dtype=dtype)()
+        for tower in (net.vision, net.language):
+            counted = tower.frozen_bytes()
+            assert not tower._held and counted > 0
+            held = tower.here()
+            assert counted == sum(tensor.nbytes for tensor in (*held.parameters(), *held.buffers()))
+    net = factory(parts / "clip", parts / "llama", vision_tuning="full", language_tuning="full")()
+    assert net.vision.frozen_bytes() == net.language.frozen_bytes() == 0
+
+
 def test_a_frame_keeps_its_aspect_ratio():
     assert grid(224, 224, 196) == (14, 14) and grid(360, 640, 196) == (10, 19) and grid(640, 360, 196) == (19, 10)
     assert grid(1, 1000, 16) == (1, 16) and grid(5, 4, 1) == (1, 1)
@@ -220,6 +233,8 @@ def test_a_model_without_a_template_and_without_special_tokens_learns_its_own_en
     net.teach(["a", "bc"], ["short", "long"])
     styles = ["short", "long"]
     assert net.say(pooled, styles) == net.say(pooled, styles, cached=False) == ["a", "bc"]
+    with pytest.raises(ConfigError, match="caption style 'poem' is unknown"):
+        net.say(pooled, "poem")
 
 
 def test_what_is_asked_goes_into_the_models_chat_template(tmp_path):
