@@ -118,6 +118,9 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{SETS[item['name']]}: no clip has a true caption of the style {', '.join(lacking)}"
         for reason, count in item["left_out"].items():
             yield f"{SETS[item['name']]}: {counted(count, 'clips')} {reason} left out"
+    for style in report["styles"]:
+        if images := sum(item["clips"] - item["styles"][style]["asked"] for item in report["sets"]):
+            yield f"not asked for {style}: {counted(images, 'images')}, which {'has' if images == 1 else 'have'} none"
     yield from report["remarks"]
     clips = sum(item["clips"] for item in report["sets"])
     yield f"{counted(clips, 'clips')}, {report['captions_per_s']:.3g} captions/s"
