@@ -31,9 +31,19 @@ REFUSED = re.compile(
 )
 
 
-def cleaned(text: str) -> str:
-    """Return a reply as one line: without control characters, a label before it, or marks around the whole of it."""
-    text = LABEL.sub("", BOLD.sub(r"\1", one_line(text))).strip()
+def cleaned(text: str, *, bold: bool = False) -> str:
+    """Return a reply as one line: without control characters, a label before it, or marks around the whole of it.
+
+    Args:
+        bold: `**` stays, since the prompt has it too.
+    """
+    text = one_line(text)
+    text = bare(text if bold else BOLD.sub(r"\1", text))
+    return bare(LABEL.sub("", text).strip())
+
+
+def bare(text: str) -> str:
+    """Return a text without marks around the whole of it."""
     closing = MARKS.get(text[:1], "")
     if len(text) > 1 and closing and text[-1] in closing and not set(text[0] + closing) & set(text[1:-1]):
         text = text[1:-1].strip()
@@ -54,10 +64,12 @@ def quotes(text: str) -> list[tuple[str, str, str]]:
 def kept(prompt: str, text: str) -> tuple[str, list[str]]:
     """Return a text in which the prompt's quotations have the prompt's own marks, and those that it has lost.
 
-    A quotation is kept where the same letters stand in marks of any kind.
+    A quotation is kept where it stands as it is, or the same letters in marks of any kind.
     """
     lost = []
     for opening, inner, closing in quotes(one_line(prompt)):
+        if f"{opening}{inner}{closing}" in text:
+            continue
         said = next((quote for quote in quotes(text) if quote[1] == inner), None)
         if said is None:
             lost.append(f"{opening}{inner}{closing}")
@@ -70,7 +82,7 @@ def caption_of(prompt: str, reply: Reply) -> tuple[str, str]:
     """Return the longer prompt that a reply is, or "" and why it is none, in a word or two."""
     if len(reply.text.encode()) > 2 * PROMPT_BYTES:  # before anything looks through all of it
         return "", "too long"
-    text = cleaned(reply.text)
+    text = cleaned(reply.text, bold="**" in prompt)
     if reply.finish_reason in ("refusal", "content_filter") or REFUSED.search(text.lower().replace("’", "'")):
         return "", "refused"
     if not any(letter.isalnum() for letter in text):
