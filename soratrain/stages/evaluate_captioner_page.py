@@ -21,6 +21,7 @@ from soratrain.stages.evaluate_captioner_shown import (
     figure,
     recall_rows,
     remarks,
+    said_in,
     text_rows,
     world_rows,
 )
@@ -120,7 +121,7 @@ def tiles(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     found = last["styles"][style]
     if world := found["world"]:
         for name in ("color", "shape", "number", "motion", "invented"):
-            if (share := world["ours"].get(name)) is not None:
+            if name in said_in(world) and (share := world["ours"].get(name)) is not None:
                 yield f"{100 * share:.1f} %", f"{NAMES.get(name, name)}, {style}"
     for name, title in (("bleu_4", "BLEU-4"), ("cider_d", "CIDEr-D"), ("rouge_l", "ROUGE-L")):
         if found["scores"] and not found["world"]:

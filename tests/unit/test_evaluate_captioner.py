@@ -169,6 +169,12 @@ def test_a_captioner_that_says_the_truth_reaches_the_ceiling(tmp_path, tells, ca
     assert "100" in capsys.readouterr().out
 
 
+def test_what_a_style_does_not_speak_of_has_no_figure(tmp_path, tells):
+    tells(describe)
+    result = job(tmp_path, styles=["short"])()
+    assert result["motion"] == 1.0 and not {"size", "camera"} & set(result) and result["invented"] == 0
+
+
 def test_what_is_said_wrongly_is_counted_and_marked(tmp_path, tells, capsys):
     swapped = {"red": "blue", "blue": "red"}
     color = lambda scene: scene.truth.objects[0].color  # noqa: E731
