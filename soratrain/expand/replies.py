@@ -25,9 +25,15 @@ BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*")
 SAID = {"repeated": "repeated itself", "cut_off": "cut off"}  # of the reasons that are not words of a sentence
 
 
-def cleaned(text: str) -> str:
-    """Return a reply as one line: without control characters, a label before it, or marks around the whole of it."""
-    return unquoted(LABEL.sub("", BOLD.sub(r"\1", one_line(text))).strip())
+def cleaned(text: str, *, bold: bool = False) -> str:
+    """Return a reply as one line: without control characters, a label before it, or marks around the whole of it.
+
+    Args:
+        bold: `**` stays, since the prompt has it too.
+    """
+    text = one_line(text)
+    text = unquoted(text if bold else BOLD.sub(r"\1", text))
+    return unquoted(LABEL.sub("", text).strip())
 
 
 def quotes(text: str) -> list[tuple[str, str, str]]:
@@ -39,10 +45,12 @@ def quotes(text: str) -> list[tuple[str, str, str]]:
 def kept(prompt: str, text: str) -> tuple[str, list[str]]:
     """Return a text in which the prompt's quotations have the prompt's own marks, and those that it has lost.
 
-    A quotation is kept where the same letters stand in marks of any kind.
+    A quotation is kept where it stands as it is, or the same letters in marks of any kind.
     """
     lost = []
     for opening, inner, closing in quotes(one_line(prompt)):
+        if f"{opening}{inner}{closing}" in text:
+            continue
         said = next((quote for quote in quotes(text) if quote[1] == inner), None)
         if said is None:
             lost.append(f"{opening}{inner}{closing}")
@@ -55,7 +63,7 @@ def caption_of(prompt: str, reply: Reply) -> tuple[str, str]:
     """Return the longer prompt that a reply is, or "" and why it is none, in a word or two."""
     if len(reply.text.encode()) > 2 * PROMPT_BYTES:  # before anything looks through all of it
         return "", "too long"
-    text = cleaned(reply.text)
+    text = cleaned(reply.text, bold="**" in prompt)
     if reason := fault(text, declined=reply.finish_reason in DECLINED, cut=reply.finish_reason == "length"):
         return "", SAID.get(reason, reason)
     if len(text.encode()) > PROMPT_BYTES:
