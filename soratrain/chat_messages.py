@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 SEED_BITS = 31  # what all servers take as a seed
-THOUGHT = re.compile(r"^\s*<think>.*?(</think>|\Z)\s*", re.S)  # what reasoning models say before they reply
+# What reasoning models say before they reply; where it is opened in the prompt, there is its end alone.
+THOUGHT = re.compile(r"^\s*(?:.*?</think>|<think>.*\Z)\s*", re.S)
 
 Messages = Sequence[Mapping[str, Any]]
 

@@ -60,6 +60,8 @@ FREE = (
     "stage.job.max_bad",
     "stage.job.engine.url",
     "stage.job.engine.key_env",
+    "stage.job.engine.batch_size",
+    "stage.job.engine.pixels_per_batch",
     "stage.job.engine.concurrency",
     "stage.job.engine.timeout_s",
     "stage.job.engine.retries",

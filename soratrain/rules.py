@@ -131,6 +131,7 @@ def check_across(config: Mapping[str, Any]) -> None:
                 " set validation.every (stage=dit), or leave keep_best 0"
             )
     check_mix(config)
+    check_styles(config)
     if config["requeues"] < 0:
         raise ConfigError(f"requeues={config['requeues']}: must be at least 0, which never starts a job again")
     for key, least in (("max_steps", 0), ("num_nodes", 1)):
@@ -154,6 +155,28 @@ def check_frozen_text(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"stage.module.text_init={init}: begins a text encoder that is trained, and text.folder={folder} is frozen;"
             " use text=byte, or leave text_init null"
+        )
+
+
+def check_styles(config: Mapping[str, Any]) -> None:
+    """Refuse captions of types that the captioner that is to learn from them has no style for.
+
+    Raises:
+        ConfigError: names the type and the two ways out.
+    """
+    if config["stage"]["name"] != "captioner":
+        return
+    styles, types = config["captioner"]["styles"], config["data"].get("caption_types") or {}
+    for kind, weight in types.items():
+        if kind not in ("gt", *styles) and weight > 0:  # what came with a clip is of a style by its length
+            raise ConfigError(
+                f"data.caption_types.{kind}={weight}: captioner.styles={styles} has no such style; append it there, or"
+                f" set data.caption_types.{kind}=0"
+            )
+    if types.get("gt", 0) > 0 and not {"short", "long"} <= set(styles):
+        raise ConfigError(
+            f"data.caption_types.gt={types['gt']}: captions that came with clips teach the styles short and long, by"
+            f" their length, and captioner.styles={styles} lacks one; append it, or set data.caption_types.gt=0"
         )
 
 

@@ -21,6 +21,7 @@ BACKGROUND = re.compile(rf"\b(?:({one_of(PATTERNS)})\s+)?({one_of(BACKGROUNDS)})
 COLOR = re.compile(rf"\b({one_of(COLORS)})\b")
 SHAPE = re.compile(rf"\b({one_of(SHAPES)})s?\b")
 THING = re.compile(rf"\b(?:({one_of(SIZES)})\s+)?(?:({one_of(TEXTURES)})\s+)?({one_of(COLORS)})\s+({one_of(SHAPES)})\b")
+ARTICLE = re.compile(r"\ban? $")  # before a name it brings in an object, even one of the same name as another
 PARTS = ("size", "texture", "color", "shape")  # what THING's groups are
 NUMBER = re.compile(rf"\bthere (?:is|are) ({one_of(COUNTS)}) objects?\b")
 # Where an object starts is no motion: such a sentence is told by its verb.
@@ -87,11 +88,14 @@ def read_phrases(text: str) -> list[Phrase]:
         phrases.append(Phrase("number", 1 + COUNTS.index(count[1]), *count.span(1)))
     matches = list(THING.finditer(text))
     known: list[tuple[Any, ...]] = []
+    introduced: set[tuple[Any, ...]] = set()
     for number, match in enumerate(matches):
         named_so = (match[3], match[4])
-        if named_so not in known:
+        anew = ARTICLE.search(text[max(0, match.start() - 4) : match.start()]) is not None
+        if named_so not in known or (anew and named_so in introduced):
             known.append(named_so)
-        thing = known.index(named_so)
+        introduced |= {named_so} if anew else set()
+        thing = len(known) - 1 - known[::-1].index(named_so) if anew else known.index(named_so)
         phrases += [Phrase(name, match[i], *match.span(i), thing) for i, name in enumerate(PARTS, 1) if match[i]]
         end = matches[number + 1].start() if number + 1 < len(matches) else len(text)
         phrases += read_motion(text, match.end(), end, thing)

@@ -17,9 +17,9 @@ from typing import Any
 from soratrain.batch import draw_of
 from soratrain.captions.engine import Answer, Engine, Question, Seen
 from soratrain.captions.faults import cleaned, fault, original, overlap
+from soratrain.data.captions import KEPT
 
 log = logging.getLogger(__name__)
-ORIGINAL = "original"  # in the column `model`: the caption that the clip came with, for want of a better one
 UNKNOWN = "und"  # the language of a text of which nobody says it (ISO 639-3)
 
 
@@ -111,7 +111,7 @@ def _settle(
         outcome.counts[f"{style}/{'originals' if own else 'missing'}"] += 1
         if own is None:
             return
-        text, model, lang = cleaned(str(own["text"])), ORIGINAL, str(own.get("lang") or UNKNOWN)
+        text, model, lang = cleaned(str(own["text"])), KEPT, str(own.get("lang") or UNKNOWN)
     else:
         lang = language(text, lang)
         if own is not None and own.get("type") == style:

@@ -37,7 +37,7 @@ class Seen:
     @property
     def seconds(self) -> float:
         """How long the part lasts; 0 for an image."""
-        return (self.frames - 1) / self.fps
+        return 0.0 if self.frames == 1 else (self.frames - 1) / self.fps
 
 
 class Question(NamedTuple):

@@ -33,7 +33,7 @@ def check_alone(out: Path, rev: str) -> None:
     Raises:
         DataError: names both revisions and the mend.
     """
-    others = sorted(path.name for path in (out / "captions").glob("*") if path.name != rev)
+    others = sorted(path.name for path in (out / "captions").glob("*") if path.is_dir() and path.name != rev)
     if others:
         raise DataError(
             f"{out} holds captions of another captioner ({others[0]}, this one is {rev}); use fresh=true to describe"
@@ -95,12 +95,12 @@ class CaptionFolder:
         if len(journal.settled) == len(order) * len(self.styles):
             journal.finish(order, {style: place for place, style in enumerate(self.styles)}, self.rev)
 
-    def known(self) -> tuple[Counter[str], list[dict[str, Any]]]:
-        """Return the figures by `STYLE/WHAT` and the failures of all shards, of those that are not done too."""
+    def known(self, shards: Sequence[int] | None = None) -> tuple[Counter[str], list[dict[str, Any]]]:
+        """Return the figures by `STYLE/WHAT` and the failures of some shards, or of all; not only of those done."""
         counts: Counter[str] = Counter()
         failures: list[dict[str, Any]] = []
-        for number, shard in enumerate(self.manifest.shards):
-            table = self.table(number)
+        for number in range(len(self.manifest.shards)) if shards is None else shards:
+            shard, table = self.manifest.shards[number], self.table(number)
             if table.is_file():
                 kept = json.loads(table.with_suffix(".json").read_text(encoding="utf-8"))
             else:
@@ -118,6 +118,29 @@ class CaptionFolder:
         undone = [number for number in range(len(self.counts)) if not self.table(number).is_file()]
         return len(self.styles) * self.clips(undone) - sum(len(self.journal(number).settled) for number in undone)
 
+    def check_same(self) -> None:
+        """Refuse a folder that was begun for other clips, or other styles; forget what a stopped job left behind it.
+
+        Raises:
+            DataError: names what differs and the mend.
+        """
+        file = self.out / "captions.json"
+        before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        now = {"clips": self.manifest.placed, "styles": list(self.styles)}
+        if changed := [name for name, value in now.items() if before.get(name, value) != value]:
+            raise DataError(
+                f"{self.out} holds captions of other {' and '.join(changed)}; use fresh=true to describe the clips"
+                " again, or run=NAME beside it"
+            )
+        for number in range(len(self.counts)):
+            if self.table(number).is_file():
+                self.journal(number).file.unlink(missing_ok=True)
+
+    def lost(self, shards: Sequence[int]) -> list[dict[str, Any]]:
+        """Return what has failed for good among the clips of some shards, one failure a clip."""
+        found = {failure["key"]: failure for failure in self.known(shards)[1] if failure["final"]}
+        return list(found.values())
+
     def list_failures(self) -> None:
         """Write `failures.jsonl`, or remove one that is no longer true."""
         failures, file = self.known()[1], self.out / "failures.jsonl"
@@ -129,6 +152,7 @@ class CaptionFolder:
 
     def tell(self, more: Mapping[str, Any]) -> None:
         """Write `captions.json`."""
-        told = {"schema": SCHEMA, "kind": "captions", "rev": self.rev, "styles": list(self.styles), **more}
+        told = {"schema": SCHEMA, "kind": "captions", "rev": self.rev, "styles": list(self.styles)}
+        told |= {"clips": self.manifest.placed, **more}
         with replacing(self.out / "captions.json") as temporary:
             temporary.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -11,8 +11,8 @@ from fractions import Fraction
 import numpy as np
 
 from soratrain.data.assignment import Bucket
-from soratrain.data.decode import Window, decode, scaled_size, to_rgb
-from soratrain.errors import ConfigError
+from soratrain.data.decode import Window, decode_some, scaled_size, to_rgb
+from soratrain.errors import ConfigError, DataError
 
 
 def chosen(count: int, fps: float, per_second: float, most: int) -> list[int]:
@@ -20,7 +20,7 @@ def chosen(count: int, fps: float, per_second: float, most: int) -> list[int]:
 
     They are spread evenly in time from the first to the last; one alone is the middle one.
     """
-    wanted = min(count, most, 1 + int((count - 1) / fps * per_second + 1e-6))
+    wanted = 1 if count == 1 else min(count, most, 1 + int((count - 1) / fps * per_second + 1e-6))  # images: any rate
     if wanted == 1:
         return [(count - 1) // 2]
     return [round(place * (count - 1) / (wanted - 1)) for place in range(wanted)]
@@ -57,9 +57,11 @@ class Frames:
         Raises DataError where they cannot be decoded.
         """
         window = Window.of(frames, bucket, stride, None)
-        found = decode(data, fps=fps, start=window.start, count=window.count, stride=stride)
+        if not fps and window.count > 1:
+            raise DataError("has a frame rate of 0, so nobody knows how long it lasts")
         shown = chosen(window.count, float(fps / stride), self.per_second, self.most)
-        return self.fitted(cropped(to_rgb([found[number] for number in shown]), bucket))
+        wanted = [window.start + number * stride for number in shown]
+        return self.fitted(cropped(to_rgb(decode_some(data, wanted, fps=fps)), bucket))
 
     def fitted(self, frames: np.ndarray) -> np.ndarray:
         """Return `[T, H, W, 3]` with no side longer than `side`, by averaging areas."""
@@ -102,12 +104,14 @@ def told(prompt: str, frames: int, seconds: float) -> str:
 
 
 def checked(prompts: dict[str, str], wanted: Sequence[str] | None) -> list[str]:
-    """Return the styles to write, each of which has a prompt.
+    """Return the styles to write, each of which has a prompt; where none is named, all that there are.
 
     Raises:
-        ConfigError: one has none.
+        ConfigError: one has none, or there are none.
     """
     styles = list(prompts) if wanted is None else list(wanted)
+    if not styles:
+        raise ConfigError("stage.job.prompts: is empty, so nothing is asked; write one for a style, or leave it out")
     for style in styles:
         if not prompts.get(style, "").strip():
             raise ConfigError(

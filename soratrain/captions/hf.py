@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from soratrain.batch import draw_of
 from soratrain.captions.engine import Answer, Member, Question, Seen, by_style, chunks
@@ -22,6 +21,9 @@ from soratrain.errors import ConfigError, DataError
 from soratrain.models.hf_files import Place, samples, transformers
 
 DTYPES: dict[str, Any] = {"auto": "auto", "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# What decides, beside the weights, what is seen and said: how pictures are cut up, what may not be repeated.
+SETTINGS = ("preprocessor_config.json", "processor_config.json", "generation_config.json", "tokenizer_config.json")
 
 
 class HFEngine:
@@ -148,12 +150,15 @@ class HFEngine:
             ) from error
 
     def identity(self) -> str:
-        """Return a hash of the model's weights and of how it is asked."""
+        """Return a hash of the model's weights, of its settings, and of how it is asked."""
         digest = hashlib.sha256()
         with self.place.reading():
             for name, shape, numbers in samples(self.place, lambda name: True):
                 digest.update(f"{name} {shape}".encode())
-                digest.update(numpy_bytes(numbers))
+                digest.update(numbers.contiguous().numpy().tobytes())
+            for name in SETTINGS:
+                file = self.place.file(name)
+                digest.update(file.read_bytes() if file else b"")
         asked: dict[str, Any] = {
             "prompts": self.prompts,
             "told": [told("", 1, 0), told("", 2, 1)],
@@ -188,18 +193,34 @@ class HFEngine:
             for some in chunks(places, self.batch_size):
                 shown = [looked[questions[place].place] for place in some]
                 prompts = [told(self.prompts[style], len(frames), seconds) for frames, seconds in shown]
-                options: dict[str, Any] = self.chance if again else {"do_sample": False}
-                try:
-                    with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-                        torch.manual_seed(draw_of(*(questions[place].draw for place in some)))
-                        said = self._write([frames for frames, _ in shown], prompts, self.max_tokens, options)
-                except torch.OutOfMemoryError as error:
-                    raise ConfigError(
-                        f"engine.batch_size={self.batch_size}: {self.device} has not the memory for as many captions at"
-                        " once; use a smaller one, or a smaller engine.max_side or engine.max_frames"
-                    ) from error
+                said = self._say(
+                    [frames for frames, _ in shown],
+                    prompts,
+                    self.chance if again else {"do_sample": False},
+                    draw_of(*(questions[place].draw for place in some)),
+                )
                 found |= dict(zip(some, said, strict=True))
         return [found[place] for place in range(len(questions))]
+
+    def _say(
+        self, pictures: Sequence[list[Any]], prompts: Sequence[str], options: Mapping[str, Any], seed: int
+    ) -> list[Answer]:
+        """Return what the model says to each prompt; of a clip that its processor does not take, why."""
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                torch.manual_seed(seed)
+                return self._write(pictures, prompts, self.max_tokens, options)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"engine.batch_size={self.batch_size}: {self.device} has not the memory for as many captions at"
+                " once; use a smaller one, with which the same command goes on, or show it less (engine.max_side,"
+                " engine.max_frames)"
+            ) from error
+        except (ValueError, TypeError, KeyError, IndexError, ArithmeticError) as error:
+            if len(prompts) > 1:  # one of them is to blame, and the others are not
+                alone = zip(pictures, prompts, strict=True)
+                return [self._say([some], [prompt], options, seed)[0] for some, prompt in alone]
+            return [Answer("", failure=f"{self.model}: {' '.join(str(error).split())[:300]}", final=True)]
 
     @torch.inference_mode()
     def _write(
@@ -223,8 +244,3 @@ class HFEngine:
         end = next((place for place, token in enumerate(row) if token in self.ends), None)
         text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
         return Answer(text, cut=end is None and len(row) >= most)
-
-
-def numpy_bytes(numbers: Tensor) -> bytes:
-    """Return a tensor's numbers as bytes."""
-    return numbers.contiguous().numpy().tobytes()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,8 @@ from soratrain.data.assignment import Bucket
 from soratrain.data.decode import load_clip
 from soratrain.errors import ConfigError
 from soratrain.models import weights
+
+PART = 1 << 24  # bytes of weights in memory while they are hashed
 
 
 class NativeEngine:
@@ -57,20 +59,24 @@ class NativeEngine:
     def identity(self) -> str:
         """Return a hash of the weights."""
         digest = hashlib.sha256()
-        for file in weights.files(self.folder, "captioner"):
-            digest.update(Path(file).read_bytes())
+        for path in weights.files(self.folder, "captioner"):
+            with path.open("rb") as file:
+                while part := file.read(PART):
+                    digest.update(part)
         return digest.hexdigest()
 
     def styles(self, wanted: Sequence[str] | None) -> list[str]:
         """Return the styles to write, of those that the captioner was trained on."""
-        known = self.net.known_styles
-        styles = known if wanted is None else wanted
-        if not known or not set(styles) <= set(known):
+        known = list(self.net.known_styles)
+        if not known:
+            raise ConfigError(f"inputs.captioner={self.folder} has learned no style; train it on clips with captions")
+        styles = known if wanted is None else list(wanted)
+        if lacking := [style for style in styles if style not in known]:
             raise ConfigError(
-                f"inputs.captioner={self.folder} was trained on the styles {list(known)}, not on"
-                f" {sorted(set(styles) - set(known))}; train it on captions of these types, or set stage.job.styles"
+                f"inputs.captioner={self.folder} was trained on the styles {known}, not on {lacking}; train it on"
+                " captions of these types, or set stage.job.styles"
             )
-        return list(styles)
+        return styles
 
     def groups(self, members: Sequence[Member]) -> list[list[Member]]:
         """Return clips of one size together, as many as are described at once."""
@@ -83,19 +89,37 @@ class NativeEngine:
             found += chunks(some, max(1, min(self.batch_size, fitting)))
         return found
 
-    @torch.no_grad()
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Compute as was asked for, and say what to do where the memory does not hold it."""
+        try:
+            with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+                yield
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"engine.batch_size={self.batch_size}, engine.pixels_per_batch={self.pixels_per_batch}: {self.device}"
+                " has not the memory for as many clips at once; use smaller ones: the same command, with them, goes on"
+            ) from error
+
     def look(self, clips: Sequence[Seen]) -> torch.Tensor:
-        """Return what the decoder reads of clips of one size."""
-        pixels = to_pixels(torch.from_numpy(np.stack([clip.video for clip in clips])).to(self.device))
-        fps = torch.tensor([clip.fps for clip in clips], device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        """Return what the decoder reads of clips of one size.
+
+        Raises:
+            ConfigError: the device's memory does not hold as many at once.
+        """
+        with self._computing():
+            pixels = to_pixels(torch.from_numpy(np.stack([clip.video for clip in clips])).to(self.device))
+            fps = torch.tensor([clip.fps for clip in clips], device=self.device)
             return self.net.look(pixels, fps)[0]
 
-    @torch.no_grad()
     def ask(self, looked: torch.Tensor, questions: Sequence[Question]) -> list[Answer]:
-        """Return the captions: the likeliest, or by chance from the nucleus."""
+        """Return the captions: the likeliest, or by chance from the nucleus.
+
+        Raises:
+            ConfigError: as above.
+        """
         found: dict[int, Answer] = {}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with self._computing():
             for (style, again), places in by_style(questions).items():
                 asked = [questions[place] for place in places]
                 chance = {"top_p": self.top_p, "draws": [question.draw for question in asked]} if again else {}

@@ -19,9 +19,9 @@ from soratrain.captions.frames import Frames, checked, jpeg_url, told
 from soratrain.chat import ChatServer
 from soratrain.chat_messages import ChatRequest, Reply
 from soratrain.errors import ChatError, ConfigError
+from soratrain.replies import DECLINED
 
 TOO_MUCH = (400, 413, 415, 422)  # statuses of a server that cannot take this request, however often
-DECLINED = ("refusal", "content_filter")  # why a reply ended
 WORD = 24  # bytes that no token is longer than, on average over a caption
 
 
@@ -103,17 +103,24 @@ class OpenAIEngine:
         self.model = self.server.check()
 
     def try_out(self) -> None:
-        """Ask about a grey picture.
+        """Ask about grey pictures, as many and as large as a clip's may be, as it will be asked about clips.
 
         Raises:
-            ChatError: the server does not take pictures, in its own words.
+            ChatError: the server does not take them, in its own words.
         """
-        url = jpeg_url(np.full((64, 64, 3), 128, np.uint8), self.quality)
+        count = self.load.most
+        urls = [jpeg_url(np.full((self.load.side, self.load.side, 3), 128, np.uint8), self.quality)] * count
+        asked = self._messages(urls, told("Describe it.", count, float(count > 1)))
         try:
-            self.server.complete(self._messages([url], "Describe it."), max_tokens=1)
+            self.server.complete(asked, seed=0, max_tokens=self.max_tokens)
         except ChatError as error:
-            mend = "; engine.model must be one that sees pictures" if error.status in TOO_MUCH else ""
-            raise ChatError(f"{error}{mend}", status=error.status, again=error.again) from error
+            mend = (
+                f"; engine.model must be one that sees pictures, engine.max_frames={count} at once, and has room for"
+                f" them and for engine.max_tokens={self.max_tokens}: make these smaller, or mend the server"
+            )
+            raise ChatError(
+                f"{error}{mend if error.status in TOO_MUCH else ''}", status=error.status, again=error.again
+            ) from error
 
     def identity(self) -> str:
         """Return a hash of the model's name and of how it is asked."""

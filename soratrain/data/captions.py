@@ -10,6 +10,7 @@ from soratrain.batch import draw_of
 from soratrain.errors import ConfigError, DataError
 
 SOURCES = ("synthetic", "original")
+KEPT = "original"  # in the column `model` of captions made later: one that the clip came with, for want of a better one
 
 
 def captions_of(header: dict[str, Any]) -> list[dict[str, str]]:
@@ -49,7 +50,10 @@ class ByKey(Protocol):
 
 
 class Choice(NamedTuple):
-    """A caption that was chosen; its type and source are empty where a sample has none."""
+    """A caption that was chosen; its type and source are empty where a sample has none.
+
+    Its source is where its words are from: `original` also where a table of captions made later has kept them.
+    """
 
     text: str
     type: str
@@ -69,7 +73,7 @@ class CaptionMix:
         beside: tables of original captions that lie beside the shards; they stand in for those in the shard.
 
     Raises:
-        ConfigError: an unknown source, or a negative weight.
+        ConfigError: an unknown source, a negative weight, or none above 0.
     """
 
     def __init__(
@@ -88,21 +92,25 @@ class CaptionMix:
         for name, weights in (("caption_mix", self.sources), ("caption_types", self.types)):
             if wrong := sorted(key for key, weight in weights.items() if weight < 0):
                 raise ConfigError(f"data.{name}.{wrong[0]}={weights[wrong[0]]}: must not be negative")
+            if not any(weights.values()):
+                raise ConfigError(f"data.{name}={weights}: shows no captions at all; give one of them a weight above 0")
 
     def choose(self, key: str, original: Sequence[Mapping[str, Any]], draw: int) -> Choice:
         """Return the caption of sample `key` at `draw`; `original` are the captions in its K.json."""
         original = first_of(self.beside, key) or original
-        found: dict[str, dict[str, list[str]]] = {}
+        found: dict[str, dict[str, list[tuple[str, str]]]] = {}
         for source, captions in (("synthetic", first_of(self.made, key)), ("original", original)):
             for caption in captions:
                 if self.sources.get(source, 0) > 0 and self.types.get(caption["type"], 0) > 0:
-                    found.setdefault(source, {}).setdefault(caption["type"], []).append(caption["text"])
+                    words = caption["text"], "original" if caption.get("model") == KEPT else source
+                    found.setdefault(source, {}).setdefault(caption["type"], []).append(words)
         if not found:
             return Choice("", "", "")
         source = _weighted({name: self.sources[name] for name in found}, draw_of(draw, "caption source"))
         kind = _weighted({name: self.types[name] for name in found[source]}, draw_of(draw, "caption type"))
         texts = found[source][kind]
-        return Choice(texts[draw_of(draw, "caption text") % len(texts)], kind, source)
+        text, source = texts[draw_of(draw, "caption text") % len(texts)]
+        return Choice(text, kind, source)
 
 
 def first_of(tables: Sequence[ByKey], key: str) -> Sequence[Mapping[str, Any]]:

@@ -6,7 +6,7 @@ Frames are chosen by their timestamps, so that playback speed never changes; ima
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -32,23 +32,27 @@ def pick(draw: int | None, stream: str, count: int) -> int:
 
 
 def decode(data: bytes, *, fps: Fraction, start: int = 0, count: int = 1, stride: int = 1) -> list[av.VideoFrame]:
-    """Return `count` frames, every `stride`-th from number `start`.
+    """Return `count` frames, every `stride`-th from number `start`; see `decode_some`."""
+    return decode_some(data, range(start, start + count * stride, stride), fps=fps)
+
+
+def decode_some(data: bytes, wanted: Sequence[int], *, fps: Fraction) -> list[av.VideoFrame]:
+    """Return the frames with the numbers `wanted`, which ascend; no other is kept.
 
     Frame i is the one on the screen at i / fps seconds after the first: where the stream has a gap, the last before it.
     Raises DataError where the bytes cannot be decoded that far.
     """
-    wanted = range(start, start + count * stride, stride)
     try:
-        found = found_in(data, wanted, fps, seek=True) if start >= SEEK_FROM else None
+        found = found_in(data, wanted, fps, seek=True) if wanted[0] >= SEEK_FROM else None
         found = found_in(data, wanted, fps, seek=False) if found is None else found
-    except (av.FFmpegError, ValueError, OverflowError) as error:
+    except (av.FFmpegError, ValueError, ArithmeticError) as error:
         raise DataError(f"cannot be decoded: {error}") from error
-    if found is None or len(found) < count:
-        raise DataError(f"ends after {len(found or [])} of {count} frames from {start}")
+    if found is None or len(found) < len(wanted):
+        raise DataError(f"ends after {len(found or [])} of {len(wanted)} frames from {wanted[0]}")
     return found
 
 
-def found_in(data: bytes, wanted: range, fps: Fraction, *, seek: bool) -> list[av.VideoFrame] | None:
+def found_in(data: bytes, wanted: Sequence[int], fps: Fraction, *, seek: bool) -> list[av.VideoFrame] | None:
     """Return the frames with the numbers `wanted`, as far as there are any; None where seeking leads past the first."""
     found: list[av.VideoFrame] = []
     with av.open(io.BytesIO(data), mode="r") as container:
@@ -60,7 +64,7 @@ def found_in(data: bytes, wanted: range, fps: Fraction, *, seek: bool) -> list[a
         if seek:
             if container.format.name not in SEEKABLE or origin is None or not stream.time_base:
                 return None
-            container.seek(origin + int(wanted.start / fps / stream.time_base), stream=stream)
+            container.seek(origin + int(wanted[0] / fps / stream.time_base), stream=stream)
         shown: av.VideoFrame | None = None
         for frame in frames_of(container, stream):
             if frame.pts is not None and frame.time_base is not None:
@@ -68,7 +72,7 @@ def found_in(data: bytes, wanted: range, fps: Fraction, *, seek: bool) -> list[a
                 number = number_of(frame.pts - origin, frame.time_base, fps)
             else:
                 number = len(found)  # a still image has no clock
-            if seek and shown is None and number > wanted.start:
+            if seek and shown is None and number > wanted[0]:
                 return None
             while len(found) < len(wanted) and wanted[len(found)] < number and shown is not None:
                 found.append(shown)

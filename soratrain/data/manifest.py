@@ -180,8 +180,12 @@ def map_manifest(folder: str, home: str) -> Manifest:
     return Manifest(folder=folder, folders=folders, home=home, **names, **columns)
 
 
-def write_manifest(folder: str | Path, rows: Iterable[Mapping[str, Any]], part: int = 0) -> Path:
+def write_manifest(
+    folder: str | Path, rows: Iterable[Mapping[str, Any]], part: int = 0, told: Mapping[str, str] | None = None
+) -> Path:
     """Write `manifest/part-NNNNN.parquet` under `folder`, atomically, and return its path.
+
+    What is `told` beside the rows is in the metadata of the file's schema.
 
     A row is a mapping with exactly the columns of MANIFEST_SCHEMA. Raises DataError for a missing or unknown column,
     a value of another type, or a kind that is not known.
@@ -190,7 +194,7 @@ def write_manifest(folder: str | Path, rows: Iterable[Mapping[str, Any]], part: 
     for row in rows:
         if row.get("kind") not in KINDS:
             raise DataError(f"manifest row {row.get('key')}: kind={row.get('kind')!r}; use one of {', '.join(KINDS)}")
-    return _write(Path(folder) / "manifest" / f"part-{part:05d}.parquet", rows, MANIFEST_SCHEMA)
+    return _write(Path(folder) / "manifest" / f"part-{part:05d}.parquet", rows, MANIFEST_SCHEMA.with_metadata(told))
 
 
 def write_captions(path: str | Path, rows: Iterable[Mapping[str, str]]) -> Path:

@@ -120,6 +120,7 @@ class PlannedData(L.LightningDataModule, ABC):
         self.accumulate_blocks, self.canonical_ranks, self.gamma = accumulate_blocks, canonical_ranks, gamma
         self.durations, self.image_fraction = durations, image_fraction
         self.mix, self.caption_mix, self.caption_types = mix, caption_mix, caption_types
+        CaptionMix(sources=caption_mix, types=caption_types)  # what is wrong with them is said at once
         self.workers, self.prefetch, self.cache, self.remote = workers, prefetch, cache, remote
         self.quarantine, self.max_bad, self.held_out = quarantine, max_bad, held_out or HeldOut()
         self.seat: tuple[int, int] | None = None  # (rank, ranks) that share the data, where Lightning's are not those

@@ -29,9 +29,11 @@ class Cache:
         for line in data.decode("utf-8", "replace").split("\n"):
             try:
                 row = json.loads(line)
-                self.found[str(row["key"])] = str(row["expanded"])
+                key, expanded = row["key"], row["expanded"]
             except (ValueError, KeyError, TypeError, RecursionError):
                 continue
+            if isinstance(key, str) and isinstance(expanded, str) and expanded.strip():
+                self.found[key] = expanded
 
     def get(self, key: str) -> str | None:
         """Return what was made before."""

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from soratrain.batch import draw_of
-from soratrain.data.captions import captions_of
+from soratrain.data.captions import KEPT, captions_of
 from soratrain.data.manifest import CAPTION_SCHEMA, MANIFEST_SCHEMA
 from soratrain.data.shards import ShardReader
 from soratrain.data.tables import Part, batches, parts
 from soratrain.errors import DataError, UserError
-from soratrain.expand.replies import REPEATED
+from soratrain.replies import REPEATED
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ PARTS = 8  # of each folder's tables that are opened, at most
 READ = 256  # clips of shards that are looked at for pairs
 SCANNED = 1 << 21  # rows of manifests that are looked through for the kinds of clips
 MADE = ["*.parquet", "*/*.parquet", "captions/*/*.parquet"]  # tables in a folder of captions
-ORIGINAL = "original"  # in a table's column `model`: a caption that the clip came with, for want of a better one
 
 
 class Example(NamedTuple):
@@ -91,7 +90,7 @@ def pair_of(captions: Sequence[Mapping[str, Any]], style: str) -> Example | None
     for caption in captions:
         text = " ".join(str(caption.get("text", "")).split())
         shown = text.isprintable() and 0 < len(text) <= LONGEST and not REPEATED.search(text)
-        if shown and caption.get("model") != ORIGINAL and caption.get("type") in texts:
+        if shown and caption.get("model") != KEPT and caption.get("type") in texts:
             texts[str(caption["type"])].append(text)
     short, long = min(texts["short"] or texts["gt"] or [""]), min(texts[style] or [""])
     return Example(short, long) if short and len(long) > len(short) else None

@@ -23,7 +23,8 @@ from soratrain.chat import ChatRequest, Messages, Reply
 from soratrain.errors import ChatError, ConfigError
 from soratrain.expand.cache import Cache
 from soratrain.expand.examples import Example, draw_examples
-from soratrain.expand.replies import caption_of, one_line, quotes
+from soratrain.expand.replies import caption_of, quotes
+from soratrain.models.writing import one_line
 
 log = logging.getLogger(__name__)
 

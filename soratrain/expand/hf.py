@@ -130,12 +130,18 @@ class Model:
         self.ends = {end for some in ends for end in (some if isinstance(some, list) else [some]) if end is not None}
 
     def write(self, requests: Sequence[ChatRequest]) -> Iterator[tuple[int, Reply | ChatError]]:
-        """Yield the place of each request and its reply, in order."""
+        """Yield the place of each request and its reply, or what is wrong, in order."""
         for place, request in enumerate(requests):
+            found: Reply | ChatError
             try:
-                yield place, self.reply(request)
+                found = self.reply(request)
             except ChatError as error:
-                yield place, error
+                found = error
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, IndexError) as error:  # numbers that are none, or its own code's
+                found = ChatError(f"the model cannot go on ({str(error).strip().partition(chr(10))[0][:200]})")
+            yield place, found
 
     def reply(self, request: ChatRequest) -> Reply:
         """Return what the model writes.

@@ -6,8 +6,9 @@ import re
 
 from soratrain.chat import Reply
 from soratrain.diffusion.sizes import PROMPT_BYTES
+from soratrain.models.writing import one_line
+from soratrain.replies import DECLINED, fault, unquoted
 
-MARKS = {'"': '"', "“": "”", "„": "“”", "«": "»", "»": "«", "「": "」", "『": "』", "‹": "›", "‘": "’", "'": "'"}
 # What stands in quotation marks. Those that are apostrophes too stand at the ends of words, and no " that opens stands
 # after a digit, whose inches it would be.
 QUOTED = re.compile(
@@ -21,28 +22,18 @@ LABEL = re.compile(  # before a caption: "Sure! Here is the expanded prompt:"
     re.I,
 )
 BOLD = re.compile(r"\*\*(?=\S)(.+?)(?<=\S)\*\*")
-# Four or more characters said three times in a row, or one said eight times: a decoder that has lost its way.
-REPEATED = re.compile(r"(.{4,400}?)\1\1|(\S)\2{7}", re.S)
-# How models decline, at the beginning of what they say; small letters, a plain apostrophe.
-REFUSED = re.compile(
-    r"^\W*(?:(?:i'm|i am)?\s*(?:very |so )?sorry\b(?!-)|i apologi[sz]e|my apologies|unfortunately,? i\b"
-    r"|as an? (?:ai|language model)|i (?:can ?not|can't|won't|will not|am unable|am not able)\b"
-    r"|i'm (?:unable|not able)\b|(?:抱歉|对不起|我无法|我不能))"
-)
+SAID = {"repeated": "repeated itself", "cut_off": "cut off"}  # of the reasons that are not words of a sentence
 
 
-def cleaned(text: str) -> str:
-    """Return a reply as one line: without control characters, a label before it, or marks around the whole of it."""
-    text = LABEL.sub("", BOLD.sub(r"\1", one_line(text))).strip()
-    closing = MARKS.get(text[:1], "")
-    if len(text) > 1 and closing and text[-1] in closing and not set(text[0] + closing) & set(text[1:-1]):
-        text = text[1:-1].strip()
-    return text
+def cleaned(text: str, *, bold: bool = False) -> str:
+    """Return a reply as one line: without control characters, a label before it, or marks around the whole of it.
 
-
-def one_line(text: str) -> str:
-    """Return a text without line breaks and control characters; spaces stay as many as they are."""
-    return "".join(letter if letter.isprintable() else " " for letter in text).strip()
+    Args:
+        bold: `**` stays, since the prompt has it too.
+    """
+    text = one_line(text)
+    text = unquoted(text if bold else BOLD.sub(r"\1", text))
+    return unquoted(LABEL.sub("", text).strip())
 
 
 def quotes(text: str) -> list[tuple[str, str, str]]:
@@ -54,10 +45,12 @@ def quotes(text: str) -> list[tuple[str, str, str]]:
 def kept(prompt: str, text: str) -> tuple[str, list[str]]:
     """Return a text in which the prompt's quotations have the prompt's own marks, and those that it has lost.
 
-    A quotation is kept where the same letters stand in marks of any kind.
+    A quotation is kept where it stands as it is, or the same letters in marks of any kind.
     """
     lost = []
     for opening, inner, closing in quotes(one_line(prompt)):
+        if f"{opening}{inner}{closing}" in text:
+            continue
         said = next((quote for quote in quotes(text) if quote[1] == inner), None)
         if said is None:
             lost.append(f"{opening}{inner}{closing}")
@@ -70,15 +63,9 @@ def caption_of(prompt: str, reply: Reply) -> tuple[str, str]:
     """Return the longer prompt that a reply is, or "" and why it is none, in a word or two."""
     if len(reply.text.encode()) > 2 * PROMPT_BYTES:  # before anything looks through all of it
         return "", "too long"
-    text = cleaned(reply.text)
-    if reply.finish_reason in ("refusal", "content_filter") or REFUSED.search(text.lower().replace("’", "'")):
-        return "", "refused"
-    if not any(letter.isalnum() for letter in text):
-        return "", "cut off" if reply.finish_reason == "length" else "empty"
-    if REPEATED.search(text):
-        return "", "repeated itself"
-    if reply.finish_reason == "length":
-        return "", "cut off"
+    text = cleaned(reply.text, bold="**" in prompt)
+    if reason := fault(text, declined=reply.finish_reason in DECLINED, cut=reply.finish_reason == "length"):
+        return "", SAID.get(reason, reason)
     if len(text.encode()) > PROMPT_BYTES:
         return "", "too long"
     text, lost = kept(prompt, text)

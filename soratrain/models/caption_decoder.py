@@ -223,7 +223,8 @@ class Decoder(nn.Module):
         """Return logits `[N, 257]` of the symbol after each place; texts are read from START.
 
         Args:
-            read_N: bool; places where it is False stand empty, but for START.
+            read_N: bool; places where it is False stand empty, but for START; n-grams behind them still hold their
+                bytes.
         """
         x_ND = self.embed(symbols_BS, styles_B, packing)
         if read_N is not None:

@@ -33,7 +33,7 @@ class Contrast(nn.Module):
         self.video.weight.no_muon = self.text.weight.no_muon = True  # type: ignore[attr-defined]
 
     def forward(self, video_BD: Tensor, text_BD: Tensor, same_BB: Tensor) -> Tensor:
-        """Return each clip's loss `[B]`; pairs marked in `same_BB` have one caption and are no negatives.
+        """Return each clip's loss `[B]`; pairs marked in `same_BB` are no negatives.
 
         Negatives are the other clips of the same micro-batch, never those of other ranks: which clips stand in a
         micro-batch does not depend on the number of ranks, so neither does the loss.
@@ -51,7 +51,7 @@ class Contrast(nn.Module):
 
 
 class CaptionModel(nn.Module):
-    """A captioner's face; a body adds `look`, `say`, `size` and `forward`, and a `Contrast` as `self.contrast`.
+    """A captioner's face; a body adds `look`, `write`, `size` and `forward`, and a `Contrast` as `self.contrast`.
 
     Args:
         styles: kinds of caption that can be asked for; the order is stored in the weights, so only append.
@@ -118,11 +118,12 @@ class CaptionModel(nn.Module):
 
         A style without any caption is not worth asking for.
         """
-        longer = 0
+        longest, longer = self.longest.tolist(), 0
         for style, caption in zip(self.style_ids(styles).tolist(), captions, strict=True):
             size = self.size(caption)
-            self.longest[style] = max(float(self.longest[style]), size)
+            longest[style] = max(longest[style], size)
             longer += size > self.most
+        self.longest.copy_(torch.tensor(longest))
         return longer
 
     def read_while_training(self, sizes: Sequence[int], draws: Sequence[int]) -> Tensor:
@@ -142,8 +143,12 @@ class CaptionModel(nn.Module):
         return tuple(style for style, length in zip(self.styles, self.longest.tolist(), strict=True) if length)
 
     def bound(self, style: str) -> int:
-        """Return after how many symbols a caption of `style` has lost its way: a quarter above the longest learned."""
-        length = float(self.longest[self.styles.index(style)])
+        """Return after how many symbols a caption of `style` has lost its way: a quarter above the longest learned.
+
+        Raises:
+            ConfigError: a style that this captioner does not have.
+        """
+        length = float(self.longest[int(self.style_ids([style]))])
         return min(self.most, int(1.25 * length) + 16) if length else self.most
 
     def look(self, pixels: Tensor, fps: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,6 +160,17 @@ class CaptionModel(nn.Module):
         """
         raise NotImplementedError
 
+    def write(
+        self, pooled_BQD: Tensor, styles: Sequence[str], bounds: Sequence[int], **how: Any
+    ) -> tuple[list[str], list[bool]]:
+        """Return a text in each style, of at most so many symbols, and which of them came to their end.
+
+        Args:
+            how: `top_p`, `draws` and `cached` of `say`.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
     def say(
         self,
         pooled_BQD: Tensor,
@@ -176,11 +192,10 @@ class CaptionModel(nn.Module):
             draws: what each clip's chance depends on; needed where `top_p` is above 0.
             cached: False computes every place anew for every symbol: the same captions, slowly.
         """
-        raise NotImplementedError
-
-    def styles_of(self, style: str | Sequence[str], count: int) -> list[str]:
-        """Return the style of each of `count` clips."""
-        return [style] * count if isinstance(style, str) else list(style)
+        styles = [style] * len(pooled_BQD) if isinstance(style, str) else list(style)
+        bounds = [self.bound(name) for name in styles]
+        texts, ended = self.write(pooled_BQD, styles, bounds, top_p=top_p, draws=draws, cached=cached)
+        return [text if whole else "" for text, whole in zip(texts, ended, strict=True)]
 
     def embed_video(self, pixels: Tensor, fps: Tensor) -> Tensor:
         """Return unit vectors of clips, `[B, E]`."""
@@ -197,5 +212,8 @@ class CaptionModel(nn.Module):
 
 
 def same_captions(captions: Sequence[str], device: torch.device) -> Tensor:
-    """Return which pairs of captions are one and the same, `[B, B]`."""
-    return torch.tensor([[one == other for other in captions] for one in captions], device=device)
+    """Return which pairs of clips are no negatives of each other, `[B, B]`: of one caption, or one of them of none."""
+    numbers: dict[str, int] = {"": 0}
+    found = torch.tensor([numbers.setdefault(caption, len(numbers)) for caption in captions], device=device)
+    silent = found == 0
+    return (found[:, None] == found) | silent[:, None] | silent

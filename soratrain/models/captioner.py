@@ -12,8 +12,8 @@ Legend: B clips, N video tokens of the pack, D width, H heads, K head dim, Q poo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -124,29 +124,10 @@ class Captioner(CaptionModel):
         losses_N = F.cross_entropy(logits_NV, targets_N.to(device), reduction="none")
         return packing.mean(losses_N), self.contrast(video_BD, text_BD, same_captions(captions, device))
 
-    @torch.no_grad()
-    def say(
-        self,
-        pooled_BQD: Tensor,
-        style: str | Sequence[str],
-        *,
-        max_bytes: int | None = None,
-        top_p: float = 0.0,
-        draws: Sequence[int] = (),
-        cached: bool = True,
-    ) -> list[str]:
-        """Return the captions of clips that have been looked at: see `CaptionModel.say`.
-
-        Args:
-            max_bytes: of a caption; by default what its style is bound by.
-        """
-        styles = self.styles_of(style, len(pooled_BQD))
-        written, ended = self.decoder.write(
-            pooled_BQD,
-            self.style_ids(styles, pooled_BQD.device),
-            max_bytes=[max_bytes or self.bound(name) for name in styles],
-            top_p=top_p,
-            draws=draws,
-            cached=cached,
-        )
-        return [decode_caption(data) if whole else "" for data, whole in zip(written, ended, strict=True)]
+    def write(
+        self, pooled_BQD: Tensor, styles: Sequence[str], bounds: Sequence[int], **how: Any
+    ) -> tuple[list[str], list[bool]]:
+        """Return texts of at most so many bytes, and which came to their end; see `CaptionModel.write`."""
+        ids = self.style_ids(styles, pooled_BQD.device)
+        written, ended = self.decoder.write(pooled_BQD, ids, max_bytes=bounds, **how)
+        return [decode_caption(data) for data in written], ended

@@ -57,6 +57,8 @@ class LanguageTower(Tower):
         own = found is None or found >= self.vocabulary
         self.stop = self.vocabulary if own else int(found)
         self.end = nn.Linear(self.width, 1) if own else None
+        if self.end is not None:
+            self.end.weight.no_muon = True  # type: ignore[attr-defined]
         self.special = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id} | {self.stop}
 
     def form(self, stored: Mapping[str, Any]) -> tuple[Any, Any]:

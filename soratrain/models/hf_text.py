@@ -114,12 +114,17 @@ class HFText:
 
     def tokenize(self, texts: Sequence[str]) -> tuple[list[list[int]], int]:
         """Return each text's token numbers, at most `max_tokens`, and how many texts were cut; closing ones stay."""
+        found, longer = self.fitted(texts)
+        return found, len(longer)
+
+    def fitted(self, texts: Sequence[str]) -> tuple[list[list[int]], set[int]]:
+        """Return the same, and the places of the texts that were cut."""
         found = self.ids(texts)
         longer = [place for place, ids in enumerate(found) if len(ids) > self.max_tokens]
         for place in longer:
             text = texts[place].encode("utf-8", "replace").decode()
             found[place] = self.tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]
-        return found, len(longer)
+        return found, set(longer)
 
     def load(self, device: torch.device | str = "cpu") -> Any:
         """Return the net, on `device`; it is read when it is first asked for.
@@ -158,9 +163,9 @@ class HFText:
             found[place] if place in found else torch.zeros(0, self.dim, device=device) for place in range(len(ids))
         ]
 
-    def store(self, texts: Sequence[str], device: torch.device | str = "cpu") -> tuple[list[Tensor], int]:
-        """Return the features `[L, D]` of each text, bf16, on the CPU, and how many texts were cut."""
-        ids, cut = self.tokenize(texts)
+    def store(self, texts: Sequence[str], device: torch.device | str = "cpu") -> tuple[list[Tensor], set[int]]:
+        """Return the features `[L, D]` of each text, bf16, on the CPU, and the places of the texts that were cut."""
+        ids, cut = self.fitted(texts)
         return [features.to("cpu", torch.bfloat16) for features in self.features(ids, device)], cut
 
 

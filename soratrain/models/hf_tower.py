@@ -72,6 +72,16 @@ def layer_widths(layer: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def leave_out(net: nn.Module) -> None:
+    """Tell Muon which of a net's parameters are no matrices: rows of a table, places, tokens, and the output head."""
+    layers = {module.weight for module in net.modules() if isinstance(module, nn.modules.conv._ConvNd)}
+    layers |= {module.weight for module in net.modules() if layer_widths(module)}  # type: ignore[misc]
+    head = getattr(net, "get_output_embeddings", lambda: None)()
+    for param in net.parameters():
+        if param.ndim > 1 and (param not in layers or (head is not None and param is head.weight)):
+            param.no_muon = True  # type: ignore[attr-defined]
+
+
 class Tower(nn.Module):
     """Somebody else's net.
 
@@ -121,6 +131,7 @@ class Tower(nn.Module):
         if tuning == "full":
             with built_whole():
                 self.net = self.built()
+            leave_out(self.net)
             self.tied = self.net.state_dict().keys() - dict(self.net.named_parameters()).keys()
             self.tied -= {name for name, _ in self.net.named_buffers()}
             self.register_state_dict_post_hook(_without_tied)
@@ -156,6 +167,15 @@ class Tower(nn.Module):
         """Return the net with random weights, fp32."""
         make = getattr(self.reader, "from_config", None) or self.reader._from_config
         return make(self.config, dtype=torch.float32)
+
+    def frozen_bytes(self) -> int:
+        """Return the bytes of what is frozen, which every rank holds whole: counted by its config, nothing is read."""
+        if self.tuning == "full":
+            return 0
+        with built_whole(), torch.device("meta"):
+            net = self.built()
+        weights = sum(shape_of(param).numel() for param in net.parameters())  # what goes by two names counts once
+        return weights * DTYPES[self.dtype].itemsize + sum(buffer.nbytes for buffer in net.buffers())
 
     def train(self, mode: bool = True) -> Tower:
         """Others' nets never drop anything out: what is random here depends on a sample's key alone."""

@@ -153,10 +153,12 @@ class ByteTokens:
         """Return what is kept beside the stored tokens."""
         return {"kind": "byte", "table": self.table, "max_tokens": self.max_tokens}
 
-    def store(self, texts: Sequence[str]) -> tuple[list[Tensor], int]:
-        """Return the tokens of each text, as `TextTokens.parts` has them, and how many texts were cut."""
+    def store(self, texts: Sequence[str]) -> tuple[list[Tensor], set[int]]:
+        """Return the tokens of each text, as `TextTokens.parts` has them, and the places of those that were cut."""
         found = tokenize(texts, table=self.table, max_tokens=self.max_tokens)
-        return found.parts(), found.truncated
+        full = [place for place, length in enumerate(found.lengths) if found.truncated and length == self.max_tokens]
+        alone = {place: tokenize([texts[place]], table=self.table, max_tokens=self.max_tokens) for place in full}
+        return found.parts(), {place for place, tokens in alone.items() if tokens.truncated}
 
 
 class TextBlock(nn.Module):

@@ -111,8 +111,13 @@ class VideoEncoder(nn.Module):
         self.blocks = nn.ModuleList(Block(dim=dim, num_heads=num_heads, mlp_ratio=mlp_ratio) for _ in range(depth))
 
     def cut(self, pixels: Tensor, fps: Tensor) -> tuple[Tensor, Tensor, Tensor, Packing]:
-        """Return patches `[N, P]`, their coordinates `[N, 3]` (t, y, x), where they stand in their clip, with its mean
-        colour and contrast, `[N, 9]`, and the packing of the clips.
+        """Return patches `[N, P]`, their coordinates `[N, 3]` (t, y, x), nine numbers about each, and the packing.
+
+        The nine `[N, 9]`: the patch's seconds from the clip's middle, the clip's seconds, whether it is more than one
+        frame, the patch's row and column in [-1, 1], the clip's mean colour and contrast.
+
+        Raises:
+            DataError: a clip has no frames.
         """
         batch, _, frames, height, width = pixels.shape
         if not frames:
@@ -136,11 +141,11 @@ class VideoEncoder(nn.Module):
         seconds = seconds[:, :, None, None].expand(shape)
         y, x = y[:, None].expand(shape), x.expand(shape)
         coords = torch.stack([seconds * TIME_SCALE, y, x], dim=-1)
-        last = ((count - 1).clamp(min=0) / (count - 1).clamp(min=1)).float()[:, None, None, None].expand(shape)
+        moving = (count > 1).float()[:, None, None, None].expand(shape)
         duration = (index[:, -1] / fps).float()[:, None, None, None].expand(shape)
         middle = [(y + 0.5) * (2 / rows) - 1, (x + 0.5) * (2 / columns) - 1]
         overall = torch.cat([mean, contrast], dim=1)[:, None, None, None].expand(*shape, -1)
-        places = torch.cat([torch.stack([seconds - duration / 2, duration, last, *middle], dim=-1), overall], dim=-1)
+        places = torch.cat([torch.stack([seconds - duration / 2, duration, moving, *middle], dim=-1), overall], dim=-1)
         lengths = (-(count // -pt)).tolist()
         packing = Packing.of([length * rows * columns for length in lengths])
         flat = [cut.flatten(4).flatten(1, 3), coords.flatten(1, 3), places.flatten(1, 3)]

@@ -189,25 +189,9 @@ class VLM(CaptionModel):
         losses_N, packing = self.language.losses(*self.asked(pooled_BQW, styles), texts, self.most, read)
         return packing.mean(losses_N), self.contrast(video_BD, text_BD, same_captions(captions, pixels.device))
 
-    @torch.no_grad()
-    def say(
-        self,
-        pooled_BQD: Tensor,
-        style: str | Sequence[str],
-        *,
-        max_tokens: int | None = None,
-        top_p: float = 0.0,
-        draws: Sequence[int] = (),
-        cached: bool = True,
-    ) -> list[str]:
-        """Return the captions of clips that have been looked at: see `CaptionModel.say`.
-
-        Args:
-            max_tokens: of a caption; by default what its style is bound by.
-        """
-        styles = self.styles_of(style, len(pooled_BQD))
-        bounds = [max_tokens or self.bound(name) for name in styles]
-        written, ended = self.language.write(
-            *self.asked(pooled_BQD, styles), bounds, top_p=top_p, draws=draws, cached=cached
-        )
-        return [self.language.text(ids) if whole else "" for ids, whole in zip(written, ended, strict=True)]
+    def write(
+        self, pooled_BQD: Tensor, styles: Sequence[str], bounds: Sequence[int], **how: Any
+    ) -> tuple[list[str], list[bool]]:
+        """Return texts of at most so many tokens, and which came to their end; see `CaptionModel.write`."""
+        written, ended = self.language.write(*self.asked(pooled_BQD, styles), bounds, **how)
+        return [self.language.text(ids) for ids in written], ended

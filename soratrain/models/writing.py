@@ -21,8 +21,8 @@ CIRCLES = 4  # times that a text says the same at its end before it is given up
 JOINERS = "\u200c\u200d"  # without a width, but part of words (Persian) and of pictures (families, flags)
 
 
-def clean(text: str) -> str:
-    """Return a text on one line: control characters and runs of spaces become one space, other invisible ones nothing.
+def one_line(text: str) -> str:
+    """Return a text on one line: control characters become spaces, other invisible ones nothing; its spaces all stay.
 
     Lone surrogates, which no encoding holds, become question marks.
     """
@@ -30,7 +30,12 @@ def clean(text: str) -> str:
     for letter in text.encode("utf-8", "replace").decode("utf-8"):
         kind = "" if letter in JOINERS else unicodedata.category(letter)
         kept.append(" " if kind in ("Cc", "Zl", "Zp") else "" if kind == "Cf" else letter)
-    return " ".join("".join(kept).split())
+    return "".join(kept).strip()
+
+
+def clean(text: str) -> str:
+    """Return a text on one line, with one space where it has several."""
+    return " ".join(one_line(text).split())
 
 
 def choose(logits_BV: Tensor, chance_B: Tensor | None, top_p: float) -> Tensor:
@@ -50,6 +55,8 @@ def choose(logits_BV: Tensor, chance_B: Tensor | None, top_p: float) -> Tensor:
 def circles(symbols: Sequence[int], span: int) -> bool:
     """Return whether a text ends in the same symbols again and again: `CIRCLES` times, and for `span` symbols."""
     for unit in range(1, len(symbols) // CIRCLES + 1):
+        if symbols[-1] != symbols[-1 - unit]:  # which is so of nearly all, and found without copying
+            continue
         length = unit * max(CIRCLES, -(-span // unit))
         if length > len(symbols):
             continue

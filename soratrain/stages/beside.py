@@ -1,4 +1,6 @@
-"""What a rank that trains a DiT computes with beside it, where it runs live: a frozen VAE, a frozen text encoder.
+"""What a rank computes with beside the nets that it trains, and what that takes of its memory.
+
+A DiT's are a frozen VAE and a frozen text encoder, where they run live; a captioner's are others' nets, kept frozen.
 
 Counted before anything is loaded, by stage=plan and at a run's start alike.
 """
@@ -6,7 +8,7 @@ Counted before anything is loaded, by stage=plan and at a run's start alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from soratrain.distributed.memory import FP32
 from soratrain.errors import DataError
 from soratrain.models.autoencoders import outline
 from soratrain.models.frozen_text import FrozenText
+from soratrain.models.hf_tower import Tower
 from soratrain.models.patchify import STRIDE
 from soratrain.models.published import Published
 from soratrain.stages.plan_cost import stride_of
@@ -81,6 +84,17 @@ def live_text(text: nn.Module | None, found: Beside) -> None:
         found.bytes[TEXT] = (HALF if text.options["dtype"] == "bf16" else FP32) * numbers
     else:
         found.unknown.append(f"the text encoder runs live, and {text.folder} is not here to be counted")
+
+
+def frozen_nets(nets: Iterable[nn.Module], found: Beside) -> None:
+    """Count others' nets that a captioner takes as they are, alone or under adapters: whole on every rank.
+
+    Numbers times bytes of one, and no more: what is not trained has no gradients and no moments (Hu et al., "LoRA",
+    2022, section 4.2), and autocast keeps no copies of weights that need no gradient.
+    """
+    for tower in (part for net in nets for part in net.modules() if isinstance(part, Tower)):
+        if count := tower.frozen_bytes():
+            found.bytes[f"the frozen {tower.called}'s weights"] = count
 
 
 def latents_stride(live: str | None, trainer: Any) -> Sequence[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,11 +18,13 @@ from soratrain.models.text import ByteTextEncoder
 from soratrain.models.writing import clean
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.base import CAPTIONS, TrainStage
+from soratrain.stages.beside import Beside, frozen_nets
 
 log = logging.getLogger(__name__)
 
 ORIGINAL = "gt"  # type of captions that came with a clip, whatever they say
-PATIENCE = 16  # batches without a caption, or without one of a style that must come, after which that is said
+PATIENCE = 16  # batches without a caption after which that is said
+ENOUGH = 256  # captions, in at least as many batches, among which one of a style that must come would have been
 
 
 class CaptionerStage(TrainStage):
@@ -56,8 +58,15 @@ class CaptionerStage(TrainStage):
         super().__init__(nets=nets, optimizer=optimizer, schedule=schedule, max_steps=max_steps)
         self.contrast_weight, self.short_bytes = contrast_weight, short_bytes
         self.silent = 0  # batches without captions, in a row
-        self.awaited = dict.fromkeys(teaches, 0)  # batches that each style has not been in yet, since training began
+        self.awaited = list(teaches)  # styles that have not come yet, since training began
+        self.waited = self.heard = 0  # batches and captions since then
         self.cut = 0  # captions longer than the captioner or its text encoder reads
+
+    def beside(self, nets: Mapping[str, nn.Module]) -> tuple[Mapping[str, int], str]:
+        """Return the bytes of others' nets that are not trained, by name; all of them are counted."""
+        found = Beside()
+        frozen_nets(nets.values(), found)
+        return found.bytes, found.said
 
     def style_of(self, kind: str, caption: str) -> str:
         """Return the style that a caption of type `kind` teaches: its own, or by its length for an original one."""
@@ -67,7 +76,7 @@ class CaptionerStage(TrainStage):
 
     def on_fit_start(self) -> None:
         """See that what the captioner is made of is there, before the first step."""
-        self.captioner.style_ids(list(self.awaited))
+        self.captioner.style_ids(self.awaited)
         self.captioner.confirm()
 
     def on_train_start(self) -> None:
@@ -78,7 +87,7 @@ class CaptionerStage(TrainStage):
         """Return the loss of one micro-batch; clips without a caption give none.
 
         Raises:
-            DataError: many batches in a row have no captions, or none of a style that must come.
+            DataError: many batches in a row have no captions, or many captions are none of a style that must come.
         """
         batch = replace(batch, captions=tuple(clean(caption) for caption in batch.captions))
         told = [bool(caption) for caption in batch.captions]
@@ -96,7 +105,9 @@ class CaptionerStage(TrainStage):
         heard = language.new_tensor(told)
         loss = batch.mean(heard * (language + self.contrast_weight * contrast))
         self.report_captions(batch)
-        self.report(loss=loss, language=language.mean(), contrast=contrast.mean(), samples=len(batch))
+        self.report(loss=loss, samples=len(batch))
+        clips = max(sum(told), 1)
+        self.report(language=(heard * language).sum() / clips, contrast=(heard * contrast).sum() / clips)
         return loss
 
     def watch(self, batch: VideoBatch, styles: Sequence[str]) -> None:
@@ -112,16 +123,14 @@ class CaptionerStage(TrainStage):
                 " them beside the videos (NAME.txt) and prepare again, or describe the clips with a captioner trained"
                 " elsewhere: stage=recaption inputs.captioner=outputs/default/captioner/base"
             )
-        for style in set(styles) & self.awaited.keys():
-            del self.awaited[style]
-        for style in self.awaited:
-            self.awaited[style] += 1
-            if self.awaited[style] == PATIENCE:
-                raise DataError(
-                    f"stage.module.teaches={list(self.awaited)}: none of {PATIENCE} batches had a caption of style"
-                    f" {style!r}; bring captions of that type (beside the videos, NAME.json) and give it a weight in"
-                    " data.caption_types, or leave the style out of teaches"
-                )
+        self.awaited = [style for style in self.awaited if style not in styles]
+        self.waited, self.heard = self.waited + 1, self.heard + len(styles)
+        if self.awaited and self.waited >= PATIENCE and self.heard >= ENOUGH:
+            raise DataError(
+                f"stage.module.teaches={self.awaited}: none of {self.heard} captions was of style"
+                f" {self.awaited[0]!r}; bring captions of that type (beside the videos, NAME.json) and give it a weight"
+                " in data.caption_types, or leave the style out of teaches"
+            )
 
     def count_cut(self, longer: int, truncated: int) -> None:
         """Count captions that are longer than they are read, and say so once."""

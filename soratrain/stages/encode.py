@@ -34,7 +34,7 @@ from soratrain.distributed.sequence import group_of
 from soratrain.errors import DataError
 from soratrain.models.autoencoders import load_vae
 from soratrain.models.vae import VAE
-from soratrain.stages.encode_output import Output
+from soratrain.stages.encode_output import CUT, Output, texts_cut
 from soratrain.stages.encoding import ClipEncoder, pixels, pixels_by_shard, trimmed
 from soratrain.stages.encoding_parts import Part
 from soratrain.stages.encoding_rounds import Encoded, rounds
@@ -121,7 +121,7 @@ class Encode:
     def __call__(self) -> dict[str, float]:
         """Encode what is not encoded yet; return clips, clips a second of this call, megabytes, and what was left out.
 
-        Also how many texts of this call were longer than the text encoder reads, and were cut.
+        Also how many captions of all of them are longer than the text encoder reads, and were cut.
 
         Raises:
             DataError: the folder holds latents of something else, or too many clips cannot be read.
@@ -135,9 +135,8 @@ class Encode:
             ranks.together(lambda: self._claim(work) if ranks.first else None)
             began = time.monotonic()
             parts = ranks.together(lambda: self._encode(work, ranks))
-            done, seconds = sum(clips for clips, _ in parts), time.monotonic() - began
-            cut = {"texts_cut": sum(texts for _, texts in parts)} if work.texts is not None else {}
-            return ranks.together(lambda: {**self._finish(work, done / seconds), **cut} if ranks.first else {})[0]
+            rate = sum(parts) / (time.monotonic() - began)
+            return ranks.together(lambda: self._finish(work, rate) if ranks.first else {})[0]
 
     def _prepare(self, ranks: Ranks, mesh: Mesh, team: Ranks) -> Work:
         """Read what is needed, and see that the buckets fit the VAE."""
@@ -191,11 +190,8 @@ class Encode:
         for reason, count in work.assignment.dropped.items():
             log.info("%s clips are not encoded: %s", f"{count:,}", reason)
 
-    def _encode(self, work: Work, ranks: Ranks) -> tuple[int, int]:
-        """Encode its group's shards that are not encoded yet.
-
-        Return how many clips they held, once for a group, and how many of this rank's texts were cut.
-        """
+    def _encode(self, work: Work, ranks: Ranks) -> int:
+        """Encode its group's shards that are not encoded yet; return how many clips they held, once for a group."""
         costs, mesh = pixels_by_shard(work.manifest, work.assignment), work.mesh
         own = deal(costs, mesh.data_ranks)[mesh.data_rank]
         todo = work.team.together(lambda: [number for number in own if not self._part(number).is_file()])[0]
@@ -210,10 +206,7 @@ class Encode:
                     self._bear(failed, len(work.manifest))
                     if (said := pace.step(encoded * pixels(bucket))) and ranks.first:
                         log.info("%s", said)
-        cut = 0 if work.texts is None else work.texts.cut
-        if cut:
-            log.warning("%s captions are longer than text.max_tokens and were cut", f"{cut:,}")
-        return done if mesh.counts else 0, cut
+        return done if mesh.counts else 0
 
     def _bear(self, failed: int, clips: int) -> None:
         if failed > max(3, self.max_bad * clips):
@@ -249,13 +242,13 @@ class Encode:
         whole = [clip for clip in clips if clip.video is not None]
         videos = [clip.video for clip in whole if clip.video is not None]
         latents = self.encoding(work.vae, videos, work.device, part)
-        texts: Sequence[dict[str, Tensor]] = [{} for _ in whole]
+        texts: Sequence[tuple[dict[str, Tensor], int]] = [({}, 0) for _ in whole]
         if work.texts is not None and (part is None or work.team.first):
             keys = [work.manifest.row(clip.index).key for clip in whole]
             texts = work.texts(keys, [clip.captions for clip in whole])
         made = {
-            clip.index: Encoded(clip.index, clip.captions, latent, text)
-            for clip, latent, text in zip(whole, latents, texts, strict=True)
+            clip.index: Encoded(clip.index, clip.captions, latent, text, cut=cut)
+            for clip, latent, (text, cut) in zip(whole, latents, texts, strict=True)
         }
         return [made.get(clip.index) or Encoded(clip.index, [], failure=clip.failure) for clip in clips]
 
@@ -269,5 +262,9 @@ class Encode:
             "not_encoded": len(manifest) - len(rows),
             "frames_trimmed": trimmed(manifest, work.assignment),
         }
+        if work.texts is not None:
+            totals[CUT] = texts_cut(self.out)
+            if totals[CUT]:
+                log.warning("%s captions are longer than text.max_tokens and were cut", f"{totals[CUT]:,}")
         self._write({**self._dataset(), "totals": {**totals, "bytes": size}, "complete": True})
         return {**totals, "clips_per_s": rate, "megabytes": size / 1e6}

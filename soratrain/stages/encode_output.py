@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import pyarrow.parquet as pq
 
 from soratrain.data.assignment import Bucket
 from soratrain.data.manifest import Manifest, write_manifest
@@ -17,6 +18,13 @@ from soratrain.stages.encoding_rounds import Encoded
 from soratrain.stages.latents import store
 
 log = logging.getLogger(__name__)
+CUT = "texts_cut"  # what a manifest's part says of captions longer than their encoder reads
+
+
+def texts_cut(out: Path) -> int:
+    """Return how many captions of all shards in `out` are longer than their encoder reads."""
+    told = [pq.read_schema(part).metadata or {} for part in out.glob("manifest/part-*.parquet")]
+    return sum(int(each.get(CUT.encode(), 0)) for each in told)
 
 
 class Output:
@@ -42,6 +50,7 @@ class Output:
         self.manifest, self.strides, self.active = manifest, strides, active
         self.writer: ShardWriter | None = None
         self.rows: list[dict[str, Any]] = []
+        self.cut = 0  # captions longer than their encoder reads
 
     def open(self) -> None:
         """Remove what a run that was stopped has left, and begin."""
@@ -61,6 +70,7 @@ class Output:
                 if clip.failure:
                     log.warning("clip %s is not encoded: %s", row.key, clip.failure)
                     continue
+                self.cut += clip.cut
                 tensors = {**clip.latents, **clip.texts}
                 self.rows.append(store(self.writer, row, tensors, bucket=bucket, stride=stride, captions=clip.captions))
 
@@ -68,7 +78,7 @@ class Output:
         """Finish the shards, then the manifest's part, which says that they are whole."""
         if self.writer is not None:
             self.writer.close()
-            write_manifest(self.out, self.rows, part=self.number)
+            write_manifest(self.out, self.rows, part=self.number, told={CUT: str(self.cut)})
 
     def __enter__(self) -> Self:
         return self

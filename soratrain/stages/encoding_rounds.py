@@ -17,13 +17,18 @@ Batch = tuple[Bucket, np.ndarray]  # clips of one size, by their rows' numbers
 
 @dataclass(frozen=True)
 class Encoded:
-    """A clip's latents, and its captions with what is stored of them; or why it cannot be decoded."""
+    """A clip's latents, and its captions with what is stored of them; or why it cannot be decoded.
+
+    Attributes:
+        cut: captions that are longer than their encoder reads.
+    """
 
     index: int
     captions: list[Any]
     latents: dict[str, Tensor] = field(default_factory=dict)
     texts: dict[str, Tensor] = field(default_factory=dict)
     failure: str = ""
+    cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,9 @@ class Round:
         if lost is not None:
             return lost
         first = pieces[0]
-        return Encoded(first.index, first.captions, joined(self.parts, [p.latents for p in pieces]), first.texts)
+        return Encoded(
+            first.index, first.captions, joined(self.parts, [p.latents for p in pieces]), first.texts, cut=first.cut
+        )
 
 
 def rounds(batches: Iterable[tuple[Batch, list[Part]]], ranks: int) -> Iterator[Round]:

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.world import Prompt, Seen, World, agreement, cut_off, measure, read_caption, render
+from data_prep.world import Prompt, Scene, Seen, World, agreement, cut_off, measure, read_caption, render
 from soratrain.batch import to_pixels
 from soratrain.data.atomic import replacing
 from soratrain.diffusion.generator import Generator
 from soratrain.diffusion.sampler import Sampler
+from soratrain.errors import ConfigError
 from soratrain.media import write_video
 from soratrain.models import weights
 from soratrain.models.caption_model import CaptionModel
@@ -91,7 +92,11 @@ class Evaluate:
         """Return and store every figure: the share of clips that is right, by part, split and attribute."""
         generate = Generator.load(self.vae, self.dit, device=self.device, precision=self.precision)
         captioner = weights.load(self.captioner, "captioner", self.device)[0]
-        assert isinstance(captioner, CaptionModel)
+        if not isinstance(captioner, CaptionModel):
+            raise ConfigError(
+                f"inputs.captioner={self.captioner}: holds a {type(captioner).__name__}; give a captioner's folder"
+            )
+        captioner.style_ids(["short"])
         report: dict[str, Any] = {"chance": self.world.chance()}
         for split in SPLITS:
             scenes = [self.world.scene(index, split) for index in range(self.clips)]
@@ -101,7 +106,7 @@ class Evaluate:
             report.setdefault("ceiling", {})[split] = {**ceiling, "cut_off": self.cut_off(frames)}
             report.setdefault("reconstruction", {})[split] = self.reconstruct(generate, frames, truth)
             with generate.autocast():
-                report.setdefault("captioner", {})[split] = self.caption(captioner, frames, truth)
+                report.setdefault("captioner", {})[split] = self.caption(captioner, frames, scenes)
         sections = []
         for split in SPLITS:
             prompts = self.world.prompts(self.prompts, split)
@@ -135,15 +140,17 @@ class Evaluate:
         return {**mean_agreement(self.see(decoded), truth), "psnr": quality, "cut_off": self.cut_off(decoded)}
 
     @torch.inference_mode()
-    def caption(self, captioner: CaptionModel, frames: Sequence[np.ndarray], truth: Sequence[Seen]) -> dict[str, float]:
+    def caption(
+        self, captioner: CaptionModel, frames: Sequence[np.ndarray], scenes: Sequence[Scene]
+    ) -> dict[str, float]:
         """Return how far the captioner's short captions agree with the truth."""
         texts = [""] * len(frames)
         for same in by_shape(frames):
             pixels = to_pixels(torch.from_numpy(np.stack([frames[index] for index in same])).to(self.device))
-            fps = torch.full((len(same),), self.world.scene(0).fps, device=self.device)
+            fps = torch.tensor([scenes[index].fps for index in same], dtype=torch.float32, device=self.device)
             for index, text in zip(same, captioner.generate(pixels, fps, "short"), strict=True):
                 texts[index] = text
-        return mean_agreement([read_caption(text) for text in texts], truth)
+        return mean_agreement([read_caption(text) for text in texts], [scene.truth for scene in scenes])
 
     def sample(self, generate: Generator, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """Return a clip for every prompt, prompts of one size and length together."""

@@ -26,11 +26,20 @@ from soratrain.data.buckets import Buckets
 from soratrain.data.remote import Remote
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
-from soratrain.stages.evaluate_captioner_clips import SPLITS, Clips, Item, OfShards, OfWorld, batches, world_of
+from soratrain.stages.evaluate_captioner_clips import (
+    SPLITS,
+    Clips,
+    Item,
+    OfShards,
+    OfWorld,
+    asked_of,
+    batches,
+    world_of,
+)
 from soratrain.stages.evaluate_captioner_gallery import Gallery
 from soratrain.stages.evaluate_captioner_page import write_page
 from soratrain.stages.evaluate_captioner_scores import Told, measure
-from soratrain.stages.evaluate_captioner_shown import show
+from soratrain.stages.evaluate_captioner_shown import said_in, show
 from soratrain.stages.evaluate_captioner_text import MISSING, can_score
 from soratrain.stages.pace import progress
 from soratrain.stages.vae_summary import plain
@@ -118,7 +127,7 @@ class EvaluateCaptioner:
         if not can_score():
             log.warning("%s", MISSING)
         sets = self.sets()
-        gallery, found = Gallery(self.shown, styles, self.short_bytes), []
+        gallery, found = Gallery(self.shown, self.short_bytes), []
         began, written = time.monotonic(), 0
         with progress() as bar:
             task = bar.add_task("describe", total=self.clips * len(sets))
@@ -130,7 +139,7 @@ class EvaluateCaptioner:
                     bar.advance(task, len(items))
                 if not told:
                     raise DataError(self.nothing(clips))
-                written += len(told) * len(styles)
+                written += sum(len(one.texts) for one in told)
                 found.append((clips, told))
         seconds = time.monotonic() - began
         report = plain(
@@ -189,7 +198,8 @@ class EvaluateCaptioner:
 
     @torch.inference_mode()
     def describe(self, net: Any, styles: Sequence[str], items: Sequence[Item], *, contrast: bool) -> list[Told]:
-        """Return what the captioner says of clips of one shape."""
+        """Return what the captioner says of clips of one shape, in each style that they are asked for."""
+        styles = asked_of(styles, len(items[0].frames))
         pixels = to_pixels(torch.from_numpy(np.stack([item.frames for item in items])).to(self.device))
         fps = torch.tensor([item.fps for item in items], dtype=torch.float32, device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -219,11 +229,14 @@ class EvaluateCaptioner:
 
 
 def chief(report: dict[str, Any]) -> dict[str, float]:
-    """Return the figures by which runs are compared: of the last set, of `long` captions where there are any."""
+    """Return the figures by which runs are compared: of the last set, of `long` captions where there are any.
+
+    What no true caption of that style speaks of, such as colours in `camera`, has none.
+    """
     last, style = report["sets"][-1], "long" if "long" in report["styles"] else report["styles"][0]
     found = last["styles"][style]
-    world = (found["world"] or {}).get("ours", {})
-    figures = {name: world[name] for name in CHIEF if world.get(name) is not None}
+    world, said = (found["world"] or {}).get("ours", {}), said_in(found["world"]) if found["world"] else set()
+    figures = {name: world[name] for name in CHIEF if name in said and world.get(name) is not None}
     figures |= {name: value for name, value in (found["scores"] or {}).items() if value is not None}
     if pooled := last["recall"].get(style):
         figures |= {f"recall_{way}": pooled[way]["at_1"] for way in ("video_to_text", "text_to_video")}

@@ -22,6 +22,7 @@ from soratrain.stages.latents import Groups
 
 ORIGINAL = "gt"  # type of captions that came with a clip, whatever they say
 READ = 32  # clips looked up at once
+MOVING = ("camera",)  # styles that say nothing of an image
 SPLITS = {"seen": "combinations seen in training, new scenes", "heldout": "combinations never seen in training"}
 
 
@@ -52,6 +53,11 @@ def true_captions(captions: Sequence[tuple[str, str]], style: str, short_bytes: 
         if kind == style:
             found.append(text)
     return found
+
+
+def asked_of(styles: Sequence[str], frames: int) -> list[str]:
+    """Return the styles that a clip of so many frames is asked for: no image for what its camera does."""
+    return [style for style in styles if frames > 1 or style not in MOVING]
 
 
 class Clips(Protocol):

@@ -47,6 +47,7 @@ mark.new{color:var(--new);background:var(--new-ground);text-decoration:none}
 padding:9px 0;border-top:1px solid var(--line)}
 .said.head{border-top:0;padding:0 0 4px;color:var(--soft);font-size:13px}.said:last-child{padding-bottom:0}
 .said b{color:var(--accent);font-size:13px;font-weight:600}.said p{margin:0;overflow-wrap:anywhere}
+.said p{max-height:14.2em;overflow:hidden auto;padding:0 1px}
 .said p.true{color:var(--soft)}.said p+p.true{margin-top:4px}
 body.only .clip:not(.bad){display:none}
 @media (max-width:760px){main{padding:20px 12px 48px}.clip{grid-template-columns:minmax(0,1fr);gap:12px}

@@ -1,6 +1,7 @@
 """The clips of captions.html: which are shown, and each as an element that holds it and plays.
 
-Of each set of clips half of those shown are drawn by lot and half are the worst of the rest.
+Of each set of clips half of those shown are drawn by lot and half are the worst of the rest. A clip's lot is a hash of
+its name, since clips come shape by shape.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from soratrain.batch import draw_of
 from soratrain.media import write_video
 from soratrain.stages.evaluate_captioner_clips import Clips, Item
 from soratrain.stages.evaluate_captioner_scores import Told, faults
@@ -25,15 +27,14 @@ SIDE, SMALL = 320, 128  # pixels: longer sides are scaled down to the one, sides
 FRAMES = 150  # of a clip that are shown
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """A clip on the page; `frames` are uint8 `[T, H, W, 3]` as shown, `size` is (frames, height, width) as it is."""
 
     told: Told
     frames: np.ndarray
     fps: float
-    size: tuple[int, int, int]
-    drawn: bool
+    size: tuple[int, ...]
     faults: float
 
 
@@ -42,33 +43,34 @@ class Gallery:
 
     Args:
         shown: clips of each set.
-        styles, short_bytes: as for `true_captions`.
+        short_bytes: as for `true_captions`.
     """
 
-    def __init__(self, shown: int, styles: Sequence[str], short_bytes: int) -> None:
-        self.shown, self.styles, self.short_bytes = shown, styles, short_bytes
+    def __init__(self, shown: int, short_bytes: int) -> None:
+        self.shown, self.short_bytes = shown, short_bytes
         self.entries: dict[str, list[Entry]] = {}
 
     def offer(self, clips: Clips, told: Sequence[Told], items: Sequence[Item]) -> None:
         """Take clips of a set, or not."""
         kept = self.entries.setdefault(clips.name, [])
-        by_lot = math.ceil(self.shown / 2)
         for one, item in zip(told, items, strict=True):
-            bad = faults(one, self.styles, self.short_bytes)
-            drawn = sum(entry.drawn for entry in kept) < by_lot
-            worst = sorted((entry for entry in kept if not entry.drawn), key=lambda entry: entry.faults)
-            if not drawn and len(worst) >= self.shown - by_lot:
-                if not worst or bad <= worst[0].faults:
-                    continue
-                kept.remove(worst[0])
-            size = item.frames.shape
-            kept.append(Entry(one, reduced(item.frames), item.fps, (size[0], size[1], size[2]), drawn, bad))
+            entry = Entry(one, item.frames, item.fps, item.frames.shape[:3], faults(one, self.short_bytes))
+            kept.append(entry)
+            drawn, others = self._parted(kept)
+            kept[:] = [*drawn, *others][: self.shown]
+            if entry in kept:
+                entry.frames = reduced(item.frames)
 
-    def of(self, name: str) -> list[Entry]:
-        """Return the clips of a set: those drawn by lot, then the worst of the others first."""
-        kept = self.entries.get(name, [])
-        worst = sorted((entry for entry in kept if not entry.drawn), key=lambda entry: -entry.faults)
-        return [*(entry for entry in kept if entry.drawn), *worst]
+    def of(self, name: str) -> list[tuple[Entry, bool]]:
+        """Return the clips of a set, each with whether it is drawn by lot: those first, then the worst others."""
+        drawn, others = self._parted(self.entries.get(name, []))
+        return [*((entry, True) for entry in drawn), *((entry, False) for entry in others)]
+
+    def _parted(self, entries: Sequence[Entry]) -> tuple[list[Entry], list[Entry]]:
+        """Return those that are drawn by lot, and the others, the worst first."""
+        by_lot = sorted(entries, key=lambda entry: draw_of("shown", entry.told.name))
+        half = math.ceil(self.shown / 2)
+        return by_lot[:half], sorted(by_lot[half:], key=lambda entry: -entry.faults)
 
 
 def reduced(frames: np.ndarray) -> np.ndarray:

@@ -21,10 +21,14 @@ from soratrain.stages.evaluate_captioner_shown import (
     figure,
     recall_rows,
     remarks,
+    said_in,
     text_rows,
     world_rows,
 )
 from soratrain.stages.evaluate_captioner_text import WORD, words
+
+HIDDEN = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+SHOWN = dict.fromkeys(HIDDEN, "\ufffd")  # control characters, and what turns the direction of writing
 
 
 def marked(text: str, true: Sequence[str], told: Told) -> tuple[str, bool]:
@@ -32,7 +36,7 @@ def marked(text: str, true: Sequence[str], told: Told) -> tuple[str, bool]:
 
     Where the truth is known, wrong is what contradicts it; else words are marked that no true caption has.
     """
-    text = plain_text(text)
+    text = plain_text(text).translate(SHOWN)
     if not text:
         return "<mark>(nothing)</mark>", True
     if told.truth is not None:
@@ -50,33 +54,35 @@ def marked(text: str, true: Sequence[str], told: Told) -> tuple[str, bool]:
     return "".join([*pieces, html.escape(text[at:])]), bool(spans)
 
 
-def card(entry: Entry, styles: Sequence[str], short_bytes: int) -> str:
+def card(entry: Entry, drawn: bool, short_bytes: int) -> str:
     """Return a clip with its captions."""
     told, rows, bad = entry.told, [], False
-    for style in styles:
+    for style, text in told.texts.items():
         true = true_captions(told.captions, style, short_bytes)
-        said, wrong = marked(told.texts[style], true, told)
+        said, wrong = marked(text, true, told)
         bad |= wrong
-        beside = "".join(f"<p class=true>{html.escape(text)}</p>" for text in true) or "<p class=true>–</p>"
-        rows.append(f"<div class=said><b>{html.escape(style)}</b><div>{beside}</div><p class=ours>{said}</p></div>")
+        shown = [html.escape(plain_text(other).translate(SHOWN)) for other in true] or ["–"]
+        beside = "".join(f"<p class=true dir=auto>{other}</p>" for other in shown)
+        ours = f"<p class=ours dir=auto>{said}</p>"
+        rows.append(f"<div class=said><b>{html.escape(style)}</b><div>{beside}</div>{ours}</div>")
     frames, height, width = entry.size
     length = f" · {counted(frames, 'frames')} at {entry.fps:.4g}/s" if frames > 1 else " · image"
     small = " small" if max(height, width) < SMALL else ""
     name = told.name if len(told.name) < 24 else f"{told.name[:12]}…"
-    about = f"{html.escape(name)}<br>{width}×{height}{length}<br>{'drawn by lot' if entry.drawn else 'among the worst'}"
+    about = f"{html.escape(name)}<br>{width}×{height}{length}<br>{'drawn by lot' if drawn else 'among the worst'}"
     kinds = f"clip{small}{' bad' if bad else ''}"
     return (
         f'<article class="{kinds}"><div class=seen>{playable(entry)}<small>{about}</small></div>'
-        f"<div>{chips(told, styles)}<div class='said head'><span></span><span>true</span><span>captioner</span></div>"
+        f"<div>{chips(told)}<div class='said head'><span></span><span>true</span><span>captioner</span></div>"
         f"{''.join(rows)}</div></article>"
     )
 
 
-def chips(told: Told, styles: Sequence[str]) -> str:
+def chips(told: Told) -> str:
     """Return what the fullest caption says rightly and wrongly, where the truth is known."""
-    if told.truth is None:
+    if told.truth is None or not told.texts:
         return ""
-    style = "long" if "long" in styles else styles[-1]
+    style = "long" if "long" in told.texts else list(told.texts)[-1]
     judged = judge(told.texts[style], told.truth)
     found = [(NAMES[name], judged.scores[name] == 1) for name in NAMES if name in judged.scores]
     found += [(f"{judged.invented} invented", False)] if judged.invented else []
@@ -115,7 +121,7 @@ def tiles(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     found = last["styles"][style]
     if world := found["world"]:
         for name in ("color", "shape", "number", "motion", "invented"):
-            if (share := world["ours"].get(name)) is not None:
+            if name in said_in(world) and (share := world["ours"].get(name)) is not None:
                 yield f"{100 * share:.1f} %", f"{NAMES.get(name, name)}, {style}"
     for name, title in (("bleu_4", "BLEU-4"), ("cider_d", "CIDEr-D"), ("rouge_l", "ROUGE-L")):
         if found["scores"] and not found["world"]:
@@ -134,11 +140,11 @@ def legend(report: Mapping[str, Any]) -> str:
 
 def write_page(path: Path, report: Mapping[str, Any], gallery: Gallery) -> Path:
     """Write the page and return its path."""
-    styles, sections = report["styles"], []
+    sections = []
     for item in report["sets"]:
         entries = gallery.of(item["name"])
         shown = f"{counted(item['clips'], 'clips')}, {len(entries)} shown"
-        cards = "".join(card(entry, styles, gallery.short_bytes) for entry in entries)
+        cards = "".join(card(entry, drawn, gallery.short_bytes) for entry, drawn in entries)
         kind = "Clips of" if item["name"] == "shards" else "The world:"
         sections.append(f"<h2>{kind} {html.escape(item['title'])}</h2><p class=soft>{shown}</p>{cards}")
     page = PAGE.substitute(

@@ -28,7 +28,7 @@ class Told:
         name: of the clip.
         captions: (type, text) of the true ones.
         truth: what is to be seen in it, where that is known.
-        texts: the captioner's, by style.
+        texts: the captioner's, by style that the clip was asked for.
         vector: of the clip, `[E]`, where there is a contrastive head.
     """
 
@@ -50,19 +50,26 @@ def measure(
     """
     found: dict[str, Any] = {"clips": len(told), "styles": {}, "recall": {}}
     for style in styles:
-        pairs = [(one, true) for one in told if (true := true_captions(one.captions, style, short_bytes))]
+        asked = [one for one in told if style in one.texts]
+        pairs = [(one, true) for one in asked if (true := comparable(one, style, short_bytes))]
         texts, own = [one.texts[style] for one, _ in pairs], [true for _, true in pairs]
         found["styles"][style] = {
-            "language": language([one.texts[style] for one in told]),
+            "asked": len(asked),
+            "language": language([one.texts[style] for one in asked]),
             "compared": len(pairs),
             "true": language([true[0] for true in own]) if pairs else None,
             "scores": text_scores(texts, own) if pairs and can_score() else None,
             "another": text_scores([true[0] for true in rolled(own, 1)], own) if len(own) > 1 and can_score() else None,
-            "world": of_world(told, style, short_bytes),
+            "world": of_world(asked, style, short_bytes),
         }
         if text is not None:
             found["recall"][style] = found_again(pairs, pool, net, text)
     return found
+
+
+def comparable(one: Told, style: str, short_bytes: int) -> list[str]:
+    """Return the true captions of a style that hold a word, without which nothing can be compared."""
+    return [text for text in true_captions(one.captions, style, short_bytes) if words(text)]
 
 
 def of_world(told: Sequence[Told], style: str, short_bytes: int) -> dict[str, Any] | None:
@@ -111,8 +118,8 @@ def found_again(
     """Return how often a clip finds its caption, and a caption its clip; None of fewer than two distinct captions."""
     texts = [true[0] for _, true in pairs]
     known = [one.truth is not None for one, _ in pairs]  # of the world: a paraphrase is no other caption
-    meanings = [read_caption(text) if seen else tuple(words(text)) for text, seen in zip(texts, known, strict=True)]
-    places = pool_of(meanings, pool)
+    read = [read_caption(text) if seen else tuple(words(text)) for text, seen in zip(texts, known, strict=True)]
+    places = pool_of([None if meaning == Seen() else meaning for meaning in read], pool)
     if len(places) < 2:
         return None
     features, packing = text(text.tokenize([texts[place] for place in places]))  # type: ignore[operator]
@@ -121,11 +128,10 @@ def found_again(
     return recall(torch.stack(vectors), text_NE)
 
 
-def faults(one: Told, styles: Sequence[str], short_bytes: int) -> float:
+def faults(one: Told, short_bytes: int) -> float:
     """Return how wrong a clip's captions are, to find the worst: wrong phrases, or words that no true caption has."""
     total = 0.0
-    for style in styles:
-        text = one.texts[style]
+    for style, text in one.texts.items():
         if one.truth is not None:
             judged = judge(text, one.truth)
             total += len(judged.wrong) + judged.invented + (not words(text)) * 10

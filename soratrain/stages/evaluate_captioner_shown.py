@@ -59,6 +59,11 @@ def text_rows(report: Mapping[str, Any]) -> Iterator[list[str]]:
                 yield [name, *(["", "", ""] if name == "  true" else scored), *told, *share]
 
 
+def said_in(world: Mapping[str, Any]) -> set[str]:
+    """Return the figures that a style has: of what its true captions speak of, and what is invented."""
+    return {key for key, share in (world["true"] or world["ours"]).items() if share or key == "invented"}
+
+
 def world_rows(report: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield rows of each set and style of the world: the captioner's, the ceiling, guessing."""
     for item in report["sets"]:
@@ -66,7 +71,7 @@ def world_rows(report: Mapping[str, Any]) -> Iterator[list[str]]:
             world = found["world"]
             if not world:
                 continue
-            said = {key for key, share in (world["true"] or world["ours"]).items() if share or key == "invented"}
+            said = said_in(world)
             for name, key in ((label(item, style), "ours"), ("  true", "true"), ("  another", "another")):
                 if world[key]:
                     cells = [percent(world[key].get(part)) if part in said else "" for part in (*NAMES, "invented")]
@@ -118,6 +123,9 @@ def remarks(report: Mapping[str, Any]) -> Iterator[str]:
             yield f"{SETS[item['name']]}: no clip has a true caption of the style {', '.join(lacking)}"
         for reason, count in item["left_out"].items():
             yield f"{SETS[item['name']]}: {counted(count, 'clips')} {reason} left out"
+    for style in report["styles"]:
+        if images := sum(item["clips"] - item["styles"][style]["asked"] for item in report["sets"]):
+            yield f"not asked for {style}: {counted(images, 'images')}, which {'has' if images == 1 else 'have'} none"
     yield from report["remarks"]
     clips = sum(item["clips"] for item in report["sets"])
     yield f"{counted(clips, 'clips')}, {report['captions_per_s']:.3g} captions/s"

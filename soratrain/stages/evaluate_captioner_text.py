@@ -8,6 +8,7 @@ no punctuation, every Chinese or Japanese letter a word.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from importlib.util import find_spec
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor
 
 IDEOGRAPH = re.compile("[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
-WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+# What is written onto a letter (an accent, a vowel of Hindi, Thai or Arabic) or joins two belongs to their word.
+ONTO = "".join(mark for mark in map(chr, range(0x300, 0xFFFF)) if unicodedata.category(mark) in ("Mn", "Mc"))
+LETTERS = rf"[^\W_](?:[^\W_]|[{ONTO}\u200c\u200d])*"
+WORD = re.compile(rf"{LETTERS}(?:['’-]{LETTERS})*")
 RANKS = (1, 5, 10)
 RUN = 4  # words; see `repeated`
 MISSING = (
@@ -28,7 +32,7 @@ MISSING = (
 
 def words(text: str) -> list[str]:
     """Return the words of a text, as they are compared and counted."""
-    return WORD.findall(IDEOGRAPH.sub(r" \g<0> ", text.lower()))
+    return WORD.findall(IDEOGRAPH.sub(r" \g<0> ", unicodedata.normalize("NFC", text.lower())))
 
 
 def can_score() -> bool:
@@ -102,7 +106,8 @@ def recall(video_NE: Tensor, text_NE: Tensor) -> dict[str, Any]:
     Another that is as near counts as nearer, and so does one that is no number: vectors that are all the same find
     nothing.
     """
-    scores_NN = (video_NE @ text_NE.T).double()
+    (videos, of_video), (texts, of_text) = (all_NE.unique(dim=0, return_inverse=True) for all_NE in (video_NE, text_NE))
+    scores_NN = (videos @ texts.T).double()[of_video][:, of_text]  # the same vectors get the same score, to the bit
     own, others = torch.eye(len(scores_NN), dtype=torch.bool), float("inf")
     scores_NN = torch.where(scores_NN.isnan(), torch.where(own, -others, others), scores_NN)
     found: dict[str, Any] = {"clips": len(scores_NN)}

@@ -27,7 +27,7 @@ from soratrain.distributed.memory import GIB
 from soratrain.distributed.options import StrategyOptions
 from soratrain.errors import ConfigError
 from soratrain.models.frozen_text import FrozenText
-from soratrain.stages.beside import Beside, live_text, live_vae
+from soratrain.stages.beside import Beside, frozen_nets, live_text, live_vae
 from soratrain.stages.plan_cost import balance, cache_size, clip_cost, parse_clip, run_figures, stride_of
 from soratrain.stages.plan_device import device_of, on_gpu
 from soratrain.stages.plan_ranks import ranks_of
@@ -191,6 +191,7 @@ class PlanStage:
             live_vae(self.vae, self.nets["vae"], beside)
         if isinstance(text, FrozenText) and (self.live or text.mode == "live"):
             live_text(text, beside)
+        frozen_nets(parts.values(), beside)
         held = components(
             parts.values(),
             self.strategy,

@@ -19,7 +19,6 @@ import torch
 from soratrain.captions.clips import ClipGroups, seen
 from soratrain.captions.describe import Outcome, describe
 from soratrain.captions.engine import Engine
-from soratrain.captions.faults import REASONS
 from soratrain.captions.folder import CaptionFolder, check_alone
 from soratrain.captions.journal import Journal
 from soratrain.data.buckets import Buckets
@@ -28,10 +27,13 @@ from soratrain.data.reading import read_manifest
 from soratrain.data.remote import Remote
 from soratrain.distributed.ranks import Ranks, deal
 from soratrain.errors import ConfigError, DataError, UserError, on_all_ranks
+from soratrain.replies import REASONS
 from soratrain.stages.encoding import pixels_by_shard
 from soratrain.stages.pace import Pace, progress
 
 log = logging.getLogger(__name__)
+
+MANY = 0.05  # share of captions that are not who describes', from which that is said
 
 
 class Recaption:
@@ -51,8 +53,8 @@ class Recaption:
         precision: `bf16-mixed` works under autocast, `32-true` does not.
         device: `auto` takes CUDA where there is one.
         workers: processes that decode.
-        max_bad: share of clips that may be unreadable, or that a server may refuse, before the job stops; a few
-            always may.
+        max_bad: share of clips that may be unreadable, or that a server may refuse, before the job stops, of those that
+            each process describes; a few always may.
         remote: how shards in a store are read.
 
     Raises:
@@ -131,7 +133,12 @@ class Recaption:
         return rev
 
     def _begin(self, folder: CaptionFolder) -> None:
-        """Begin the folder, and say what is to come."""
+        """Begin the folder, and say what is to come.
+
+        Raises:
+            DataError: it was begun for other clips.
+        """
+        folder.check_same()
         folder.tell({**self._told(folder), "complete": False})
         clips = int(folder.counts.sum())
         log.info("%s clips in the styles %s, by %s", f"{clips:,}", ", ".join(folder.styles), self.engine.model)
@@ -145,19 +152,20 @@ class Recaption:
     def _describe(self, folder: CaptionFolder, ranks: Ranks) -> int:
         """Describe this rank's shards that are not described yet; return how many captions were made."""
         costs = pixels_by_shard(folder.manifest, folder.assignment)
-        todo = [number for number in deal(costs, ranks.size)[ranks.rank] if not folder.table(number).is_file()]
-        clips = folder.clips(todo)
-        made, bad, pace = 0, 0, Pace(clips, clips, ranks.size)
+        own = deal(costs, ranks.size)[ranks.rank]
+        todo = [number for number in own if not folder.table(number).is_file()]
+        clips, lost, limit = folder.clips(todo), folder.lost(own), self.max_bad * folder.clips(own)
+        made, pace = 0, Pace(clips, clips, ranks.size)
         with progress(shown=ranks.first) as bar:
             name = f"recaption (rank 0 of {ranks.size})" if ranks.size > 1 else "recaption"
             task = bar.add_task(name, total=clips)
             for number in todo:
+                self._bear(lost, limit)  # those of earlier calls too
                 journal, new = folder.journal(number), 0
-                for outcome, count in self._describe_shard(folder, number, journal):
-                    ranks.check()
+                for outcome, count in self._describe_shard(folder, number, journal, ranks):
                     made, new = made + len(outcome.rows), new + count
-                    bad += len({failure["key"] for failure in outcome.failures if failure["final"]})
-                    self._bear(bad, len(folder.manifest), outcome)
+                    lost += {failure["key"]: failure for failure in outcome.failures if failure["final"]}.values()
+                    self._bear(lost, limit)
                     bar.advance(task, count)
                     if (said := pace.step(count)) and ranks.first:
                         log.info("%s", said)
@@ -167,14 +175,17 @@ class Recaption:
                 folder.finish(number, journal)
         return made
 
-    def _bear(self, bad: int, clips: int, outcome: Outcome) -> None:
-        if bad > max(3, self.max_bad * clips):
+    def _bear(self, lost: Sequence[Mapping[str, Any]], limit: float) -> None:
+        if len(lost) > max(3, limit):
             raise DataError(
-                f"{bad} clips of {self.shards} cannot be described, more than stage.job.max_bad={self.max_bad} allows;"
-                f" {self.out / 'failures.jsonl'} lists them ({outcome.failures[-1]['reason']})"
+                f"{len(lost)} clips of {self.shards} cannot be described, more than stage.job.max_bad={self.max_bad}"
+                f" allows; {self.out / 'failures.jsonl'} lists them ({lost[-1]['reason']}); mend that and use"
+                " fresh=true, or raise max_bad to go on without them"
             )
 
-    def _describe_shard(self, folder: CaptionFolder, number: int, journal: Journal) -> Iterator[tuple[Outcome, int]]:
+    def _describe_shard(
+        self, folder: CaptionFolder, number: int, journal: Journal, ranks: Ranks
+    ) -> Iterator[tuple[Outcome, int]]:
         """Yield what has become of each group of clips of a shard, once it is written down, and how many they were."""
         manifest, members = folder.manifest, folder.members(number)
         wanted: dict[int, list[str]] = {}
@@ -194,6 +205,7 @@ class Recaption:
             for clip in clips:
                 if clip.video is None:
                     outcome.unreadable(manifest.row(clip.index).key, folder.styles, clip.failure)
+            ranks.check()  # before it is written down
             journal.add(outcome)
             yield outcome, len(group)
 
@@ -220,6 +232,15 @@ class Recaption:
             raise DataError(
                 f"{missing:,} captions are still to be made ({why}); {self.out / 'failures.jsonl'} lists"
                 f" {len(passing):,} of them, and the same command goes on"
+            )
+        if totals["originals"] + totals["missing"] > MANY * max(totals["captions"], 1):
+            log.warning(
+                "%s captions are those that clips came with, and %s are missing: what %s said was none (%s); train it"
+                " longer, or ask another",
+                f"{totals['originals']:,}",
+                f"{totals['missing']:,}",
+                self.engine.model,
+                ", ".join(f"{reason} {totals[reason]:,}" for reason in REASONS if totals[reason]),
             )
         rejected = {f"rejected_{reason}": float(totals[reason]) for reason in REASONS}
         result = {"captions": float(totals["captions"]), "rejected": sum(rejected.values()), **rejected}

@@ -29,8 +29,8 @@ class StoredText(Protocol):
         """Return what is kept beside the tensors: whose they are."""
         ...
 
-    def store(self, texts: Sequence[str]) -> tuple[list[Tensor], int]:
-        """Return the tensor of each text, on the CPU, and how many texts were cut."""
+    def store(self, texts: Sequence[str]) -> tuple[list[Tensor], set[int]]:
+        """Return the tensor of each text, on the CPU, and the places of the texts that were cut."""
         ...
 
 
@@ -49,8 +49,8 @@ class OnDevice:
         """Return whose features they are."""
         return self.encoder.record()
 
-    def store(self, texts: Sequence[str]) -> tuple[list[Tensor], int]:
-        """Return the features of each text, and how many texts were cut."""
+    def store(self, texts: Sequence[str]) -> tuple[list[Tensor], set[int]]:
+        """Return the features of each text, and the places of the texts that were cut."""
         return self.encoder.store(texts, self.device)
 
 
@@ -82,7 +82,6 @@ class Texts:
 
     def __init__(self, encoder: StoredText, captions: str | None = None) -> None:
         self.encoder = encoder
-        self.cut = 0  # texts longer than the encoder reads
         self.made: CaptionTable | None = None if captions is None else open_captions(captions)
 
     @classmethod
@@ -100,14 +99,21 @@ class Texts:
                 found.update("\n".join(table[name].to_pylist()).encode("utf-8", "replace"))
         return found.hexdigest()
 
-    def __call__(self, keys: Sequence[str], captions: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Tensor]]:
-        """Return each clip's tensors by `text_name`; a text that several clips share is encoded once."""
+    def __call__(
+        self, keys: Sequence[str], captions: Sequence[Sequence[Mapping[str, Any]]]
+    ) -> list[tuple[dict[str, Tensor], int]]:
+        """Return each clip's tensors by `text_name`, and how many of its captions are longer than the encoder reads.
+
+        A text that several clips share is encoded once.
+        """
         texts = [
             [str(caption["text"]) for caption in (*own, *((self.made.get(key) or ()) if self.made else ()))]
             for key, own in zip(keys, captions, strict=True)
         ]
         distinct = sorted({text for found in texts for text in found})
-        stored, cut = self.encoder.store(distinct) if distinct else ([], 0)
-        self.cut += cut
-        tensors = dict(zip(distinct, stored, strict=True))
-        return [{text_name(text): tensors[text] for text in found} for found in texts]
+        stored, cut = self.encoder.store(distinct) if distinct else ([], set())
+        tensors, longer = dict(zip(distinct, stored, strict=True)), {distinct[place] for place in cut}
+        return [
+            ({text_name(text): tensors[text] for text in found}, sum(text in longer for text in found))
+            for found in texts
+        ]

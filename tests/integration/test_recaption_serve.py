@@ -1,7 +1,4 @@
-"""engine=openai against a server of another maker: `transformers serve`, where its needs are installed.
-
-pip install 'transformers[serving]'
-"""
+"""stage=recaption engine=openai against a server of another maker, `transformers serve`, by the command's own words."""
 
 from __future__ import annotations
 
@@ -12,24 +9,28 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from ranks import free_port
 
+from soratrain.data.caption_table import open_captions
+from soratrain.run import prepare, run
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
 pytestmark = pytest.mark.full
-UNIT = Path(__file__).parents[1] / "unit"
-for needed in ("fastapi", "uvicorn", "openai"):
-    pytest.importorskip(needed, reason="transformers serve needs transformers[serving]")
+SHAPES = [(40, 40, 9), (40, 56, 5), (40, 40, 1)] * 3
+for needed in ("accelerate", "fastapi", "openai", "uvicorn"):
+    pytest.importorskip(needed, reason="transformers serve needs pip install 'transformers[serving]'")
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     """The address of a tiny random model, and its name there."""
-    sys.path.insert(0, str(UNIT))
     import vlm_tiny
 
-    folder, port = vlm_tiny.save(tmp_path_factory.mktemp("served") / "tiny-llava"), free_port()
+    folder, port = vlm_tiny.save(tmp_path_factory.mktemp("served") / "tiny-llava", chats=True), free_port()
     words = [sys.executable, "-c", "from transformers.cli.transformers import main; main()", "serve", str(folder)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -39,7 +40,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=5).close()
@@ -54,25 +55,31 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
         server.wait(30)
 
 
-def test_answers_that_overtake_each_other_stay_with_their_clips(served: tuple[str, str]) -> None:
-    import torch
+def described(url: str, folder: Path, concurrency: int, attempts: int) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Describe the clips of `folder` in two styles; return the job's figures, and the rows of its table."""
+    import data_tiny
 
-    from soratrain.captions.engine import Question, Seen
-    from soratrain.captions.openai import OpenAIEngine
+    out = folder / f"captions{concurrency}"
+    words = ["stage=recaption", "engine=openai", f"engine.url={url}", "machine=laptop"]
+    words += ["engine.max_tokens=16", f"engine.concurrency={concurrency}", f"stage.job.attempts={attempts}"]
+    words += [f"inputs.shards={folder / 'shards'}", f"out={out}", "stage.job.workers=0", "engine.frames_per_second=8"]
+    figures = run(*prepare([*words, "engine.max_frames=2", "stage.job.styles=[short,tags]"]))
+    table = open_captions(out)
+    return figures, [row for number in range(len(SHAPES)) for row in table.get(data_tiny.key(number))]
+
+
+def test_every_clip_is_described_however_requests_overtake_each_other(served: tuple[str, str], tmp_path: Path) -> None:
+    import data_tiny
 
     url, model = served
-    rng = np.random.default_rng(0)
-    clips = [Seen(f"{n:032x}", rng.integers(0, 255, (1 + n % 3, 40, 40, 3), dtype=np.uint8), 8.0, 9) for n in range(10)]
-    prompts = {"short": "Be brief.", "tags": "Tags!"}
-    questions = [Question(place, style, None) for place in range(10) for style in prompts]
-    said = []
-    for concurrency in (1, 8):
-        engine = OpenAIEngine(url=url, concurrency=concurrency, max_tokens=12)
-        engine.open(torch.device("cpu"), False, prompts)
-        engine.try_out()
-        assert engine.model == model
-        said.append(engine.ask(engine.look(clips), questions))
-    assert not [answer.failure for answer in said[0] + said[1] if answer.failure]
-    assert said[0] == said[1]
-    assert len({answer.text for answer in said[0]}) > 5
-    assert any(answer.cut for answer in said[0])
+    data_tiny.write_clips(tmp_path / "shards", SHAPES)
+    (tmp_path / "shards" / "dataset.json").write_text("{}")
+    once, rows = described(url, tmp_path, 1, 0)
+    again, more = described(url, tmp_path, 8, 2)
+    assert once["captions"] == again["captions"] == len(rows) == len(more) == 2 * len(SHAPES)
+    assert once["unreadable"] == again["unreadable"] == once["missing"] == again["missing"] == 0
+    own = [row for row in rows if row["model"] == model]
+    assert own and all(row in more for row in own)  # what was taken at once is the same, and its clip's
+    assert len({row["text"] for row in own}) > len(own) / 2
+    assert len(own) < len(rows) and once["rejected"] == once["originals"] == len(rows) - len(own)
+    assert sum(row["model"] == model for row in more) > len(own)  # what was not, came when it was asked again

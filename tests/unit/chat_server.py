@@ -1,9 +1,11 @@
-"""A server of OpenAI's chat protocol on loopback, that goes wrong when it is told to."""
+"""A server of OpenAI's chat protocol on loopback, that goes wrong when it is told to, and can look at pictures."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import http.server
+import io
 import json
 import socket
 import threading
@@ -11,14 +13,40 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+Body = dict[str, Any]
 Fault = int | float | str | dict[str, Any]
-Answer = Callable[[dict[str, Any]], str]
+Answer = Callable[[Body], str]
+Script = Callable[[Body], Fault | None]
 
 
-def echo(body: dict[str, Any]) -> str:
-    """Answer with the last message's text."""
+def words(body: Body) -> str:
+    """What is asked: the last message's text."""
     content = body["messages"][-1]["content"]
     return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def frames(body: Body) -> list[np.ndarray]:
+    """The frames in a request, none of words alone."""
+    content = body["messages"][-1]["content"]
+    parts = [] if isinstance(content, str) else content
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    assert all(url.startswith("data:image/jpeg;base64,") for url in urls)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))) for url in urls]
+
+
+def grey(body: Body) -> int:
+    """The grey of the first frame, which says what clip it is of."""
+    return round(float(frames(body)[0].mean()))
+
+
+def said(text: str | None, finish: str = "stop") -> Body:
+    """What a server sends for a text."""
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": finish}
+    return {"id": "1", "object": "chat.completion", "choices": [choice]}
 
 
 class ChatHost(http.server.ThreadingHTTPServer):
@@ -30,6 +58,7 @@ class ChatHost(http.server.ThreadingHTTPServer):
             (float); `reset` (the connection is dropped), `half` (a body cut short), `nonsense` (no JSON), `choiceless`
             (JSON without choices), `drip` (a byte now and then); or a dict that is answered as it is, with status 200.
         always: a fault of every request.
+        script: what is done with a request that shows pictures, and has no other fault; it may take its time.
         delay: seconds before the answer to a body: replies come out of order.
         finish: the finish reason of every reply.
         models: what `/v1/models` lists; None has no such page.
@@ -42,9 +71,9 @@ class ChatHost(http.server.ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128  # the default of 5 makes connections wait a second where many come at once
 
-    def __init__(self, answer: Answer = echo, faults: Sequence[Fault] = ()) -> None:
+    def __init__(self, answer: Answer = words, faults: Sequence[Fault] = (), script: Script | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.faults, self.always = answer, list(faults), None
+        self.answer, self.faults, self.always, self.script = answer, list(faults), None, script
         self.delay: Callable[[dict[str, Any]], float] = lambda body: 0.0
         self.finish, self.models, self.only, self.key, self.retry_after = "stop", ["tiny"], True, "", ""
         self.asked: list[dict[str, Any]] = []
@@ -88,6 +117,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def reply(self, body: dict[str, Any], fault: Fault | None) -> None:
         server = self.server
+        if fault is None and server.script and frames(body):
+            fault = server.script(body)
         if not self.let_in():
             return
         if self.path != "/v1/chat/completions":
@@ -107,9 +138,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send(fault, {"error": {"message": f"told to answer {fault}", "type": "test"}})
         else:
             time.sleep(fault if isinstance(fault, float) else server.delay(body))
-            message = {"role": "assistant", "content": server.answer(body)}
-            choice = {"index": 0, "message": message, "finish_reason": server.finish}
-            self.send(200, {"id": "1", "object": "chat.completion", "choices": [choice]}, how=str(fault or ""))
+            self.send(200, said(server.answer(body), server.finish), how=str(fault or ""))
 
     def let_in(self) -> bool:
         """Refuse a request without the key."""
@@ -140,11 +169,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def chatting(answer: Answer = echo, faults: Sequence[Fault] = ()) -> Iterator[ChatHost]:
+def chatting(answer: Answer = words, faults: Sequence[Fault] = (), script: Script | None = None) -> Iterator[ChatHost]:
     """Serve on loopback."""
-    with ChatHost(answer, faults) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    with ChatHost(answer, faults, script) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         try:
             yield server
         finally:
             server.shutdown()
+
+
+def looking(script: Script) -> contextlib.AbstractContextManager[ChatHost]:
+    """Serve on loopback what `script` says to each request that shows pictures."""
+    return chatting(script=script)

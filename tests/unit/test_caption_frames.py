@@ -32,13 +32,14 @@ def test_a_long_clip_is_shown_evenly_and_a_short_one_at_least_once():
     assert chosen(3, 1, 100, 8) == [0, 1, 2]
 
 
-def test_what_is_shown_is_what_is_encoded():
-    video = np.zeros((21, 48, 96, 3), np.uint8)
-    for frame in range(21):
-        video[frame] = 20 + 10 * frame
+@pytest.mark.parametrize("frames", [21, 121])
+def test_what_is_shown_is_what_is_encoded_wherever_the_part_begins(frames):
+    video = np.zeros((frames, 48, 96, 3), np.uint8)
+    for frame in range(frames):
+        video[frame] = 20 + 10 * (frame % 21)
         video[frame, :, :16] = video[frame, :, -16:] = 255  # cropped: the bucket is less wide
     data, bucket = data_tiny.mp4(video, Fraction(8)), Bucket(32, 32, 9)
-    given = {"fps": Fraction(8), "frames": 21, "bucket": bucket, "stride": 2}
+    given = {"fps": Fraction(8), "frames": frames, "bucket": bucket, "stride": 2}
     shown, encoded = Frames(2.0, 8, 64)(data, **given), load_clip(data, **given)
     assert shown.shape == (5, 48, 48, 3) and shown.dtype == np.uint8  # its own resolution
     assert shown.max() < 245
@@ -72,6 +73,8 @@ def test_the_model_is_told_what_it_sees():
 
 
 def test_a_style_needs_a_prompt():
+    with pytest.raises(ConfigError, match="prompts: is empty"):
+        checked({}, None)
     prompts = {"short": "Be short.", "mood": " "}
     assert checked({"short": "Be short."}, None) == ["short"]
     with pytest.raises(ConfigError, match=r"no prompt for 'mood'.*stage.job.prompts.mood"):

@@ -14,7 +14,7 @@ from soratrain.errors import DataError
 from soratrain.models.captioner import Captioner
 from soratrain.models.text import ByteTextEncoder
 from soratrain.optim import OptimizerFactory, Schedule
-from soratrain.stages.captioner import PATIENCE, CaptionerStage
+from soratrain.stages.captioner import ENOUGH, PATIENCE, CaptionerStage
 
 
 def stage(**changes) -> CaptionerStage:
@@ -61,19 +61,24 @@ def test_the_loss_is_language_plus_weighted_contrast():
     torch.testing.assert_close(language, plain.take_reported()["language"].float())
 
 
-def test_a_clip_without_a_caption_teaches_no_words():
-    built = stage(contrast_weight=0.0)
+def test_a_clip_without_a_caption_teaches_nothing_and_is_in_no_figure():
+    built = stage(contrast_weight=0.5)
     torch.nn.init.normal_(built.captioner.decoder.head.weight)
-    clips = batch(["a red disc", ""], ["short", "gt"])
-    grads = []
+    clips = batch(["a red disc", "", "a blue box"], ["short", "gt", "short"])
+    grads, figures = [], []
     for other in (0, 255):
         video = clips.video.clone()
-        video[1] = other
+        video[1, :, :8] = other
         built.zero_grad()
         built.training_step(replace(clips, video=video), 0).backward()
         grads.append(built.captioner.encoder.embed.weight.grad.clone())
+        figures.append(built.take_reported())
     torch.testing.assert_close(*grads)
-    assert grads[0].abs().sum() > 0
+    assert grads[0].abs().sum() > 0 and figures[0]["contrast"] > 0
+    for name in ("language", "contrast"):
+        torch.testing.assert_close(*(found[name] for found in figures))
+    told = figures[0]["language"] + 0.5 * figures[0]["contrast"]
+    torch.testing.assert_close(figures[0]["loss"] * 3 / 2, told)
 
 
 def test_clips_without_captions_are_an_error_that_names_both_ways_out():
@@ -106,15 +111,22 @@ def test_captions_teach_the_style_of_their_type_and_originals_that_of_their_leng
 
 
 def test_a_style_that_must_come_and_does_not_is_one_line():
+    each, clips = ENOUGH // PATIENCE, batch(["a disc"], ["short"])
     built = stage(teaches=["short", "tags"])
-    with pytest.raises(DataError, match=r"teaches=\['tags'\].*caption of style 'tags'.*data.caption_types"):
-        for step in range(PATIENCE):
-            built.training_step(batch(["a disc", "a box"], ["short", "short"]), step)
+    with pytest.raises(DataError, match=rf"teaches=\['tags'\]: none of {ENOUGH} .*style 'tags'.*data.caption_types"):
+        for _ in range(PATIENCE):
+            built.watch(clips, ["short"] * each)
     fine = stage(teaches=["short", "tags"])
     for step in range(2 * PATIENCE):
-        kind = "tags" if step == PATIENCE - 2 else "short"
-        fine.training_step(batch(["a disc", "a box"], ["short", kind]), step)
-    assert fine.captioner.known_styles == ("short", "tags")
+        fine.watch(clips, ["short"] * (each - 1) + ["tags" if step == PATIENCE - 2 else "short"])
+
+
+def test_a_style_that_comes_seldom_in_small_batches_is_waited_for():
+    built = stage(teaches=["tags"])
+    for _ in range(ENOUGH - 1):
+        built.watch(batch(["a disc"], ["short"]), ["short"])
+    built.watch(batch(["disc, red"], ["tags"]), ["tags"])
+    assert not built.awaited
 
 
 def test_captions_of_ten_thousand_words_are_cut_counted_and_said_once(caplog):

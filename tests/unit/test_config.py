@@ -226,6 +226,14 @@ def test_the_command_line_wins_over_experiment_stage_and_machine():
             "optimizer.disc.rl: no such key; did you mean",
         ),
         (["stage=vae", "+experiment=vae_c", "+stage.module.adversary.net.width=1"], "net.width=1: no such key"),
+        (
+            ["stage=captioner", "+data.caption_types.mood=1"],
+            r"data.caption_types.mood=1: captioner.styles=.* has no such style; append it there, or set",
+        ),
+        (
+            ["stage=captioner", "captioner.styles=[long,tags,camera]", "data.caption_types.short=0"],
+            r"data.caption_types.gt=1.0: .*by their length.*captioner.styles=\['long', .* lacks one",
+        ),
         (["stage=vae", "trainer.keep_best=2"], "keep_best=2: stage=vae measures no val_loss here"),
         (["stage=dit", "validation=none", "trainer.keep_best=1"], "keep_best=1: stage=dit .*set validation.every"),
         (["stage=vae", "latents=live"], "latents=live: only stage=dit"),

@@ -11,6 +11,7 @@ from loading import SHAPES, video
 from soratrain.batch import draw_of
 from soratrain.data.captions import CaptionMix, captions_of
 from soratrain.data.manifest import write_captions
+from soratrain.errors import ConfigError
 
 
 def test_captions_made_later_replace_those_in_the_shard(clips, tmp_path):
@@ -49,6 +50,20 @@ def test_plain_strings_of_another_program_are_captions(header):
     assert captions_of(header) == [{"type": "gt", "text": "a dog"}]
 
 
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({"sources": {"synthetic": 0.0, "original": 0.0}}, "data.caption_mix=.*shows no captions at all"),
+        ({"types": {"long": 0.0}}, "data.caption_types=.*shows no captions at all"),
+        ({"types": {"long": -1.0}}, "data.caption_types.long=-1.0: must not be negative"),
+        ({"sources": {"made": 1.0}}, "data.caption_mix.made: no such source"),
+    ],
+)
+def test_weights_that_show_nothing_are_refused(weights, said):
+    with pytest.raises(ConfigError, match=said):
+        CaptionMix(**weights)
+
+
 def test_captions_come_as_often_as_their_weights():
     original = [{"type": "short", "text": "os"}, {"type": "tags", "text": "ot"}]
     made = {"k": [{"type": "long", "text": "a"}, {"type": "long", "text": "b"}, {"type": "short", "text": "c"}]}
@@ -56,6 +71,10 @@ def test_captions_come_as_often_as_their_weights():
     found = Counter(mix.choose("k", original, draw_of(number)).text for number in range(8000))
     assert found["ot"] == 0
     assert {text: found[text] / 8000 for text in "abc"} == pytest.approx({"a": 0.3, "b": 0.3, "c": 0.2}, abs=0.02)
+    kept = {"k": [{"type": "long", "text": "a", "model": "original"}, {"type": "short", "text": "c", "model": "ours"}]}
+    mixed = CaptionMix(sources={"synthetic": 1.0}, types={"long": 1, "short": 1}, made=[kept])
+    shown = {mixed.choose("k", [], draw_of(number)) for number in range(20)}
+    assert shown == {("a", "long", "original"), ("c", "short", "synthetic")}  # whose words they are
     assert mix.choose("other", original, 1) == ("os", "short", "original")
     assert mix.choose("other", [], 1) == ("", "", "")
     assert mix.choose("k", original, 17) == mix.choose("k", original, 17)

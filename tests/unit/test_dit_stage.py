@@ -179,6 +179,14 @@ def export(folder: Path, module: DiTStage) -> Path:
     return folder
 
 
+def test_that_no_clip_has_a_caption_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    module, one = stage(), batch([0])
+    silent = replace(one, captions=("",))
+    for shown in [silent] * 15 + [one] + [silent] * 40:
+        module.watch_captions(shown)
+    assert caplog.text.count("16 batches in a row, such as that of clip") == 1
+
+
 @pytest.fixture()
 def trained(tmp_path: Path) -> Path:
     return export(tmp_path, stage())

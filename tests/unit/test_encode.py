@@ -301,6 +301,28 @@ def test_tokens_of_the_captions_are_stored_and_come_with_their_caption(place: Pa
         assert torch.equal(told.rows, expected.rows) and torch.equal(told.starts, expected.starts)
 
 
+def test_captions_that_are_cut_are_counted_over_the_whole_run_however_it_is_cut_up(
+    place: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = partial(ByteTextEncoder, dim=8, table=64, max_tokens=2)  # an opening and "clip", without the number
+    assert job(place, out=str(place / "straight"), text=text)()["texts_cut"] == 6
+    assert "6 captions are longer than text.max_tokens and were cut" in caplog.text
+    original = Encode._encode_shard
+
+    def stop_at_second(self: Encode, work: Any, number: int) -> Any:
+        if number == 1:
+            raise KeyboardInterrupt
+        return original(self, work, number)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Encode, "_encode_shard", stop_at_second)
+        job(place, text=text)()
+    assert [job(place, text=text, pixels_per_batch=1)()["texts_cut"] for _ in range(2)] == [6, 6]
+    assert contents(place / "out") == contents(place / "straight")
+    assert job(place, out=str(place / "long"), text=partial(text, max_tokens=3))()["texts_cut"] == 0
+    assert "texts_cut" not in job(place, out=str(place / "none"))()
+
+
 @pytest.mark.parametrize("tail", [[4], [1, 0], [True]])
 def test_tails_that_cannot_be_encoded_are_refused(place: Path, tail: list[int]) -> None:
     with pytest.raises(ConfigError, match="tail_frames"):

@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_dit_stage import write_chain
 
+from data_prep.world import World, render
 from soratrain.diffusion.sampler import Sampler
 from soratrain.models import weights
 from soratrain.models.captioner import Captioner
 from soratrain.stages.evaluate import SPLITS, Evaluate
+
+
+def test_the_captioner_hears_each_scenes_own_frame_rate() -> None:
+    scenes = [World("full").scene(index) for index in range(12)]
+    frames = [render(scene) for scene in scenes]
+    heard: list[float] = []
+
+    def generate(pixels: torch.Tensor, fps: torch.Tensor, style: str) -> list[str]:
+        heard.extend(fps.tolist())
+        return [""] * len(pixels)
+
+    job = SimpleNamespace(device="cpu")
+    Evaluate.caption(job, SimpleNamespace(generate=generate), frames, scenes)  # type: ignore[arg-type]
+    own = [scene.fps for scene in scenes]
+    assert sorted(heard) == pytest.approx(sorted(own)) and len(set(own)) > 1
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

@@ -169,6 +169,12 @@ def test_a_captioner_that_says_the_truth_reaches_the_ceiling(tmp_path, tells, ca
     assert "100" in capsys.readouterr().out
 
 
+def test_what_a_style_does_not_speak_of_has_no_figure(tmp_path, tells):
+    tells(describe)
+    result = job(tmp_path, styles=["short"])()
+    assert result["motion"] == 1.0 and not {"size", "camera"} & set(result) and result["invented"] == 0
+
+
 def test_what_is_said_wrongly_is_counted_and_marked(tmp_path, tells, capsys):
     swapped = {"red": "blue", "blue": "red"}
     color = lambda scene: scene.truth.objects[0].color  # noqa: E731
@@ -331,6 +337,14 @@ def test_text_scores_are_those_of_the_field():
 def test_words_are_cut_without_case_and_marks_and_ideographs_one_by_one():
     assert words("A well-lit café, isn't it?") == ["a", "well-lit", "café", "isn't", "it"]
     assert words("三只猫 sit") == ["三", "只", "猫", "sit"]
+    assert words("नमस्ते, दुनिया। สวัสดี cafe\u0301") == ["नमस्ते", "दुनिया", "สวัสดี", "café"]
+
+
+def test_a_true_caption_without_a_word_is_nothing_to_compare_with():
+    said = [scores.Told(true, (("long", true),), None, {"long": ""}) for true in ("…", "a disc")]
+    found = scores.measure(said, ["long"], 100, 64, None, None)["styles"]["long"]
+    assert found["asked"] == 2 and found["compared"] == 1
+    assert not can_score() or found["scores"]["rouge_l"] == 0.0
 
 
 def test_language_is_counted():
@@ -368,6 +382,11 @@ def test_recall_counts_ties_and_what_is_no_number_as_misses():
     broken[0] = torch.nan
     found = recall(broken, own)
     assert found["video_to_text"]["at_10"] == pytest.approx(11 / 12) and found["clips"] == 12
+    torch.manual_seed(0)
+    for clips, size in ((5, 512), (9, 32), (64, 128)):  # products of whole matrices round equal rows differently
+        one = nn.functional.normalize(torch.randn(1, size), dim=1).repeat(clips, 1)
+        other = nn.functional.normalize(torch.randn(clips, size), dim=1)
+        assert recall(other, one)["video_to_text"]["at_1"] == recall(one, other)["text_to_video"]["at_1"] == 0.0
     near = own.clone()
     near[0, 1] = 2.0  # clip 0 takes caption 1 for its own, then its own
     assert recall(near, own)["video_to_text"] == {"at_1": pytest.approx(11 / 12), "at_5": 1.0, "at_10": 1.0}

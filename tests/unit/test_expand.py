@@ -136,6 +136,8 @@ def test_quotations_are_found_in_all_kinds_of_marks(text: str, found: list[str])
         ("a cat", Reply("…", "stop"), ("", "empty")),
         ("a cat", Reply("", "refusal"), ("", "refused")),
         ("a cat", Reply("I’m sorry, but I can’t help with that.", "stop"), ("", "refused")),
+        ("a cat", Reply("As a large language model, I draw no cats.", "stop"), ("", "refused")),
+        ("a cat", Reply("我不能写这个", "stop"), ("", "refused")),
         ("a cat", Reply("Sorry-looking cats sit in a row.", "stop"), ("Sorry-looking cats sit in a row.", "")),
         ("a sorry cat", Reply("A cat that looks sorry.", "stop"), ("A cat that looks sorry.", "")),
         ("a cat", Reply("A grey cat that", "length"), ("", "cut off")),
@@ -144,7 +146,11 @@ def test_quotations_are_found_in_all_kinds_of_marks(text: str, found: list[str])
         ("a cat", Reply("ab" * 8_000_000, "stop"), ("", "too long")),
         ("a long prompt about a cat and a dog", Reply("A cat.", "stop"), ("", "too short")),
         ('it says "Hi  you"', Reply('A sign says "Hi  you".', "stop"), ('A sign says "Hi  you".', "")),
+        ('it says "می\u200cخواهم"', Reply("“می\u200cخواهم”, it says.\x07", ""), ('"می\u200cخواهم", it says.', "")),
         ('it says "Hi"', Reply("A sign says “Hi”.", "stop"), ('A sign says "Hi".', "")),
+        ('it says "Hi"', Reply('A 6 foot" sign says "Hi".', "stop"), ('A 6 foot" sign says "Hi".', "")),
+        ('it says "**Hi**"', Reply('A sign says "**Hi**".', "stop"), ('A sign says "**Hi**".', "")),
+        ("a cat", Reply('"Caption: A grey cat sits."', "stop"), ("A grey cat sits.", "")),
         ('it says "Hi"', Reply('A sign says "HI".', "stop"), ("", 'lost "Hi"')),
         ('it says "Hi"', Reply("A sign says Hi.", "stop"), ("", 'lost "Hi"')),
     ],
@@ -187,9 +193,11 @@ def test_whatever_changes_a_text_makes_it_anew(host: ChatHost, tmp_path: Path, o
 def test_a_line_that_was_cut_short_costs_only_itself(host: ChatHost, tmp_path: Path) -> None:
     expansion(host)(moving("a cat", "a dog"), tmp_path)
     file = tmp_path / NAME
-    file.write_bytes(file.read_bytes()[:-9])
-    expansion(host)(moving("a cat", "a dog"), tmp_path)
-    expansion(host)(moving("a cat", "a dog"), tmp_path)
+    other = json.dumps(json.loads(file.read_text().splitlines()[0]) | {"expanded": None}).encode()
+    file.write_bytes(file.read_bytes()[:-9] + b"\n" + other)  # and one that somebody has spoilt
+    for _ in range(2):
+        found = expansion(host)(moving("a cat", "a dog"), tmp_path)
+        assert {longer.text for longer in found.values()} == {LONG}
     assert len(host.asked) == 3
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import hf_writer
 import pytest
+import torch
 import transformers
 from test_expand import moving, write_table
 
@@ -64,6 +65,17 @@ def test_a_text_that_does_not_end_is_cut_off_and_the_prompt_stays(
     folder = save(tmp_path)
     assert HFExpansion(folder=folder, max_tokens=5)(moving("red circle"), tmp_path) == {}
     assert "1 of 1 prompts are drawn as they are, such as 'red circle': cut off" in caplog.text
+
+
+def test_a_model_that_cannot_go_on_leaves_the_prompt_as_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save(tmp_path)
+    net = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    net.lm_head.weight.data.fill_(torch.nan)  # as fp16 makes of some models
+    net.save_pretrained(folder)
+    assert HFExpansion(folder=folder)(moving("red circle"), tmp_path) == {}
+    assert (
+        "1 of 1 prompts are drawn as they are" in caplog.text and "the model cannot go on (probability" in caplog.text
+    )
 
 
 def test_examples_give_way_where_a_model_reads_little(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import published
 import pytest
 import torch
+import vlm_parts_tiny
 from data_tiny import write_clips, write_latents
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_plan_stage import planned
 from tiny_dit import VAE_FACTORY, write_vae
 
@@ -23,9 +24,11 @@ from soratrain.errors import DataError
 from soratrain.models.autoencoders import load_vae, outline
 from soratrain.models.dit import DiT
 from soratrain.models.frozen_text import FrozenText
+from soratrain.models.hf_vision import ASIDE
 from soratrain.models.text import ByteTextEncoder
 from soratrain.optim import OptimizerFactory, Schedule
 from soratrain.stages.beside import TEXT, VAE
+from soratrain.stages.captioner import CaptionerStage
 from soratrain.stages.dit import DiTStage
 
 SHAPES = [(48, 64, 9)] * 6 + [(64, 48, 1)] * 2
@@ -58,6 +61,11 @@ def foretold(data: Any, **options: Any) -> tuple[int, dict[str, int], str]:
     activations = stage.activations(data.plan(1), nets, False)
     assert activations and trainer
     return activations, *stage.beside(nets)  # type: ignore[return-value]
+
+
+def seen(file: Path) -> int:
+    """Return the numbers in a file, without the half of a CLIP that sees nothing."""
+    return sum(tensor.numel() for name, tensor in load_file(file).items() if not name.startswith(ASIDE))
 
 
 def stored(folder: Path, stride: int, channels: int = 4) -> LatentData:
@@ -123,3 +131,30 @@ def test_an_end_that_is_given_counts_before_the_start_too(tmp_path: Path) -> Non
     given = Conditioning(mix={"connect": 0.1}, tail_frames=[1])
     assert foretold(data, conditioning=given)[0] == pytest.approx(foretold(data)[0] * 4 / 3, rel=1e-4)
     assert given.twice(3) == 0.1 and given.twice(1) == 0 and VAE_FACTORY.keywords["latent_channels"] == 4
+
+
+def test_frozen_nets_of_a_captioner_are_rows_of_their_own_whole_on_every_rank(tmp_path: Path, capsys) -> None:
+    write_clips(tmp_path / "shards", SHAPES)
+    (tmp_path / "shards" / "dataset.json").write_text("{}")
+    folders = vlm_parts_tiny.save_encoder(tmp_path / "eye"), vlm_parts_tiny.save_language(tmp_path / "tongue")
+    small = {"dim": 16, "depth": 1, "num_heads": 2, "queries": 3, "max_tokens": 24, "instructions": "null"}
+    words = ["target=captioner", "captioner=vlm", f"captioner.vision={folders[0]}", f"captioner.language={folders[1]}"]
+    words += [f"captioner.{key}={value}" for key, value in small.items()]
+    words += ["data.batch_size=2", "optimizer=adamw", "strategy=zero3", "stage.job.ranks=4"]
+    memory = planned(tmp_path, *words)["memory"]
+    frozen = {name: round(gib * 2**30) for name, gib in memory["gib"].items() if "frozen" in name}
+    eye, tongue = "the frozen vision encoder's weights", "the frozen language model's weights"
+    assert list(frozen) == [eye, tongue]
+    for held, folder in zip(frozen.values(), folders, strict=True):
+        read = 4 * seen(folder / "model.safetensors")
+        assert read <= held < read + 1024  # and a few numbers that no file holds
+    assert sum(memory["gib"].values()) == pytest.approx(memory["total_gib"] + memory["host_gib"])
+    assert eye in capsys.readouterr().out
+
+    text = partial(ByteTextEncoder, dim=16, depth=1, num_heads=2, table=32, max_tokens=12)
+    for tuning, rows in (("lora", frozen), ("full", {eye: frozen[eye]})):
+        net = vlm_parts_tiny.factory(*folders, language_tuning=tuning)
+        stage = CaptionerStage(net=net, text=text, optimizer=OptimizerFactory(), schedule=Schedule(), max_steps=4)
+        with torch.device("meta"):
+            nets = {name: factory() for name, factory in stage.factories.items()}
+        assert stage.beside(nets) == (rows, "")

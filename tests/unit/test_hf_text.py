@@ -47,7 +47,10 @@ def test_features_are_those_of_each_text_alone_without_padding(kind: str, tmp_pa
         assert features.shape == (1 + len(text.split()), 16)
         torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
         assert held.dtype == torch.bfloat16 and torch.equal(held, features.to(torch.bfloat16))
-    assert cut == 0
+    assert not cut
+    assert HFText(folder=str(tmp_path), dim=16, max_tokens=3).store(TEXTS)[1] == {
+        place for place, text in enumerate(TEXTS) if len(text.split()) > 2
+    }
 
 
 def test_texts_are_read_a_few_at_a_time_with_the_same_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

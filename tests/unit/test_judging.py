@@ -62,6 +62,15 @@ def test_an_object_that_is_not_there_is_invented() -> None:
     assert wrong_words(more, ONE) == ["green", "star", "stands still"]
 
 
+def test_an_object_of_the_same_name_is_another_one_where_an_article_brings_it_in() -> None:
+    twice = "a red circle moves left and a red circle rises on a black background"
+    found = judge(twice, ONE)
+    assert (found.named, found.invented, found.scores["number"], found.scores["color"]) == (2, 1, 0.0, 1.0)
+    assert wrong_words(twice, ONE) == ["red", "circle", "rises"]
+    same = "A red circle moves left. There is one object: the red circle starts at the top left"
+    assert judge(same, ONE).named == 1 and judge(same, ONE).scores["place"] == 1.0
+
+
 def test_an_object_that_is_left_out_costs_its_share() -> None:
     found = judge("a red circle moves left on a white background", TWO)
     assert (found.scores["color"], found.scores["motion"], found.scores["number"]) == (0.5, 0.5, 0.0)

@@ -177,7 +177,9 @@ def test_a_rejected_caption_is_asked_for_again_by_chance(shards, captioner, seer
         assert abs(grey_of(text) - data_tiny.grey(int(key, 16), 0)) <= 3
 
 
-def test_what_stays_rejected_keeps_the_original_caption(shards, captioner, seer, tmp_path, monkeypatch):
+def test_what_stays_rejected_keeps_the_original_caption_and_much_of_it_is_said(
+    shards, captioner, seer, tmp_path, monkeypatch, caplog
+):
     say = Captioner.say
     monkeypatch.setattr(
         Captioner,
@@ -187,6 +189,8 @@ def test_what_stays_rejected_keeps_the_original_caption(shards, captioner, seer,
     figures = recaption(shards, captioner, tmp_path / "out", attempts=2)()
     assert figures["rejected"] == figures["rejected_cut_off"] == 3 * len(SHAPES)
     assert figures["originals"] == len(SHAPES)
+    assert f"{len(SHAPES)} captions are those that clips came with, and 0 are missing" in caplog.text
+    assert f"(cut_off {3 * len(SHAPES)}); train it longer" in caplog.text
     told = json.loads((tmp_path / "out" / "captions.json").read_text())
     assert told["complete"] and told["figures"]["short"]["cut_off"] == 3 * len(SHAPES)
     assert "cut_off" not in told["figures"]["long"]
@@ -230,8 +234,24 @@ def test_only_styles_that_were_trained_can_be_asked_for(shards, seer, tmp_path):
     assert {style for _, style in texts(tmp_path / "out")} == {"short"}
     with pytest.raises(ConfigError, match=r"\['short'\].*'camera'"):
         recaption(shards, short, tmp_path / "out", styles=["short", "camera"])()
-    with pytest.raises(ConfigError, match="trained on the styles"):
+    with pytest.raises(ConfigError, match="has learned no style; train it on clips with captions"):
         recaption(shards, save_captioner(tmp_path / "none", styles=()), tmp_path / "new")()
+
+
+def test_a_device_that_holds_less_is_one_line_and_a_smaller_batch_goes_on(
+    shards, captioner, seer, tmp_path, monkeypatch
+):
+    look, limit = Captioner.look, 1
+
+    def small(self, pixels, fps):
+        if len(pixels) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return look(self, pixels, fps)
+
+    monkeypatch.setattr(Captioner, "look", small)
+    with pytest.raises(ConfigError, match=r"engine.batch_size=128, engine.pixels_per_batch=.* goes on$"):
+        recaption(shards, captioner, tmp_path / "out")()
+    assert recaption(shards, captioner, tmp_path / "out", batch_size=limit)()["captions"] == 2 * len(SHAPES)
 
 
 def test_a_real_captioner_writes_what_it_generates(shards, tmp_path):

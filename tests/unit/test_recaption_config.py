@@ -64,6 +64,12 @@ def test_a_job_may_go_on_at_another_server_and_not_with_another_model():
     assert changed.startswith("stage.job.engine.model")
 
 
+@pytest.mark.parametrize("words", ["engine=native", "engine=hf engine.folder=a", "engine=openai"])
+def test_a_job_may_go_on_in_smaller_batches(words):
+    smaller = ["engine.batch_size=1", *(["engine.pixels_per_batch=99999"] if words == "engine=native" else [])]
+    assert not differences(config(*words.split()), config(*words.split(), *smaller))
+
+
 def test_captions_made_on_the_way_are_by_the_same_engine():
     words = [*WORDS, "engine=openai", "engine.url=http://gpu7:9000"]
     made = upstream.command("captions", "", config("engine=openai"), words)

@@ -98,6 +98,9 @@ def test_the_revision_tells_weights_prompts_and_settings_apart(model, tmp_path):
     assert identity == opened(model, batch_size=2, offline=True).identity()
     copy = shutil.copytree(model, tmp_path / "copy")
     assert opened(copy).identity() == identity
+    said = json.loads((copy / "generation_config.json").read_text())
+    (copy / "generation_config.json").write_text(json.dumps({**said, "repetition_penalty": 1.2}))
+    assert opened(copy).identity() != identity
     assert opened(model, max_side=16).identity() != identity != opened(model, max_tokens=13).identity()
     other = opened(model)
     other.prompts = {"short": "Be very brief."}
@@ -125,6 +128,23 @@ def test_every_clip_is_described_and_named_after_the_model(model, tmp_path):
     make("again", batch_size=2)
     (same,) = (tmp_path / "again" / "captions").glob("*/*.parquet")
     assert same.parent.name == table.parent.name
+
+
+def test_a_clip_that_the_processor_does_not_take_costs_no_other(model, monkeypatch):
+    engine = opened(model)
+    expected, process = engine.ask(engine.look(CLIPS), QUESTIONS), type(engine.processor).__call__
+
+    def narrow(self, images, **options):
+        if any(picture.width > 8 * picture.height for some in images for picture in some):
+            raise ValueError("absolute aspect ratio must be smaller than 8")
+        return process(self, images=images, **options)
+
+    monkeypatch.setattr(type(engine.processor), "__call__", narrow)
+    wide = Seen(data_tiny.key(9), np.zeros((2, 2, 40, 3), np.uint8), 8.0, 5)
+    looked = engine.look([CLIPS[0], wide, *CLIPS[1:]])
+    said = engine.ask(looked, [Question(place, style, None) for place in range(4) for style in PROMPTS])
+    assert said[:2] + said[4:] == expected
+    assert all(answer.final and "aspect ratio" in answer.failure for answer in said[2:4])
 
 
 def test_what_is_no_such_model_is_said_in_one_line(tmp_path, model):

@@ -13,7 +13,7 @@ from typing import Any
 
 import data_tiny
 import pytest
-from caption_server import frames, grey, looking, said, words
+from chat_server import frames, grey, looking, said, words
 
 from soratrain.captions.openai import OpenAIEngine
 from soratrain.data.buckets import Native
@@ -282,6 +282,17 @@ def test_a_model_that_takes_no_pictures_is_found_at_the_start(shards, tmp_path):
         assert len(server.asked) == 1
 
 
+def test_a_server_that_takes_fewer_pictures_is_found_at_the_start(shards, tmp_path):
+    with looking(lambda body: said("A grey wall.") if len(frames(body)) == 1 else 400) as server:
+        with pytest.raises(ChatError, match=r"told to answer 400.*engine.max_frames=2 at once.*engine.max_tokens=300"):
+            job(shards, tmp_path / "out", server.url, max_side=64)()
+        (body,) = server.asked
+        assert [frame.shape for frame in frames(body)] == [(64, 64, 3)] * 2
+        assert body["max_tokens"] == 300 and body["seed"] == 0
+        job(shards, tmp_path / "out", server.url, max_frames=1)()
+    assert not listed(tmp_path / "out")
+
+
 def test_a_key_that_is_withdrawn_stops_at_once_and_what_is_done_is_kept(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-old")
     count = threading.Semaphore(5)
@@ -308,6 +319,19 @@ def test_a_clip_without_frames_is_listed_and_the_others_are_described(tmp_path):
     assert figures["unreadable"] == 1 and figures["captions"] == 4
     (failure,) = listed(tmp_path / "out")
     assert failure["key"] == data_tiny.key(1) and failure["final"] and failure["style"] == ""
+
+
+def test_a_rate_of_zero_costs_a_video_itself_and_an_image_nothing(tmp_path):
+    shapes = [(data_tiny.fields(16, 16, 1, "png"), data_tiny.png(data_tiny.pixels(0, 16, 16, 1)[0]))]
+    shapes += [
+        (data_tiny.fields(16, 16, count, "mp4"), data_tiny.mp4(data_tiny.pixels(1, 16, 16, count), Fraction(8)))
+        for count in (5, 101)
+    ]
+    still = [({**fields, "fps_num": 0}, media) for fields, media in shapes]
+    data_tiny.write(tmp_path / "shards", [*shapes[1:], *still])
+    with looking(lambda body: said("A grey wall.")) as server:
+        figures = job(tmp_path / "shards", tmp_path / "out", server.url)()
+    assert figures["unreadable"] == 2 and figures["captions"] == 6
 
 
 def test_the_revision_tells_models_and_prompts_apart(shards, tmp_path):

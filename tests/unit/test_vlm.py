@@ -12,6 +12,7 @@ from vlm_parts_tiny import ENCODERS, MODELS, TEMPLATE, factory, save_encoder, sa
 
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
+from soratrain.models.hf_tower import layer_widths
 from soratrain.models.hf_vision import grid
 from soratrain.models.text import ByteTextEncoder
 from soratrain.models.vlm import VLM
@@ -54,6 +55,19 @@ def test_any_size_duration_and_image_has_a_vector_and_vectors_for_words(parts, v
         vectors, words = net.embed_video(pixels, fps), net.look(pixels, fps)[0]
         assert vectors.shape == (shape[0], 8) and words.shape == (shape[0], 3, 16)
         torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(shape[0]))
+
+
+@pytest.mark.parametrize(("tuning", "dtype"), [("frozen", "fp32"), ("frozen", "bf16"), ("lora", "bf16")])
+def test_what_is_frozen_is_counted_to_the_byte_before_it_is_read(parts, tuning, dtype):
+    for vision, language in zip(ENCODERS, MODELS, strict=True):
+        net = factory(parts / vision, parts / language, vision_tuning=tuning, language_tuning=tuning, dtype=dtype)()
+        for tower in (net.vision, net.language):
+            counted = tower.frozen_bytes()
+            assert not tower._held and counted > 0
+            held = tower.here()
+            assert counted == sum(tensor.nbytes for tensor in (*held.parameters(), *held.buffers()))
+    net = factory(parts / "clip", parts / "llama", vision_tuning="full", language_tuning="full")()
+    assert net.vision.frozen_bytes() == net.language.frozen_bytes() == 0
 
 
 def test_a_frame_keeps_its_aspect_ratio():
@@ -150,6 +164,24 @@ def test_step_0_is_the_base_and_the_loss_reaches_all_that_is_trained(parts, tuni
         assert all(torch.equal(param, held[name]) for name, param in net.language.here().named_parameters())
 
 
+@pytest.mark.parametrize(("vision", "language"), list(zip(ENCODERS, MODELS, strict=True)))
+def test_muon_turns_the_matrices_of_others_nets_and_no_table_nor_head(parts, vision, language):
+    net = factory(parts / vision, parts / language, vision_tuning="full", language_tuning="full")()
+    found = {name for name, param in net.named_parameters() if param.ndim > 1 and not getattr(param, "no_muon", False)}
+    towers = {name for name in found if name.startswith(("vision.net.", "language.net."))}
+    table = ("wte.", "wpe.", "embed_tokens.", "position_embedding", "class_embedding", "cls_token", "mask_token")
+    assert not [name for name in towers if any(word in name for word in table) or "lm_head" in name]
+    for tower in (net.vision, net.language):
+        inner = [layer for layer in tower.net.modules() if layer_widths(layer)]
+        assert sum(not hasattr(layer.weight, "no_muon") for layer in inner) >= 8
+
+
+def test_muon_leaves_a_learned_end_to_adamw(tmp_path):
+    save_encoder(tmp_path / "eye"), save_language(tmp_path / "tongue", ends=False)
+    net = factory(tmp_path / "eye", tmp_path / "tongue")()
+    assert net.language.end.weight.no_muon
+
+
 @pytest.mark.parametrize("tuning", ["frozen", "lora", "full"])
 def test_weights_are_saved_without_what_is_frozen_and_say_the_same_again(parts, tuning, tmp_path):
     make = factory(parts / "siglip", parts / "qwen2", vision_tuning=tuning, language_tuning=tuning)
@@ -201,6 +233,8 @@ def test_a_model_without_a_template_and_without_special_tokens_learns_its_own_en
     net.teach(["a", "bc"], ["short", "long"])
     styles = ["short", "long"]
     assert net.say(pooled, styles) == net.say(pooled, styles, cached=False) == ["a", "bc"]
+    with pytest.raises(ConfigError, match="caption style 'poem' is unknown"):
+        net.say(pooled, "poem")
 
 
 def test_what_is_asked_goes_into_the_models_chat_template(tmp_path):

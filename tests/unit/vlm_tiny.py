@@ -36,8 +36,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save(folder: Path, seed: int = 0, *, template: str | None = TEMPLATE) -> Path:
-    """Save a random model with its processor."""
+def save(folder: Path, seed: int = 0, *, template: str | None = TEMPLATE, chats: bool = False) -> Path:
+    """Save a random model with its processor; one that `chats` often ends, and says what it will by chance."""
     torch.manual_seed(seed)
     words = tokenizer()
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -59,6 +59,9 @@ def save(folder: Path, seed: int = 0, *, template: str | None = TEMPLATE) -> Pat
     for weight in net.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.4)  # so that what it says depends on what it sees
+    if chats:
+        net.lm_head.weight.data[1] *= 2
+        net.generation_config.do_sample = True
     net.save_pretrained(folder)
     pictures = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     LlavaProcessor(
