@@ -218,17 +218,9 @@ class Decoder(nn.Module):
         styles_B: Tensor,
         memory: Sequence[tuple[Tensor, Tensor]],
         packing: Packing,
-        read_N: Tensor | None = None,
     ) -> Tensor:
-        """Return logits `[N, 257]` of the symbol after each place; texts are read from START.
-
-        Args:
-            read_N: bool; places where it is False stand empty, but for START; n-grams behind them still hold their
-                bytes.
-        """
+        """Return logits `[N, 257]` of the symbol after each place; texts are read from START."""
         x_ND = self.embed(symbols_BS, styles_B, packing)
-        if read_N is not None:
-            x_ND = x_ND * (read_N | (packing.unpad(symbols_BS) == START))[:, None]
         places = packing.unpad(torch.arange(packing.longest, device=x_ND.device).expand(len(packing), -1))
         rotation = rotations(places[:, None], self.channels)
         for block, read in zip(self.blocks, memory, strict=True):

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from soratrain.batch import keyed_uniform
 from soratrain.errors import ConfigError
 
 
@@ -56,23 +55,19 @@ class CaptionModel(nn.Module):
     Args:
         styles: kinds of caption that can be asked for; the order is stored in the weights, so only append.
         longest: of a caption, in the body's symbols (`size`); what is longer is cut while training.
-        word_dropout: share of a caption's symbols that are not read while training (Bowman et al., 2016): what comes
-            next must then be seen in the clip, and not be guessed from the words before.
 
     Raises:
-        ConfigError: a style is named twice, or none is; a share that is none.
+        ConfigError: a style is named twice, or none is.
     """
 
     longest: Tensor
     contrast: Contrast
 
-    def __init__(self, *, styles: Sequence[str], longest: int, word_dropout: float = 0.0) -> None:
+    def __init__(self, *, styles: Sequence[str], longest: int) -> None:
         super().__init__()
         if not styles or len(set(styles)) != len(styles):
             raise ConfigError(f"captioner.styles={list(styles)} must name each style once")
-        if not 0 <= word_dropout < 1:
-            raise ConfigError(f"captioner.word_dropout={word_dropout} must be at least 0 and below 1")
-        self.styles, self.most, self.word_dropout = tuple(styles), longest, word_dropout
+        self.styles, self.most = tuple(styles), longest
         self.register_buffer("longest", torch.zeros(len(self.styles)))
 
     def style_ids(self, styles: Sequence[str], device: torch.device | str = "cpu") -> Tensor:
@@ -125,17 +120,6 @@ class CaptionModel(nn.Module):
             longer += size > self.most
         self.longest.copy_(torch.tensor(longest))
         return longer
-
-    def read_while_training(self, sizes: Sequence[int], draws: Sequence[int]) -> Tensor:
-        """Return which symbols of captions of `sizes` symbols are read, bool `[N]`; all, unless in training.
-
-        Args:
-            draws: of each clip; which of its caption's are not depends on its own alone.
-        """
-        if not (self.training and self.word_dropout and draws):
-            return torch.ones(sum(sizes), dtype=torch.bool)
-        chances = [keyed_uniform(draw, "words", (size,)) for draw, size in zip(draws, sizes, strict=True)]
-        return torch.cat(chances) >= self.word_dropout
 
     @property
     def known_styles(self) -> tuple[str, ...]:

@@ -37,7 +37,6 @@ class Captioner(CaptionModel):
         text_dim: width of the text encoder on the other side of the contrast.
         vector_dim: width of the shared space.
         mlp_ratio: hidden width of the MLPs over the width.
-        word_dropout: see `CaptionModel`.
     """
 
     def __init__(
@@ -60,9 +59,8 @@ class Captioner(CaptionModel):
         text_dim: int = 128,
         vector_dim: int = 128,
         mlp_ratio: float = 3.0,
-        word_dropout: float = 0.0,
     ) -> None:
-        super().__init__(styles=styles, longest=max_bytes, word_dropout=word_dropout)
+        super().__init__(styles=styles, longest=max_bytes)
         for width, heads in ((dim, num_heads), (decoder_dim, decoder_heads)):
             if width % (2 * heads):
                 raise ConfigError(f"captioner width {width} does not give {heads} heads of even size")
@@ -98,13 +96,7 @@ class Captioner(CaptionModel):
         return self.bridge(answers[:, 1:]), answers[:, 0]
 
     def forward(
-        self,
-        pixels: Tensor,
-        fps: Tensor,
-        captions: Sequence[str],
-        styles: Sequence[str],
-        text_BD: Tensor,
-        draws: Sequence[int] = (),
+        self, pixels: Tensor, fps: Tensor, captions: Sequence[str], styles: Sequence[str], text_BD: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return each clip's language loss (mean over its caption's bytes) and contrastive loss, `[B]` both, in nats.
 
@@ -113,14 +105,12 @@ class Captioner(CaptionModel):
             fps: frames per second `[B]`.
             captions, styles: one a clip.
             text_BD: pooled features of the captions.
-            draws: of each clip; without them every byte is read.
         """
         device = pixels.device
         pooled_BQD, video_BD = self.look(pixels, fps)
         symbols_BL, targets_N, packing = encode_captions(captions, self.most)
         memory = self.decoder.memory(pooled_BQD)
-        read_N = self.read_while_training(packing.lengths, draws).to(device)
-        logits_NV = self.decoder(symbols_BL.to(device), self.style_ids(styles, device), memory, packing, read_N)
+        logits_NV = self.decoder(symbols_BL.to(device), self.style_ids(styles, device), memory, packing)
         losses_N = F.cross_entropy(logits_NV, targets_N.to(device), reduction="none")
         return packing.mean(losses_N), self.contrast(video_BD, text_BD, same_captions(captions, device))
 

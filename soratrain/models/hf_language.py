@@ -118,9 +118,7 @@ class LanguageTower(Tower):
             )
         return found
 
-    def rows(
-        self, vectors_BQW: Tensor, words: Sequence[str], texts: Sequence[Sequence[int]], read: Sequence[Tensor] = ()
-    ) -> list[Tensor]:
+    def rows(self, vectors_BQW: Tensor, words: Sequence[str], texts: Sequence[Sequence[int]]) -> list[Tensor]:
         """Return what the model reads of each text `[L, W]`: what is before the vectors, they, what is after, the text.
 
         All tokens are embedded in one call: under ZeRO-3 ranks must make equally many.
@@ -128,34 +126,26 @@ class LanguageTower(Tower):
         embed, around = self.here().get_input_embeddings(), [self.around(asked) for asked in words]
         parts = [part for (before, after), text in zip(around, texts, strict=True) for part in (before, after, text)]
         flat = torch.tensor([token for part in parts for token in part], dtype=torch.int64, device=vectors_BQW.device)
-        split = list(embed(flat).split([len(part) for part in parts]))
-        for row, shown in enumerate(read):
-            split[3 * row + 2] = split[3 * row + 2] * shown[:, None]
+        split = embed(flat).split([len(part) for part in parts])
         return [
             torch.cat([split[3 * row], vectors.to(split[0].dtype), *split[3 * row + 1 : 3 * row + 3]])
             for row, vectors in enumerate(vectors_BQW)
         ]
 
     def losses(
-        self,
-        vectors_BQW: Tensor,
-        words: Sequence[str],
-        texts: Sequence[Sequence[int]],
-        most: int,
-        read: Sequence[Tensor] = (),
+        self, vectors_BQW: Tensor, words: Sequence[str], texts: Sequence[Sequence[int]], most: int
     ) -> tuple[Tensor, Packing]:
         """Return the loss of each token of the texts and of each end `[N]`, in nats, and how they are packed.
 
         Of a text of more than `most` tokens the rest is cut, and its end is not asked for. Texts stand to the left,
         padding to their right, which a causal model does not see.
-
-        Args:
-            read: of each text, which of its tokens are read, bool; where others stand there is nothing. Default: all.
         """
-        cuts = [list(text[:most]) for text in texts]
-        answers = [[*cut, self.stop] if len(cut) == len(text) else cut for cut, text in zip(cuts, texts, strict=True)]
-        rows = self.rows(vectors_BQW, words, cuts, read)
-        firsts = [len(row) - len(cut) - 1 for row, cut in zip(rows, cuts, strict=True)]  # where it is to say the first
+        read = [list(text[:most]) for text in texts]
+        answers = [[*cut, self.stop] if len(cut) == len(text) else cut for cut, text in zip(read, texts, strict=True)]
+        rows = self.rows(vectors_BQW, words, read)
+        firsts = [
+            len(row) - len(text) - 1 for row, text in zip(rows, read, strict=True)
+        ]  # where it is to say the first
         packing = Packing.of([len(answer) for answer in answers])
         inputs = pad_sequence(rows, batch_first=True)
         kept = inputs.shape[1] - min(firsts)

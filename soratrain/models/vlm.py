@@ -47,7 +47,6 @@ class VLM(CaptionModel):
         dtype: of what is frozen, `fp32` or `bf16`.
         text_dim: width of the text encoder on the other side of the contrast.
         vector_dim: width of the shared space.
-        word_dropout: see `CaptionModel`.
 
     Raises:
         ConfigError: transformers is not installed, or a value does not fit.
@@ -79,9 +78,8 @@ class VLM(CaptionModel):
         dtype: str = "fp32",
         text_dim: int = 128,
         vector_dim: int = 256,
-        word_dropout: float = 0.0,
     ) -> None:
-        super().__init__(styles=styles, longest=max_tokens, word_dropout=word_dropout)
+        super().__init__(styles=styles, longest=max_tokens)
         self.instructions = dict(instructions or {})
         if dim % (2 * num_heads):
             raise ConfigError(f"captioner width {dim} does not give {num_heads} heads of even size")
@@ -165,13 +163,7 @@ class VLM(CaptionModel):
         return torch.cat([pooled_BQW, token.to(pooled_BQW.dtype)], dim=1), words
 
     def forward(
-        self,
-        pixels: Tensor,
-        fps: Tensor,
-        captions: Sequence[str],
-        styles: Sequence[str],
-        text_BD: Tensor,
-        draws: Sequence[int] = (),
+        self, pixels: Tensor, fps: Tensor, captions: Sequence[str], styles: Sequence[str], text_BD: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return each clip's language loss (mean over its caption's tokens) and contrastive loss, `[B]` both, in nats.
 
@@ -180,13 +172,10 @@ class VLM(CaptionModel):
             fps: frames per second `[B]`.
             captions, styles: one a clip.
             text_BD: pooled features of the captions.
-            draws: of each clip; without them every token is read.
         """
         pooled_BQW, video_BD = self.look(pixels, fps)
         texts = [self.language.ids(caption) for caption in captions]
-        sizes = [min(len(text), self.most) for text in texts]
-        read = self.read_while_training(sizes, draws).to(pixels.device).split(sizes)
-        losses_N, packing = self.language.losses(*self.asked(pooled_BQW, styles), texts, self.most, read)
+        losses_N, packing = self.language.losses(*self.asked(pooled_BQW, styles), texts, self.most)
         return packing.mean(losses_N), self.contrast(video_BD, text_BD, same_captions(captions, pixels.device))
 
     def write(

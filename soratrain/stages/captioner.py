@@ -99,9 +99,7 @@ class CaptionerStage(TrainStage):
         tokens = self.text.tokenize(batch.captions)
         self.count_cut(longer, tokens.truncated)
         features, packing = self.text(tokens)
-        language, contrast = self.captioner(
-            batch.pixels(), batch.fps, batch.captions, styles, packing.mean(features), batch.draws.tolist()
-        )
+        language, contrast = self.captioner(batch.pixels(), batch.fps, batch.captions, styles, packing.mean(features))
         heard = language.new_tensor(told)
         loss = batch.mean(heard * (language + self.contrast_weight * contrast))
         self.report_captions(batch)

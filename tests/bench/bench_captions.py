@@ -23,7 +23,7 @@ from soratrain.models import caption_decoder, hf_language
 from soratrain.run import instantiate
 
 SYMBOLS, BATCH, QUERIES = 64, 8, 64
-ROUNDS = {"coca_tiny": 9, "vlm": 5}
+ROUNDS = {"coca_tiny": 9, "coca_b": 3, "vlm": 5}
 LAYERS, WIDTH, WORDS = 6, 256, 8192
 TITLE = (
     f"Captions written on a CPU, fp32, two threads: {BATCH} at once, {SYMBOLS} symbols each (bytes or tokens), greedy"
@@ -116,7 +116,7 @@ def measure() -> list[dict[str, str]]:
     caption_decoder.CIRCLING = hf_language.CIRCLING = 10**9
     try:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            rows = timed("coca_tiny", coca("coca_tiny"))
+            rows = [row for body in ("coca_tiny", "coca_b") for row in timed(body, coca(body))]
             try:
                 rows += timed(f"vlm: LLaMA of {LAYERS} x {WIDTH}, {QUERIES} queries", vlm(Path(folder)))
             except ImportError:
