@@ -39,7 +39,7 @@ from soratrain.stages.evaluate_captioner_clips import (
 from soratrain.stages.evaluate_captioner_gallery import Gallery
 from soratrain.stages.evaluate_captioner_page import write_page
 from soratrain.stages.evaluate_captioner_scores import Told, measure
-from soratrain.stages.evaluate_captioner_shown import said_in, show
+from soratrain.stages.evaluate_captioner_shown import chief_of, said_in, show
 from soratrain.stages.evaluate_captioner_text import MISSING, can_score
 from soratrain.stages.pace import progress
 from soratrain.stages.vae_summary import plain
@@ -229,11 +229,11 @@ class EvaluateCaptioner:
 
 
 def chief(report: dict[str, Any]) -> dict[str, float]:
-    """Return the figures by which runs are compared: of the last set, of `long` captions where there are any.
+    """Return the figures by which runs are compared, those of `chief_of`, and how many clips there were in all.
 
     What no true caption of that style speaks of, such as colours in `camera`, has none.
     """
-    last, style = report["sets"][-1], "long" if "long" in report["styles"] else report["styles"][0]
+    last, style = chief_of(report)
     found = last["styles"][style]
     world, said = (found["world"] or {}).get("ours", {}), said_in(found["world"]) if found["world"] else set()
     figures = {name: world[name] for name in CHIEF if name in said and world.get(name) is not None}

@@ -22,7 +22,7 @@ h1{font-size:26px;margin:0;overflow-wrap:anywhere}h2{font-size:19px;margin:44px 
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(120px,1fr));gap:12px;margin:20px 0}
 .tile,.box,.clip{background:var(--card);border:1px solid var(--line);border-radius:12px}
 .tile{padding:12px 16px}.tile b{display:block;font-size:23px;font-variant-numeric:tabular-nums}
-.tile span{color:var(--soft);font-size:13px}
+.tile span{display:block;color:var(--soft);font-size:13px;line-height:1.4}
 .box{padding:6px 18px 12px;margin:12px 0;overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:14px;min-width:100%}
 caption{text-align:left;font-weight:600;padding:10px 0 6px;white-space:nowrap}

@@ -18,7 +18,9 @@ from soratrain.stages.evaluate_captioner_scores import Told
 from soratrain.stages.evaluate_captioner_shown import (
     MEANING,
     NAMES,
+    chief_of,
     figure,
+    label,
     recall_rows,
     remarks,
     said_in,
@@ -31,18 +33,19 @@ HIDDEN = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x206
 SHOWN = dict.fromkeys(HIDDEN, "\ufffd")  # control characters, and what turns the direction of writing
 
 
-def marked(text: str, true: Sequence[str], told: Told) -> tuple[str, bool]:
+def marked(text: str, told: Told) -> tuple[str, bool]:
     """Return a caption with its wrong words marked, as HTML, and whether any is.
 
-    Where the truth is known, wrong is what contradicts it; else words are marked that no true caption has.
+    Where the truth is known, wrong is what contradicts it; else words are marked that no true caption of the clip has,
+    of whatever style. An empty caption contradicts nothing.
     """
     text = plain_text(text).translate(SHOWN)
     if not text:
-        return "<mark>(nothing)</mark>", True
+        return "<span class=soft>(nothing)</span>", False
     if told.truth is not None:
         spans, kind = list(judge(text, told.truth).wrong), ""
     else:
-        known, kind = {word for other in true for word in words(other)}, " class=new"
+        known, kind = {word for _, true in told.captions for word in words(true)}, " class=new"
         found = [match.span() for match in WORD.finditer(text)] if known else []
         spans = [(start, end) for start, end in found if not known.issuperset(words(text[start:end]))]
     pieces, at = [], 0
@@ -59,7 +62,7 @@ def card(entry: Entry, drawn: bool, short_bytes: int) -> str:
     told, rows, bad = entry.told, [], False
     for style, text in told.texts.items():
         true = true_captions(told.captions, style, short_bytes)
-        said, wrong = marked(text, true, told)
+        said, wrong = marked(text, told)
         bad |= wrong
         shown = [html.escape(plain_text(other).translate(SHOWN)) for other in true] or ["–"]
         beside = "".join(f"<p class=true dir=auto>{other}</p>" for other in shown)
@@ -117,17 +120,17 @@ def tables(report: Mapping[str, Any]) -> Iterator[str]:
 
 def tiles(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the chief figures and what they are, of the last set of clips."""
-    last, style = report["sets"][-1], "long" if "long" in report["styles"] else report["styles"][0]
-    found = last["styles"][style]
+    last, style = chief_of(report)
+    found, of = last["styles"][style], label(last, style)
     if world := found["world"]:
         for name in ("color", "shape", "number", "motion", "invented"):
             if name in said_in(world) and (share := world["ours"].get(name)) is not None:
-                yield f"{100 * share:.1f} %", f"{NAMES.get(name, name)}, {style}"
+                yield f"{100 * share:.1f} %", f"{NAMES.get(name, name)} · {of}"
     for name, title in (("bleu_4", "BLEU-4"), ("cider_d", "CIDEr-D"), ("rouge_l", "ROUGE-L")):
         if found["scores"] and not found["world"]:
-            yield figure(found["scores"][name]), f"{title}, {style}"
+            yield figure(found["scores"][name]), f"{title} · {of}"
     if pooled := last["recall"].get(style):
-        yield f"{100 * pooled['video_to_text']['at_1']:.1f} %", f"clip→text @1 of {pooled['clips']}"
+        yield f"{100 * pooled['video_to_text']['at_1']:.1f} %", f"clip→text @1 of {pooled['clips']} · {of}"
 
 
 def legend(report: Mapping[str, Any]) -> str:

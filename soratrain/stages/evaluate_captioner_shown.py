@@ -41,6 +41,11 @@ def label(item: Mapping[str, Any], style: str) -> str:
     return f"{SETS[item['name']]}, {style}"
 
 
+def chief_of(report: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """Return the set and the style whose figures are the chief ones: the last set, `long` where that is asked for."""
+    return report["sets"][-1], "long" if "long" in report["styles"] else report["styles"][0]
+
+
 def text_rows(report: Mapping[str, Any]) -> Iterator[list[str]]:
     """Yield a row of each set and style."""
     for item in report["sets"]:
@@ -110,6 +115,7 @@ def show(console: Console, report: Mapping[str, Any]) -> None:
         console.print(table("who finds whom, among clips of distinct captions", columns, rows))
     for line in remarks(report):
         console.print(escape(line))
+    console.print(escape(f"the last line's figures: {label(*chief_of(report))}; its clips: of all sets"))
 
 
 def remarks(report: Mapping[str, Any]) -> Iterator[str]:

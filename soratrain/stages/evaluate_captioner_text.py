@@ -24,6 +24,7 @@ LETTERS = rf"[^\W_](?:[^\W_]|[{ONTO}\u200c\u200d])*"
 WORD = re.compile(rf"{LETTERS}(?:['’-]{LETTERS})*")
 RANKS = (1, 5, 10)
 RUN = 4  # words; see `repeated`
+LEAST = 1e-6  # below it a score is 0: BLEU's code takes 1e-15 for no match
 MISSING = (
     "BLEU-4, CIDEr-D and ROUGE-L are left out: pycocoevalcap is not installed; install it with"
     " pip install 'soratrain[captions]'"
@@ -41,7 +42,7 @@ def can_score() -> bool:
 
 
 def text_scores(written: Sequence[str], true: Sequence[Sequence[str]]) -> dict[str, float | None]:
-    """Return BLEU-4 of the corpus, and the means of CIDEr-D (0 to 10) and ROUGE-L over clips.
+    """Return BLEU-4 of the corpus, and the means of CIDEr-D (0 to 10) and ROUGE-L over clips; what is below LEAST is 0.
 
     Args:
         written: one caption a clip.
@@ -57,7 +58,8 @@ def text_scores(written: Sequence[str], true: Sequence[Sequence[str]]) -> dict[s
     bleu = Bleu(4).compute_score(wanted, said, verbose=0)[0][3]
     cider = Cider().compute_score(wanted, said)[0] if len(said) > 1 else None
     rouge = Rouge().compute_score(wanted, said)[0]
-    return {"bleu_4": float(bleu), "cider_d": None if cider is None else float(cider), "rouge_l": float(rouge)}
+    found = {"bleu_4": bleu, "cider_d": cider, "rouge_l": rouge}
+    return {name: None if value is None else 0.0 if value < LEAST else float(value) for name, value in found.items()}
 
 
 def language(texts: Sequence[str]) -> dict[str, float]:

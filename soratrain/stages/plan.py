@@ -50,7 +50,7 @@ class PlanStage:
         steps: optimizer steps, by target.
         tuned: `tokens` of a micro-batch, by target.
         max_steps, batch_size, tokens_per_batch, max_batch_size: in the place of these, where they are set.
-        clip: `WIDTHxHEIGHTxFRAMES`: what one such clip costs; None leaves it out.
+        clip: `WIDTHxHEIGHTxFRAMES`: what one such clip costs; None leaves it out, and so does the target `captioner`.
         crop: pixels of the squares that stage=vae cuts from its clips, in the place of `tuned`.
         seed, batching, accumulate_blocks, canonical_ranks, gamma, quadratic, window, mix, image_fraction: of the data.
         durations: of clips; latents are shown at their own.
@@ -161,6 +161,7 @@ class PlanStage:
         for item in summary["sets"]:
             item["epochs"] = run["samples_per_step"] * self.steps * item["shown"] / max(item["samples"], 1)
         memory, time = self.memory(parts, plan), self.time(parts, plan, run)
+        latents = self.target != "captioner"  # which sees pixels
         document = {
             "target": self.target,
             "ranks": self.ranks,
@@ -172,8 +173,8 @@ class PlanStage:
             "balance": balance(plan, self.ranks // self.sequence),
             "memory": memory,
             "time": time,
-            "cache": cache_size(plan, self.nets["vae"]),
-            "clip": clip_cost(self.clip, self.nets["vae"], parts.get("dit")) if self.clip else None,
+            "cache": cache_size(plan, self.nets["vae"]) if latents else None,
+            "clip": clip_cost(self.clip, self.nets["vae"], parts.get("dit")) if self.clip and latents else None,
         }
         self.out.mkdir(parents=True, exist_ok=True)
         with replacing(self.out / "plan.json") as temporary:

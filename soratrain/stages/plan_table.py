@@ -75,8 +75,8 @@ def show(console: Console, document: Mapping[str, Any]) -> None:
         console.print(rests_on(document["time"]))
     else:
         console.print(f"the time of a step is foretold for stage=dit alone, not for a {SAID[document['target']]}")
-    cache = document["cache"]
-    console.print(f"cached latents of {cache['clips']:,} clips: {size(cache['latents_gib'] * GIB)}")
+    if cache := document["cache"]:
+        console.print(f"cached latents of {cache['clips']:,} clips: {size(cache['latents_gib'] * GIB)}")
     if document["clip"]:
         clip = document["clip"]
         flops = ""

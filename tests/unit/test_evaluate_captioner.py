@@ -95,7 +95,7 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.marks: list[str] = []
-        self.videos, self.images, self.cards, self.text = 0, 0, 0, ""
+        self.videos, self.images, self.cards, self.bad, self.text = 0, 0, 0, 0, ""
         self.feed(page)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -103,6 +103,7 @@ class Page(HTMLParser):
         self.videos += tag == "video" and (given.get("src") or "").startswith("data:video/mp4;base64,")
         self.images += tag == "img" and (given.get("src") or "").startswith("data:image/png;base64,")
         self.cards += tag == "article"
+        self.bad += tag == "article" and "bad" in (given.get("class") or "").split()
         if tag not in ("meta", "img", "br", "input"):
             self.open.append(tag)
 
@@ -166,12 +167,15 @@ def test_a_captioner_that_says_the_truth_reaches_the_ceiling(tmp_path, tells, ca
     page = page_of(tmp_path)
     assert page.marks == ["marked"]  # that of the legend
     assert (page.cards, page.videos + page.images) == (8, 8) and page.videos > 4
-    assert "100" in capsys.readouterr().out
+    assert "shape · held out, long" in page.text and f"@1 of {CLIPS} · held out, long" in page.text
+    said = capsys.readouterr().out
+    assert "100" in said and said.splitlines()[-1] == "the last line's figures: held out, long; its clips: of all sets"
 
 
 def test_what_a_style_does_not_speak_of_has_no_figure(tmp_path, tells):
     tells(describe)
     result = job(tmp_path, styles=["short"])()
+    assert "motion · held out, short" in page_of(tmp_path).text
     assert result["motion"] == 1.0 and not {"size", "camera"} & set(result) and result["invented"] == 0
 
 
@@ -194,6 +198,7 @@ def test_what_is_said_wrongly_is_counted_and_marked(tmp_path, tells, capsys):
             assert found["world"]["ours"]["shape"] == 1.0 and found["world"]["true"]["color"] == 1.0
     assert wrong
     page = page_of(tmp_path)
+    assert page.bad == wrong
     assert page.marks.count("red") + page.marks.count("blue") == 2 * wrong and len(page.marks) == 1 + 2 * wrong
     assert "invented" in capsys.readouterr().out
 
@@ -203,7 +208,8 @@ def test_the_worst_clips_are_shown_beside_those_drawn_by_lot(tmp_path, tells):
     tells(lambda scene, style: "" if scene.wording == bad else describe(scene, style))
     job(tmp_path, shown=2)()
     page = page_of(tmp_path)
-    assert page.marks.count("(nothing)") == 2 and f"seen/{CLIPS - 1}" in page.text and "among the worst" in page.text
+    assert page.text.count("(nothing)") == 2 and page.marks == ["marked"] and page.bad == 0  # it contradicts nothing
+    assert f"seen/{CLIPS - 1}" in page.text and "among the worst" in page.text
     empty = report_of(tmp_path)["sets"][0]["styles"]["long"]["language"]["empty"]
     assert empty == pytest.approx(1 / CLIPS)
 
@@ -332,6 +338,7 @@ def test_text_scores_are_those_of_the_field():
     assert found["cider_d"] is not None and 0 < found["cider_d"] < 10
     assert text_scores(written[:1], true[:1])["cider_d"] is None
     assert text_scores(["A Red circle, moves left!"], [["a red circle moves left"]])["bleu_4"] == pytest.approx(1.0)
+    assert text_scores(["a zebra"], [["a " + "very " * 100 + "long caption"]])["bleu_4"] == 0.0  # not 1e-30
 
 
 def test_words_are_cut_without_case_and_marks_and_ideographs_one_by_one():

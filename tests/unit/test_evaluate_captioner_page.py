@@ -10,7 +10,7 @@ import pytest
 from data_prep.world import World, describe, render
 from soratrain.stages.evaluate_captioner_clips import Item, OfWorld, asked_of
 from soratrain.stages.evaluate_captioner_gallery import Entry, Gallery
-from soratrain.stages.evaluate_captioner_page import card
+from soratrain.stages.evaluate_captioner_page import card, marked
 from soratrain.stages.evaluate_captioner_scores import Told, measure
 from soratrain.stages.evaluate_captioner_shown import remarks
 
@@ -67,6 +67,14 @@ def test_a_caption_runs_in_its_own_direction_and_steers_nothing(text: str, on_pa
     one, item = told("clip", text, text)
     page = card(Entry(one, item.frames, 8.0, item.frames.shape[:3], 0.0), True, 100)
     assert on_page in page and not set("\x00\x1b\u202e") & set(page)
+
+
+def test_of_an_unknown_truth_a_word_is_marked_that_no_true_caption_of_any_style_has() -> None:
+    true = (("short", "a disc"), ("gt", "a red ring"), ("tags", "snow, dusk"))
+    one = Told("x", true, None, {})
+    assert marked("a Red disc at dusk", one) == ("a Red disc <mark class=new>at</mark> dusk", True)
+    assert marked("a red ring", one) == ("a red ring", False) == marked("a red ring", Told("x", (), None, {}))
+    assert marked(" ", one) == ("<span class=soft>(nothing)</span>", False)
 
 
 def test_a_world_clip_has_no_caption_that_was_not_asked_for() -> None:

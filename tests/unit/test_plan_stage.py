@@ -68,7 +68,7 @@ def test_what_the_command_or_an_experiment_sets_is_planned(tmp_path: Path) -> No
     assert finer["steps"] == 600 and finer["samples_per_step"] != usual["samples_per_step"]
 
 
-def test_it_needs_no_gpu_and_plans_for_one(tmp_path: Path) -> None:
+def test_it_needs_no_gpu_and_plans_for_one(tmp_path: Path, capsys) -> None:
     write_shards(tmp_path / "shards")
     config, _ = prepare(["stage=plan", "machine=gpu"])
     check_machine(config)
@@ -76,8 +76,13 @@ def test_it_needs_no_gpu_and_plans_for_one(tmp_path: Path) -> None:
     assert memory["parameters"] > 1e9 and memory["gib"]["weights"] == pytest.approx(memory["parameters"] * 2 / 2**30)
     assert memory["device_gib"] == 79.1 and memory["on_host"] == []
     for target, known in (("vae", True), ("captioner", False)):
-        memory = planned(tmp_path, f"stage.job.target={target}", "fresh=true")["memory"]
-        assert ("activations" in memory["gib"]) is known
+        capsys.readouterr()
+        found = planned(tmp_path, f"stage.job.target={target}", "fresh=true")
+        assert ("activations" in found["memory"]["gib"]) is known
+        # a captioner sees pixels
+        assert [found["cache"] is not None, found["clip"] is not None] == [known, known]
+        said = capsys.readouterr().out
+        assert [part in said for part in ("cached latents", "of latents", "a clip of")] == [known] * 3
 
 
 def test_ranks_that_share_their_tokens_have_one_micro_batch_and_a_part_of_its_activations(
