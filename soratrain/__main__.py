@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from soratrain import again
 from soratrain.errors import UserError
 from soratrain.slurm import StoppedJobError, listen
 
@@ -72,7 +73,7 @@ def ending(work: Callable[[], int]) -> int:
                 halt.cease()
             time.sleep(LINGER)
         else:
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {again.told(str(error))}\n")
         return 2
     except StoppedJobError as stopped:
         return stopped.code
@@ -82,7 +83,8 @@ def ending(work: Callable[[], int]) -> int:
         return 1
     except KeyboardInterrupt as stopped:
         if not other_rank():
-            sys.stderr.write(f"{str(stopped) or 'interrupted: the same command goes on from here'}\n")
+            said = str(stopped) or "interrupted: the same command goes on from here"
+            sys.stderr.write(f"{again.told(said)}\n")
         return 130
 
 

@@ -21,7 +21,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from omegaconf import OmegaConf
 
-from soratrain import outputs, slurm, slurm_folder
+from soratrain import again, outputs, slurm, slurm_folder
 from soratrain.amounts import counted
 from soratrain.errors import ConfigError
 from soratrain.launcher_options import Options
@@ -80,7 +80,7 @@ class SlurmLauncher(Launcher):
             self.watch({job: runs[place] for place, job in jobs.items()})
         except KeyboardInterrupt:
             numbers = " ".join(sorted({job.split("_")[0] for job in jobs.values()}))
-            tell(f"the jobs go on; the same command waits for them again, and scancel {numbers} ends them")
+            tell(again.told(f"the jobs go on; the same command waits for them again, and scancel {numbers} ends them"))
             raise
         return [self.returned(overrides, run) for overrides, run in zip(job_overrides, runs, strict=True)]
 
@@ -138,7 +138,7 @@ class SlurmLauncher(Launcher):
                 if state == "ended":
                     del waiting[job]
             if not self.options.wait and waited > 2 * POLLS[0]:
-                tell("not waiting (hydra.launcher.wait=false); the same command shows how far they are")
+                tell(again.told("not waiting (hydra.launcher.wait=false); the same command shows how far they are"))
                 return
 
     def returned(self, overrides: Sequence[str], run: Run) -> JobReturn:

@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 
 from data_prep.kinds import kind_of
+from soratrain import again
 from soratrain.data.atomic import replacing
 from soratrain.errors import ConfigError, DataError
 
@@ -217,7 +218,7 @@ def remove(path: Path) -> None:
 def fail(out: Path, reason: str) -> None:
     """Keep in the folder why a stage ended early, for those who look there later."""
     with suppress(OSError), (out / "log.txt").open("a", encoding="utf-8") as file:
-        file.write(f"error: {reason}\n")
+        file.write(f"error: {again.told(reason)}\n")
 
 
 def finish(out: Path, result: Mapping[str, Any]) -> None:

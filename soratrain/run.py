@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from soratrain import outputs, slurm, slurm_folder, upstream
+from soratrain import again, outputs, slurm, slurm_folder, upstream
 from soratrain.compose import compose, split_override
 from soratrain.errors import ConfigError, DataError, UserError
 from soratrain.quoting import literal
@@ -159,7 +159,8 @@ def run_stage(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
     if stage["kind"] == "fit":
         trainer, alone = config["trainer"], config["strategy"]["name"] == "single"
         slurm.check_tasks(trainer["num_nodes"], trainer["devices"], single=alone)
-    if config["fresh"] and slurm_folder.begun_before(out):
+    fresh = bool(config["fresh"])
+    if fresh and slurm_folder.begun_before(out):
         config = {**config, "fresh": False}
     shared = stage["kind"] != "fit" and stage.get("shared", False)
     together = sharing(config, overrides) if shared else nullcontext()
@@ -176,6 +177,7 @@ def run_stage(config: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, 
         if once:
             first_weights = upstream.begun_from(config)
             outputs.bind_upstream(out, upstream.needed(config) + ([("init", first_weights)] if first_weights else []))
+    again.began(fresh=fresh)
     done = outputs.stored_result(out) if once and (first or not config["fresh"]) else None  # fresh: about to be removed
     if done is not None:
         log.info("stage=%s is done in %s (fresh=true would start it over)", stage["name"], out)

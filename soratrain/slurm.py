@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from soratrain import again
 from soratrain.amounts import counted
 from soratrain.errors import ConfigError, DataError, on_all_ranks
 
@@ -290,8 +291,8 @@ def start_again(received: int, requeues: int) -> int:
     if received == signal.SIGTERM and not (limit or (state == "RUNNING" and preempted(job))):
         how = "scancel or the like" if state in (None, "COMPLETING") else state
         log.info(
-            "SLURM job %s was ended (%s, %s): it does not start again by itself; the same command goes on",
-            *(job_id(), name, how),
+            "SLURM job %s was ended (%s, %s): it does not start again by itself; %s",
+            *(job_id(), name, how, again.told("the same command goes on")),
         )
         return 130
     if restarts() >= requeues:

@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from soratrain import outputs, upstream
+from soratrain import again, outputs, upstream
 from soratrain.children import ended_by, run_child
 from soratrain.compose import LIST_KEYS, TEXT_KEYS, check_overrides, launcher_node, one_line, split_override
 from soratrain.errors import ConfigError, DataError
@@ -195,6 +195,7 @@ def sweep(overrides: Sequence[str]) -> int:
     sys.argv[1:] = ["--multirun", *words]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # raise what goes wrong, so that it is said like anything else
     failed.clear()
+    again.began(fresh=any(config["fresh"] for config in configs))  # the runs themselves are other processes' work
     try:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     except (HydraException, OmegaConfBaseException) as error:

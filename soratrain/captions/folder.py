@@ -89,6 +89,11 @@ class CaptionFolder:
         """Return what is known of a shard that has no table yet."""
         return Journal(self.table(number))
 
+    def begun(self, number: int) -> int:
+        """Return how many clips of a shard that has no table yet are done in every style."""
+        styles = Counter(key for key, _ in self.journal(number).settled)
+        return sum(count == len(self.styles) for count in styles.values())
+
     def finish(self, number: int, journal: Journal) -> None:
         """Write a shard's table, if all of its captions are settled."""
         order = {self.manifest.row(index).key: index for index, _ in self.members(number)}

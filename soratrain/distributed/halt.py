@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from soratrain import again
 from soratrain.errors import UserError
 
 T = TypeVar("T")
@@ -157,7 +158,7 @@ def failed(error: BaseException) -> None:
 def end(words: str, code: int) -> None:
     """Say `words` and end this process from a thread: its main thread may be where nothing interrupts it."""
     visible = "\x1b[?25h" if sys.stderr.isatty() else ""  # a progress bar has hidden the cursor
-    sys.stderr.write(f"{visible}error: {words}\n")
+    sys.stderr.write(f"{visible}error: {again.told(words)}\n")
     sys.stderr.flush()
     for keep in _keepers:
         ask(partial(keep, words), None)  # a disk that does not answer is not waited for

@@ -65,7 +65,9 @@ class CaptionModel(nn.Module):
 
     def __init__(self, *, styles: Sequence[str], longest: int) -> None:
         super().__init__()
-        if not styles or len(set(styles)) != len(styles):
+        if not styles:
+            raise ConfigError("captioner.styles=[] names no style; name one or more: captioner.styles=[short,long]")
+        if len(set(styles)) != len(styles):
             raise ConfigError(f"captioner.styles={list(styles)} must name each style once")
         self.styles, self.most = tuple(styles), longest
         self.register_buffer("longest", torch.zeros(len(self.styles)))

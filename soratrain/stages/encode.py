@@ -204,7 +204,7 @@ class Encode:
                     done, failed = done + encoded, failed + unreadable
                     bar.advance(task, encoded + unreadable)
                     self._bear(failed, len(work.manifest))
-                    if (said := pace.step(encoded * pixels(bucket))) and ranks.first:
+                    if (said := pace.step(encoded * pixels(bucket), encoded + unreadable)) and ranks.first:
                         log.info("%s", said)
         return done if mesh.counts else 0
 

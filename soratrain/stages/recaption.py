@@ -155,23 +155,23 @@ class Recaption:
         own = deal(costs, ranks.size)[ranks.rank]
         todo = [number for number in own if not folder.table(number).is_file()]
         clips, lost, limit = folder.clips(todo), folder.lost(own), self.max_bad * folder.clips(own)
-        made, pace = 0, Pace(clips, clips, ranks.size)
+        made, before, pace = 0, sum(map(folder.begun, todo)), Pace(clips, clips, ranks.size)
+        pace.skip(before, before)
         with progress(shown=ranks.first) as bar:
             name = f"recaption (rank 0 of {ranks.size})" if ranks.size > 1 else "recaption"
-            task = bar.add_task(name, total=clips)
+            task = bar.add_task(name, total=clips, completed=before)
             for number in todo:
                 self._bear(lost, limit)  # those of earlier calls too
-                journal, new = folder.journal(number), 0
+                journal = folder.journal(number)
                 for outcome, count in self._describe_shard(folder, number, journal, ranks):
-                    made, new = made + len(outcome.rows), new + count
+                    made += len(outcome.rows)
                     lost += {failure["key"]: failure for failure in outcome.failures if failure["final"]}.values()
                     self._bear(lost, limit)
                     bar.advance(task, count)
-                    if (said := pace.step(count)) and ranks.first:
+                    if (said := pace.step(count, count)) and ranks.first:
                         log.info("%s", said)
                     if self.engine.gone:
                         return made
-                bar.advance(task, folder.clips([number]) - new)  # what had been done before
                 folder.finish(number, journal)
         return made
 

@@ -295,7 +295,7 @@ class Sample:
                 batch = {path: todo[path] for path in batches[number]}
                 for path, frames in self._drawn(generate, batch, lambda: bar.advance(line)):
                     write(path, frames, todo[path].notes)
-                if (said := pace.step(costs[number])) and ranks.first:
+                if (said := pace.step(costs[number], len(batches[number]))) and ranks.first:
                     log.info("%s", said)
         if write.failure is not None:
             raise write.failure

@@ -323,6 +323,13 @@ def test_a_captioner_that_cannot_be_built_says_why(changes):
         captioner(**changes)
 
 
+def test_no_style_and_a_style_named_twice_are_told_apart():
+    with pytest.raises(ConfigError, match=r"names no style; .*captioner\.styles=\[short,long\]"):
+        captioner(styles=[])
+    with pytest.raises(ConfigError, match="must name each style once"):
+        captioner(styles=["short", "short"])
+
+
 def test_it_learns_to_tell_two_clips_apart_in_both_styles():
     torch.manual_seed(0)
     net = Captioner(

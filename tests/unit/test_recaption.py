@@ -20,6 +20,7 @@ from soratrain.data.reading import read_manifest
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
 from soratrain.models.captioner import Captioner
+from soratrain.stages.pace import Pace
 from soratrain.stages.recaption import Recaption
 
 MODELS = {"captioner", "original"}
@@ -123,7 +124,7 @@ def test_captions_name_their_captioner_and_are_joined_by_the_loader(shards, capt
         assert grey_of(batch.captions[0]) == pytest.approx(float(batch.video[0, 0].float().mean()), abs=3)
 
 
-def test_a_stopped_job_goes_on_and_does_nothing_twice(shards, captioner, seer, tmp_path, monkeypatch):
+def test_a_stopped_job_goes_on_and_does_nothing_twice(shards, captioner, seer, tmp_path, monkeypatch, caplog):
     recaption(shards, captioner, tmp_path / "whole", batch_size=1)()
     manifest = read_manifest(shards)
     first = int((manifest.shard == 0).sum())
@@ -146,10 +147,17 @@ def test_a_stopped_job_goes_on_and_does_nothing_twice(shards, captioner, seer, t
     (journal,) = rev.glob(".part-*.jsonl")
     journal.write_bytes(journal.read_bytes() + b'{"rows": [{"key"')  # a process killed while it wrote
     asked.clear()
+    monkeypatch.setattr("soratrain.stages.pace.EVERY", 0.0)  # a line a clip
+    caplog.set_level("INFO", logger="soratrain")
+    skip, skipped = Pace.skip, []
+    monkeypatch.setattr(Pace, "skip", lambda self, *done: skipped.append(done) or skip(self, *done))
     with monkeypatch.context() as patch:
         patch.setattr(Captioner, "say", lambda self, *given, **options: asked.append(1) or say(self, *given, **options))
         figures = recaption(shards, captioner, tmp_path / "out", batch_size=1)()
     assert len(asked) == 2 * (len(SHAPES) - first - 1)  # what was whole is not asked again
+    left = len(SHAPES) - first
+    far = [line for line in caplog.messages if " %; about " in line]
+    assert far[-1].startswith(f"{left - 1}/{left} clips, ") and skipped == [(1, 1)]
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert figures["captions"] == 2 * len(SHAPES)
