@@ -4,7 +4,8 @@ The captioner learns from one world's clips and captions (`+experiment=captioner
 another seed, whose captions have been taken out of the shards. Two DiTs see the same latents in the same order with the
 same noise; one reads our captions, the other the true ones. The oracle then reads what they draw for the same prompts,
 half of combinations never seen in training. All is done by the commands that anyone would type, in
-`outputs/bench_recaption`, two trainings at a time on a core each; the same command goes on where it was ended.
+`outputs/bench_recaption`, two trainings at a time on a core each, for an hour and a half; the same command goes on
+where it was ended.
 """
 
 from __future__ import annotations
