@@ -89,7 +89,7 @@ def draw_cases(
         for start in range(0, len(numbers), generate.batch):
             some = numbers[start : start + generate.batch]
             pairs = [(cases[number], scenes[number]) for number in some]
-            draw = rolled if pairs[0][1].rolls else together
+            draw = rolled if isinstance(pairs[0][1], Joined) else together
             done.update(zip(some, draw(watched, pairs, sampler, seed), strict=True))
             step(len(some))
     return [done[number] for number in range(len(cases))]

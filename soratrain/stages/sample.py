@@ -36,6 +36,7 @@ from soratrain.models.autoencoders import stride_at
 from soratrain.schema import SEEDS
 from soratrain.stages.pace import Pace, progress
 from soratrain.stages.sample_files import Writer, clip_of, is_there, name_of, slug
+from soratrain.stages.sample_joints import Joined
 from soratrain.stages.sample_memory import most_at_once
 from soratrain.stages.sample_prompts import Wish, wishes
 from soratrain.stages.sample_tasks import Order, Scene, Task
@@ -174,7 +175,7 @@ class Sample:
             "frames": scene.frames,
             "fps": scene.fps,
             "seed": seed,
-            "options": {**task.options(), **({"window": order.frames} if scene.rolls else {})},
+            "options": {**task.options(), **({"window": order.frames} if isinstance(scene, Joined) else {})},
             "inputs": {file.key: {"path": file.path, "blake2b": file.digest} for file in scene.inputs},
         }
         return Item(prompt, seed, scene, notes)
@@ -266,7 +267,7 @@ class Sample:
                 unit=[step * part for step, part in zip(generate.vae.stride[1:], generate.dit.patch[1:], strict=True)],
                 sequence=self.sequence,
             )
-            step = 1 if scene.rolls else min(self.batch, most)
+            step = 1 if isinstance(scene, Joined) else min(self.batch, most)
             found += [paths[start : start + step] for start in range(0, len(paths), step)]
         return found
 
@@ -305,15 +306,15 @@ class Sample:
     ) -> Iterator[tuple[Path, Iterable[np.ndarray]]]:
         """Yield the frames of each sample of a batch, some of which are drawn only as they are taken."""
         items = list(batch.values())
-        if items[0].scene.rolls:
-            for path, item in batch.items():
+        if isinstance(scene := items[0].scene, Joined):  # alone in its batch
+            ((path, item),) = batch.items()
 
-                def draw(layout: Layout, name: str, item: Item = item) -> Tensor:
-                    drawn = generate.draw([layout], [item.prompt], [item.draw], self.sampler, name=name)
-                    step()
-                    return drawn[0]
+            def draw(layout: Layout, name: str) -> Tensor:
+                (drawn,) = generate.draw([layout], [item.prompt], [item.draw], self.sampler, name=name)
+                step()
+                return drawn
 
-                yield path, item.scene.play(generate, draw)
+            yield path, scene.play(generate, draw)
             return
         made = {item.scene: item.scene.layout(generate) for item in items}
         layouts, strength = [made[item.scene] for item in items], items[0].scene.strength

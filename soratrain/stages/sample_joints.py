@@ -11,11 +11,11 @@ these two differ by is taken over by degrees in the last drawn frames.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ LEAD = TIME - 1  # drawn frames that pass into what follows: those that are draw
 
 
 @dataclass(frozen=True, kw_only=True)
-class Joined(Scene):
-    """A scene that rolls.
+class Joined(Scene, ABC):
+    """A scene that rolls: it is drawn window by window, as its frames are taken.
 
     Attributes:
         taken: the videos that are joined.
@@ -42,12 +42,14 @@ class Joined(Scene):
         window, context: latents of a window, and of what is there that it sees.
     """
 
-    rolls: ClassVar[bool] = True
-
     taken: tuple[Taken, ...]
     new: int
     window: int
     context: int
+
+    @abstractmethod
+    def play(self, generate: Generator, draw: Draw) -> Iterator[np.ndarray]:
+        """Yield the frames, drawing window by window."""
 
 
 class Forwards(Joined):

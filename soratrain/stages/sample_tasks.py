@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from soratrain.diffusion.generator import Generator
-from soratrain.diffusion.rolling import Draw
 from soratrain.diffusion.sizes import check_size
 from soratrain.diffusion.ways import TIME, Layout, following
 from soratrain.errors import ConfigError
@@ -83,7 +82,6 @@ class Scene:
         strength: the noise level at which a run starts.
     """
 
-    rolls: ClassVar[bool] = False
     mode: ClassVar[str] = ""  # how the net is given parts of clips in training, where it is to have learned that
 
     height: int
@@ -139,10 +137,6 @@ class Scene:
         """Return the frames, uint8 `[H, W, 3]`, of the drawn stretch and what belongs to it."""
         before = [given.latent.to(drawn.device) for given in layout.before]
         return generate.decode_stream([torch.cat((*before, drawn), dim=1)])
-
-    def play(self, generate: Generator, draw: Draw) -> Iterator[np.ndarray]:
-        """Yield the frames of a scene that rolls, drawing window by window."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from soratrain.models import weights
 from soratrain.models.autoencoders import stride_at
 from soratrain.stages.sample_fit import FEATHER, cover, filled, inside
 from soratrain.stages.sample_joined import Connect, Extend, Loop
-from soratrain.stages.sample_joints import LEAD, RAMP
+from soratrain.stages.sample_joints import LEAD, RAMP, Joined
 from soratrain.stages.sample_redrawn import Edit, Inpaint, Refine
 from soratrain.stages.sample_tasks import T2V, Animate, Order, Scene, Task
 
@@ -53,7 +53,7 @@ def drawn(chain: Chain, task: Task, settings: Order) -> Drawn:
         parts.append((layout, latent))
         return latent
 
-    if scene.rolls:
+    if isinstance(scene, Joined):
         frames = list(scene.play(generate, draw))
     else:
         layout = scene.layout(generate)
