@@ -1,4 +1,4 @@
-"""Promises of the captioner's decoder: cached equals uncached, a caption ends by itself, going in circles is noticed."""
+"""Promises of the captioner's decoder: cached equals uncached, a caption ends by itself, circles are noticed."""
 
 from __future__ import annotations
 
