@@ -30,6 +30,7 @@ COUNTS = ("tokens", "samples", "frames", "bad_steps", "clipped")  # reported qua
 WORKED = ("flops", "padded")  # summed too, and shown as shares: of what the hardware can do, of what was computed
 CAPTIONS, MODES_SHOWN = "captions_", "modes_"
 SHARES = (CAPTIONS, MODES_SHOWN)  # how names begin of what is summed and shown as a share of samples; not averaged
+PATIENCE = 16  # batches without a caption, after which that is said
 SHOWN = ("synthetic", "original", "none"), ("gt", "short", "long", "camera", "tags", "other")  # sources, types
 
 
@@ -74,6 +75,7 @@ class TrainStage(L.LightningModule):
         self.origins: dict[str, tuple[Path, str]] = {}
         self.reported: dict[str, tuple[Tensor, int]] = {}
         self.score: tuple[int, float] | None = None
+        self.silent = 0  # batches without captions, in a row
 
     def start_from(self, name: str, folder: str | Path, stored_as: str = "") -> None:
         """Let net `name` begin with the weights in `folder` (stored there as `stored_as`) when it is built.
@@ -206,6 +208,13 @@ class TrainStage(L.LightningModule):
         found = Counter(source or "none" for source in batch.sources)
         found += Counter(style if style in types else "other" for style in batch.styles if style)
         self.report(**{f"{CAPTIONS}{name}": found[name] for name in (*sources, *types)})
+
+    def silence(self, batch: Batch) -> str:
+        """Return in words that clips have no captions, once, when so many batches in a row have had none; else ""."""
+        self.silent = 0 if any(batch.captions) else self.silent + 1
+        if self.silent != PATIENCE:
+            return ""
+        return f"{PATIENCE} batches in a row, such as that of clip {batch.keys[0]}, have no captions"
 
     def take_reported(self) -> dict[str, Tensor]:
         """Return this rank's numbers since the last call: counts summed, the rest averaged; then start anew."""

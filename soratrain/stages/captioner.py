@@ -17,13 +17,12 @@ from soratrain.models.caption_model import CaptionModel
 from soratrain.models.text import ByteTextEncoder
 from soratrain.models.writing import clean
 from soratrain.optim import OptimizerFactory, Schedule
-from soratrain.stages.base import CAPTIONS, TrainStage
+from soratrain.stages.base import CAPTIONS, PATIENCE, TrainStage
 from soratrain.stages.beside import Beside, frozen_nets
 
 log = logging.getLogger(__name__)
 
 ORIGINAL = "gt"  # type of captions that came with a clip, whatever they say
-PATIENCE = 16  # batches without a caption after which that is said
 ENOUGH = 256  # captions, in at least as many batches, among which one of a style that must come would have been
 
 
@@ -57,7 +56,6 @@ class CaptionerStage(TrainStage):
         nets = {"captioner": partial(net, text_dim=text.keywords["dim"]), "text": text}
         super().__init__(nets=nets, optimizer=optimizer, schedule=schedule, max_steps=max_steps)
         self.contrast_weight, self.short_bytes = contrast_weight, short_bytes
-        self.silent = 0  # batches without captions, in a row
         self.awaited = list(teaches)  # styles that have not come yet, since training began
         self.waited = self.heard = 0  # batches and captions since then
         self.cut = 0  # captions longer than the captioner or its text encoder reads
@@ -114,12 +112,10 @@ class CaptionerStage(TrainStage):
         Raises:
             DataError: says whence captions may come.
         """
-        self.silent = 0 if styles else self.silent + 1
-        if self.silent == PATIENCE:
+        if said := self.silence(batch):
             raise DataError(
-                f"{PATIENCE} batches in a row, such as that of clip {batch.keys[0]}, have no captions; write"
-                " them beside the videos (NAME.txt) and prepare again, or describe the clips with a captioner trained"
-                " elsewhere: stage=recaption inputs.captioner=outputs/default/captioner/base"
+                f"{said}; write them beside the videos (NAME.txt) and prepare again, or describe the clips with a"
+                " captioner trained elsewhere: stage=recaption inputs.captioner=outputs/default/captioner/base"
             )
         self.awaited = [style for style in self.awaited if style not in styles]
         self.waited, self.heard = self.waited + 1, self.heard + len(styles)

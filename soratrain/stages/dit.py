@@ -35,8 +35,6 @@ from soratrain.stages.work import TrainingFlops
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 16  # batches without a caption, after which that is said
-
 
 class DiTStage(TrainStage):
     """Noise in, prediction out, one loss a sample.
@@ -75,7 +73,6 @@ class DiTStage(TrainStage):
         self.objective, self.conditioning = objective, conditioning or Conditioning()
         self.vae, self.live = vae, None if vae is None else LiveEncoder(vae, pixels_per_batch)
         self.cut = 0
-        self.silent = 0  # batches without captions, in a row
         self.flops: TrainingFlops | None = None
         if text_init:
             self.start_from("text", text_init)
@@ -155,18 +152,12 @@ class DiTStage(TrainStage):
         losses, packing, words = self.losses(latents, cases)
         loss = batch.mean(losses)
         self.report_captions(batch)
-        self.watch_captions(batch)
+        if said := self.silence(batch):
+            log.warning("%s: prompts mean nothing to the DiT; caption the clips, or see data.caption_types", said)
         if self.conditioning.mixed:
             self.report_modes(cases)
         self.report(loss=loss, tokens=packing.total, samples=len(batch), **self.worked(packing, words))
         return loss
-
-    def watch_captions(self, batch: LatentBatch | VideoBatch) -> None:
-        """Say that nothing is learned of words, where no clip has a caption of a type that is shown."""
-        self.silent = 0 if any(batch.captions) else self.silent + 1
-        if self.silent == PATIENCE:
-            said = f"{PATIENCE} batches in a row, such as that of clip {batch.keys[0]}, have no captions"
-            log.warning("%s: prompts mean nothing to the DiT; caption the clips, or see data.caption_types", said)
 
     def worked(self, packing: Packing, words: Packing) -> dict[str, float]:
         """Return the operations that a micro-batch needed, and the positions by which ranks that share it pad it."""

@@ -14,7 +14,8 @@ from soratrain.errors import DataError
 from soratrain.models.captioner import Captioner
 from soratrain.models.text import ByteTextEncoder
 from soratrain.optim import OptimizerFactory, Schedule
-from soratrain.stages.captioner import ENOUGH, PATIENCE, CaptionerStage
+from soratrain.stages.base import PATIENCE
+from soratrain.stages.captioner import ENOUGH, CaptionerStage
 
 
 def stage(**changes) -> CaptionerStage:

@@ -183,7 +183,7 @@ def test_that_no_clip_has_a_caption_is_said_once(caplog: pytest.LogCaptureFixtur
     module, one = stage(), batch([0])
     silent = replace(one, captions=("",))
     for shown in [silent] * 15 + [one] + [silent] * 40:
-        module.watch_captions(shown)
+        module.training_step(shown, 0)
     assert caplog.text.count("16 batches in a row, such as that of clip") == 1
 
 

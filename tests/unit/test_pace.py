@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+from rich.console import Console
 
 from soratrain.stages import pace
 from soratrain.stages.pace import Pace
@@ -40,6 +41,12 @@ def test_without_a_terminal_a_line_comes_now_and_then_with_the_time_left_correct
 
 def test_where_a_bar_is_shown_the_speed_is_said_once(clock: list[float]) -> None:
     assert len(lines(Pace(100, 100, every=math.inf), clock, [0.0, *[60.0] * 9])) == 1
+
+
+@pytest.mark.parametrize(("terminal", "every"), [(False, 15.0), (True, math.inf)])
+def test_how_often_is_by_whether_a_bar_is_shown(monkeypatch: pytest.MonkeyPatch, terminal: bool, every: float) -> None:
+    monkeypatch.setattr(pace, "get_console", lambda: Console(force_terminal=terminal))
+    assert Pace(10, 10).every == every
 
 
 def test_what_was_done_before_is_not_left_and_says_nothing_of_the_speed(clock: list[float]) -> None:
