@@ -2,125 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
-from functools import partial
-from html.parser import HTMLParser
-from pathlib import Path
 
 import data_tiny
 import pytest
-import torch
 from rich.console import Console
-from torch import Tensor, nn
-from torchmetrics.functional.text import bleu_score
+from told_captions import CLIPS, STYLES, Finder, Reader, Teller, job, page_of, report_of, tiny
+from torch import nn
 
-from data_prep.world import Scene, World, describe, render
-from soratrain.batch import to_uint8
+from data_prep.world import Scene, World, describe
 from soratrain.compose import compose
-from soratrain.data.buckets import Native
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
-from soratrain.models.captioner import Captioner
-from soratrain.models.text import ByteTextEncoder
 from soratrain.run import prepare
 from soratrain.stages import evaluate_captioner as stage
 from soratrain.stages import evaluate_captioner_scores as scores
-from soratrain.stages.evaluate_captioner import EvaluateCaptioner
 from soratrain.stages.evaluate_captioner_clips import true_captions
 from soratrain.stages.evaluate_captioner_shown import show
-from soratrain.stages.evaluate_captioner_text import can_score, language, pool_of, recall, text_scores, words
-
-CLIPS = 10
-STYLES = ("short", "long")
-needs_scores = pytest.mark.skipif(not can_score(), reason="pycocoevalcap is not installed")
-
-
-class Teller(nn.Module):
-    """In the place of a captioner: knows the scenes of the world, and says of them what it is told to say."""
-
-    known_styles = STYLES
-
-    def __init__(self, tell: Callable[[Scene, str], str]) -> None:
-        super().__init__()
-        self.tell = tell
-        self.scenes = [World("demo").scene(index, split) for split in ("seen", "heldout") for index in range(CLIPS)]
-        self.index = {render(scene).tobytes(): number for number, scene in enumerate(self.scenes)}
-
-    def look(self, pixels: Tensor, fps: Tensor) -> tuple[Tensor, Tensor]:
-        assert set(fps.tolist()) == {8.0}
-        found = torch.tensor([self.index[clip.numpy().tobytes()] for clip in to_uint8(pixels)])
-        return found[:, None, None].float(), found[:, None].float()
-
-    def say(self, looked: Tensor, style: str) -> list[str]:
-        return [self.tell(self.scenes[int(number)], style) for number in looked.flatten()]
-
-
-class Finder(Teller):
-    """One with a contrastive head, whose texts are read by `Reader`; `confused` takes every clip for the next one."""
-
-    confused = 0
-
-    def embed_video(self, pixels: Tensor, fps: Tensor) -> Tensor:
-        numbers = (self.look(pixels, fps)[1][:, 0].long() + self.confused) % len(self.scenes)
-        return torch.eye(len(self.scenes))[numbers]
-
-    def embed_text(self, features: Tensor) -> Tensor:
-        return features
-
-
-class Reader(nn.Module):
-    """Gives each true caption the vector of its clip."""
-
-    def __init__(self, net: Teller) -> None:
-        super().__init__()
-        self.row = {describe(scene, style): n for style in STYLES for n, scene in enumerate(net.scenes)}
-        self.size = len(net.scenes)
-
-    def tokenize(self, texts: list[str]) -> list[str]:
-        return texts
-
-    def forward(self, texts: list[str]) -> tuple[Tensor, Reader]:
-        return torch.eye(self.size)[[self.row[text] for text in texts]], self
-
-    def mean(self, features: Tensor) -> Tensor:
-        return features
-
-
-class Page(HTMLParser):
-    """What a page holds: marked words, players, headings, and the whole text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.marks: list[str] = []
-        self.videos, self.images, self.cards, self.bad, self.text = 0, 0, 0, 0, ""
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        self.videos += tag == "video" and (given.get("src") or "").startswith("data:video/mp4;base64,")
-        self.images += tag == "img" and (given.get("src") or "").startswith("data:image/png;base64,")
-        self.cards += tag == "article"
-        self.bad += tag == "article" and "bad" in (given.get("class") or "").split()
-        if tag not in ("meta", "img", "br", "input"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "script" not in self.open and "style" not in self.open:
-            self.text += data
-        if "mark" in self.open:
-            self.marks.append(data)
-
-
-def job(folder: Path, **changes) -> EvaluateCaptioner:
-    values = {"shards": None, "buckets": Native(), "styles": None, "clips": CLIPS, "world": "auto", "world_seed": None}
-    values |= {"pool": 64, "shown": 4, "short_bytes": 100, "batch_size": 8, "pixels_per_batch": 1 << 20, "seed": 0}
-    return EvaluateCaptioner(out=str(folder / "out"), captioner=str(folder), device="cpu", **(values | changes))
+from soratrain.stages.evaluate_captioner_text import can_score
 
 
 @pytest.fixture
@@ -135,14 +35,6 @@ def tells(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Teller]:
         return net
 
     return put
-
-
-def report_of(folder: Path) -> dict:
-    return json.loads((folder / "out" / "report.json").read_text())
-
-
-def page_of(folder: Path) -> Page:
-    return Page((folder / "out" / "captions.html").read_text())
 
 
 def test_a_captioner_that_says_the_truth_reaches_the_ceiling(tmp_path, tells, capsys):
@@ -248,19 +140,6 @@ def test_without_the_library_of_text_scores_the_rest_is_measured_and_that_is_sai
     assert "soratrain[captions]" in page_of(tmp_path).text
 
 
-def tiny(folder: Path, styles: tuple[str, ...] = STYLES) -> Path:
-    """Write a captioner that has learned nothing, and its text encoder."""
-    sizes = {"dim": 16, "depth": 1, "num_heads": 2, "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
-    net = partial(Captioner, **sizes, queries=2, table=64, max_bytes=12, vector_dim=8, text_dim=16)
-    text = partial(ByteTextEncoder, dim=16, depth=1, num_heads=2, table=64)
-    torch.manual_seed(0)
-    captioner = net()
-    captioner.teach(["a disc"] * len(styles), styles)
-    weights.save(folder / "weights", "captioner", captioner, net, {})
-    weights.save(folder / "weights", "text", text(), text, {})
-    return folder
-
-
 def test_any_shards_with_captions_are_measured(tmp_path, capsys):
     shapes = [(16, 16, 5), (16, 32, 9), (16, 16, 1), (32, 16, 5), (16, 16, 5), (16, 16, 1)]
     shards = data_tiny.write_clips(tmp_path / "shards", shapes)
@@ -323,80 +202,6 @@ def test_a_caption_is_text_and_never_markup(tmp_path, tells):
     job(tmp_path, shown=1)()
     page = page_of(tmp_path)
     assert "<script>alert('long')</script> & a" in page.text and "[bold]" in page.text
-
-
-@needs_scores
-def test_text_scores_are_those_of_the_field():
-    written = ["a red circle moves to the left", "the blue star does not move on a white ground", ""]
-    true = [["a red circle moves left", "a red disc moves to the left"], ["a blue star stands still"], ["a cross"]]
-    found = text_scores(written, true)
-    assert found["bleu_4"] == pytest.approx(float(bleu_score(written, true, n_gram=4)), abs=1e-4)
-    # ROUGE-L by hand: the best precision and the best recall of a clip's captions, beta 1.2
-    pairs = [(6 / 7, 5 / 5), (2 / 10, 2 / 5)]
-    rouge = [(1 + 1.44) * p * r / (r + 1.44 * p) for p, r in pairs]
-    assert found["rouge_l"] == pytest.approx(sum(rouge) / 3)
-    assert found["cider_d"] is not None and 0 < found["cider_d"] < 10
-    assert text_scores(written[:1], true[:1])["cider_d"] is None
-    assert text_scores(["A Red circle, moves left!"], [["a red circle moves left"]])["bleu_4"] == pytest.approx(1.0)
-    assert text_scores(["a zebra"], [["a " + "very " * 100 + "long caption"]])["bleu_4"] == 0.0  # not 1e-30
-
-
-def test_words_are_cut_without_case_and_marks_and_ideographs_one_by_one():
-    assert words("A well-lit café, isn't it?") == ["a", "well-lit", "café", "isn't", "it"]
-    assert words("三只猫 sit") == ["三", "只", "猫", "sit"]
-    assert words("नमस्ते, दुनिया। สวัสดี cafe\u0301") == ["नमस्ते", "दुनिया", "สวัสดี", "café"]
-
-
-def test_a_true_caption_without_a_word_is_nothing_to_compare_with():
-    said = [scores.Told(true, (("long", true),), None, {"long": ""}) for true in ("…", "a disc")]
-    found = scores.measure(said, ["long"], 100, 64, None, None)["styles"]["long"]
-    assert found["asked"] == 2 and found["compared"] == 1
-    assert not can_score() or found["scores"]["rouge_l"] == 0.0
-
-
-def test_language_is_counted():
-    found = language(["a b c d a b c d", "A b.", "", "a b"])
-    assert found["words"] == pytest.approx(4.0) and found["longest"] == 8 and found["vocabulary"] == 4
-    assert found["repeated"] == pytest.approx((1 - 4 / 5) / 3) and found["empty"] == 0.25
-    assert found["type_token"] == pytest.approx(4 / 12) and found["distinct"] == 0.75
-    assert language([])["words"] == 0
-
-
-def test_a_pool_holds_each_caption_once():
-    said = [tuple(words(text)) for text in ("a disc", "A disc.", "", "a box", "a cross")]
-    assert pool_of(said, 64) == [0, 3, 4] and pool_of(said, 2) == [0, 3]
-
-
-def test_a_paraphrase_is_no_other_caption_where_it_is_known_what_it_means():
-    truth = World("demo").scene(0, "seen").truth
-    texts = ("a red circle rises on a black background", "on a black background, a red circle moves up", "a blue cross")
-    pairs = [(scores.Told(text, (), truth, {}, torch.eye(3)[n]), [text]) for n, text in enumerate(texts)]
-    net = Finder(describe)
-    reader = Reader(net)
-    reader.row, reader.size = {text: n for n, text in enumerate(texts)}, 3
-    assert scores.found_again(pairs, 64, net, reader)["clips"] == 2
-    unknown = [(scores.Told(one.name, (), None, {}, one.vector), true) for one, true in pairs]
-    assert scores.found_again(unknown, 64, net, reader)["clips"] == 3
-
-
-def test_recall_counts_ties_and_what_is_no_number_as_misses():
-    own = torch.eye(12)
-    assert recall(own, own)["video_to_text"] == {"at_1": 1.0, "at_5": 1.0, "at_10": 1.0}
-    assert recall(own, own.roll(1, 0))["text_to_video"]["at_1"] == 0.0
-    same = torch.ones(12, 3)
-    assert recall(same, same)["video_to_text"] == {"at_1": 0.0, "at_5": 0.0, "at_10": 0.0}
-    broken = own.clone()
-    broken[0] = torch.nan
-    found = recall(broken, own)
-    assert found["video_to_text"]["at_10"] == pytest.approx(11 / 12) and found["clips"] == 12
-    torch.manual_seed(0)
-    for clips, size in ((5, 512), (9, 32), (64, 128)):  # products of whole matrices round equal rows differently
-        one = nn.functional.normalize(torch.randn(1, size), dim=1).repeat(clips, 1)
-        other = nn.functional.normalize(torch.randn(clips, size), dim=1)
-        assert recall(other, one)["video_to_text"]["at_1"] == recall(one, other)["text_to_video"]["at_1"] == 0.0
-    near = own.clone()
-    near[0, 1] = 2.0  # clip 0 takes caption 1 for its own, then its own
-    assert recall(near, own)["video_to_text"] == {"at_1": pytest.approx(11 / 12), "at_5": 1.0, "at_10": 1.0}
 
 
 def test_the_tables_fit_a_narrow_terminal(tmp_path, tells):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
-import math
 import sys
 import types
 from functools import partial
@@ -16,72 +14,15 @@ import numpy as np
 import pytest
 import torch
 from data_tiny import fields, mp4, pixels, write, write_clips
+from known_vae import FACTORY, I3D, MEDIA, Known, StandIn, decibels, figures, job, report_of, shown
 from PIL import Image
-from rich.console import Console
 from torch import nn
 
 from soratrain.compared import Column, beside, heat, scale_top
-from soratrain.compose import compose
 from soratrain.errors import ConfigError, DataError
 from soratrain.models import weights
-from soratrain.models.vae import VAE, regroup
 from soratrain.run import prepare, run
 from soratrain.stages import rebuild
-from soratrain.stages.evaluate_vae import EvaluateVAE
-from soratrain.stages.vae_summary import show
-
-MEDIA = Path(__file__).resolve().parents[3] / "shared" / "media"
-FACTORY = partial(
-    VAE,
-    latent_channels=4,
-    channels=[8, 8],
-    time_strides=[2],
-    space_strides=[2],
-    encoder_blocks=[0, 1],
-    decoder_blocks=[1, 1],
-    time_kernels=[1, 3],
-    front_strides=[2, 4],
-)
-OFF: dict = {"lpips": {"vgg": None, "lin": None}, "fvd": {"i3d": None, "frames": 9}}
-
-
-class Known(nn.Module):
-    """Gives back the clip with an error that is known: 2 levels in frame 0, then 3, 4, 5, 6 and again 3."""
-
-    stride = (4, 8, 8)
-
-    def __init__(self, broken: int | None = None) -> None:
-        super().__init__()
-        self.broken, self.most = broken, 0
-
-    def encode_stream(self, chunks, frames_per_step, pixels_per_step=None):
-        for chunk in regroup(chunks, first=1, step=frames_per_step):
-            self.most = max(self.most, chunk.shape[2])
-            yield chunk
-
-    def decode_stream(self, chunks, latents_per_step, pixels_per_step=None):
-        number = 0
-        for chunk in chunks:
-            frames = chunk.clone()
-            for place in range(frames.shape[2]):
-                frames[:, :, place] += self.level(number) / 127.5
-                if number == self.broken:
-                    frames[:, 0, place, 3, 4] = torch.nan
-                number += 1
-            yield frames
-
-    @staticmethod
-    def level(frame: int) -> int:
-        return 2 if frame == 0 else 3 + (frame - 1) % 4
-
-
-def decibels(level: float) -> float:
-    return 20 * math.log10(255 / level)
-
-
-def job(folder: Path, shards: str | list[str], **changed) -> EvaluateVAE:
-    values = {"clips": 64, "min_frames": 5, "max_frames": None, "size": None, "shown": 2, "seed": 0, **OFF, **changed}
-    return EvaluateVAE(out=str(folder / "out"), vae=str(folder / "vae"), shards=shards, device="cpu", **values)
 
 
 @pytest.fixture
@@ -89,14 +30,6 @@ def known(monkeypatch) -> Known:
     net = Known()
     monkeypatch.setattr(rebuild, "load_vae", lambda *_: net)
     return net
-
-
-def report_of(folder: Path) -> dict:
-    return json.loads((folder / "out" / "report.json").read_text())
-
-
-def figures(folder: Path, metric: str = "psnr") -> dict[str, float]:
-    return {row["name"]: row[metric]["mean"] for row in report_of(folder)["rows"]}
 
 
 def test_each_place_in_time_and_each_size_shows_its_own_error(tmp_path, known):
@@ -225,15 +158,6 @@ def test_a_net_that_is_no_autoencoder_is_refused(tmp_path, monkeypatch):
         job(tmp_path, str(write_clips(tmp_path / "shards", [(32, 32, 9)])))()
 
 
-class I3D(nn.Module):
-    """In the place of I3D: each channel's mean, and the number of frames."""
-
-    def forward(self, x: torch.Tensor, rescale: bool, resize: bool, return_features: bool) -> torch.Tensor:
-        if not (rescale and resize and return_features):
-            raise ValueError("not as StyleGAN-V calls it")
-        return torch.cat([x.mean(dim=[2, 3, 4]), torch.full([x.shape[0], 1], float(x.shape[2]))], dim=1)
-
-
 def test_rfvd_compares_both_sides_and_says_when_clips_are_too_few(tmp_path, known):
     torch.jit.script(I3D()).save(str(tmp_path / "i3d.pt"))
     shards = str(write_clips(tmp_path / "shards", [(32, 32, 9), (32, 32, 13), (32, 32, 5), (32, 32, 9)]))
@@ -248,14 +172,6 @@ def test_rfvd_compares_both_sides_and_says_when_clips_are_too_few(tmp_path, know
     known.broken = 4
     job(tmp_path, shards, fvd={"i3d": str(tmp_path / "i3d.pt"), "frames": 9})()
     assert report_of(tmp_path)["rfvd"]["value"] is None
-
-
-class StandIn(nn.Module):
-    """In the place of LPIPS: the mean absolute difference of images in [-1, 1]."""
-
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        assert x.shape[1] == 3 and x.min() >= -1 and x.max() <= 1
-        return (x - y).abs().mean(dim=(1, 2, 3))
 
 
 def test_lpips_is_measured_where_its_weights_are_given(tmp_path, known, monkeypatch):
@@ -305,12 +221,6 @@ def test_the_heat_map_grows_lighter_with_the_error_and_its_scale_holds_it():
     assert frame.shape == (28 + 256, 520, 3) and (frame[28:, :256] == 100).all() and (frame[28:, 264:] == 106).all()
 
 
-def shown(report: dict, width: int, capsys) -> list[str]:
-    capsys.readouterr()
-    show(Console(width=width, soft_wrap=True, highlight=False, color_system=None), report)
-    return capsys.readouterr().out.splitlines()
-
-
 def test_the_table_fits_the_terminal_and_no_figure_is_cut(tmp_path, known, capsys):
     job(tmp_path, str(write_clips(tmp_path / "shards", [(32, 32, 9), (16, 32, 13)])))()
     report = report_of(tmp_path)
@@ -319,32 +229,6 @@ def test_the_table_fits_the_terminal_and_no_figure_is_cut(tmp_path, known, capsy
         assert max(map(len, table)) <= width
         assert any(holds in line for line in table) and not any(lacks in line for line in table[:4])
         assert any("32x32x9" in line for line in table) and "…" not in "".join(table)
-
-
-def test_target_chooses_what_is_evaluated_and_planned_each_in_a_folder_of_its_own():
-    chain, vae = (prepare(["stage=evaluate", "machine=laptop", *more])[0] for more in ([], ["target=vae"]))
-    assert chain["out"] == "outputs/default/evaluate/base" and vae["out"] == "outputs/default/evaluate/vae"
-    assert chain["stage"]["job"]["_target_"].endswith("Evaluate") and vae["stage"]["needs"] == ["vae", "shards"]
-    assert prepare(["stage=evaluate", "target=chain"])[0]["stage"] == chain["stage"]
-    refined = compose(["stage=evaluate", "target=vae", "+experiment=native_res", "stage.job.clips=3"])[0]
-    assert refined["out"] == "outputs/default/evaluate/vae-native_res" and refined["stage"]["job"]["clips"] == 3
-    for words in (["target=vae"], ["stage.job.target=vae"]):
-        assert prepare(["stage=plan", *words])[0]["stage"]["job"]["target"] == "vae"
-    assert prepare(["stage=plan"])[0]["stage"]["job"]["target"] == "dit"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["stage=evaluate", "target=vea"], "target=vea: stage=evaluate has no such target; did you mean 'vae'"),
-        (["stage=dit", "target=vae"], "target=vae: only stage=evaluate and stage=plan have one"),
-        (["stage=evaluate", "target=vae", "lpips.vg=a"], "lpips.vg: no such key; did you mean 'vgg'"),
-        (["stage=evaluate", "target=vae", "stage.job.prompts=3"], "stage.job.prompts: no such key"),
-    ],
-)
-def test_a_wrong_target_is_named_with_the_mend(words, said):
-    with pytest.raises(ConfigError, match=said):
-        prepare([*words, "machine=laptop"])
 
 
 @pytest.mark.media

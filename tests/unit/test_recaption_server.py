@@ -7,71 +7,23 @@ import random
 import threading
 import time
 from collections import Counter
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import data_tiny
 import pytest
-from chat_server import frames, grey, looking, said, words
+from chat_server import frames, looking, said
+from recaption_job import BAD, PROMPTS, SHAPES, WHOLE, clip_of, job, listed, style_of, telling, texts
 
 from soratrain.captions.openai import OpenAIEngine
-from soratrain.data.buckets import Native
 from soratrain.data.caption_table import open_captions
 from soratrain.errors import ChatError, ConfigError, DataError
-from soratrain.stages.recaption import Recaption
-
-SHAPES = [(16, 16, 5), (16, 32, 9), (16, 16, 1), (32, 16, 5)] * 3
-PROMPTS = {"short": "Say it in short.", "long": "Say it at length."}
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve clips in several shards; a clip's first frame says by its grey which it is."""
     return data_tiny.write_clips(tmp_path_factory.mktemp("shards"), SHAPES, max_bytes=16_000)
-
-
-def job(shards: Path, out: Path, url: str, *, attempts: int = 2, max_bad: float = 0.01, **changes: Any) -> Recaption:
-    given = {"url": url, "frames_per_second": 8.0, "max_frames": 2, "backoff_s": 0.01, "retries": 1, **changes}
-    return Recaption(
-        out=str(out),
-        shards=str(shards),
-        engine=OpenAIEngine(**given),
-        buckets=Native(),
-        prompts=PROMPTS,
-        attempts=attempts,
-        max_bad=max_bad,
-    )
-
-
-def clip_of(body: dict[str, Any]) -> int:
-    """Which clip a request is about; -1 before the first."""
-    seen = grey(body)
-    near = [number for number in range(len(SHAPES)) if abs(seen - data_tiny.grey(number, 0)) <= 3]
-    return -1 if words(body).endswith("Describe it.") else near[0]
-
-
-def style_of(body: dict[str, Any]) -> str:
-    return "long" if words(body).endswith(PROMPTS["long"]) else "short"
-
-
-def telling(body: dict[str, Any]) -> dict[str, Any]:
-    """Say which clip and style was asked about."""
-    return said(f"A {style_of(body)} view of clip {clip_of(body)}.")
-
-
-def texts(out: Path) -> dict[tuple[int, str], str]:
-    table = open_captions(out)
-    rows = [row for number in range(len(SHAPES)) for row in table.get(data_tiny.key(number))]
-    return {(int(row["key"], 16), row["type"]): row["text"] for row in rows}
-
-
-WHOLE = {(number, style): f"A {style} view of clip {number}." for number in range(len(SHAPES)) for style in PROMPTS}
-
-
-def listed(out: Path) -> list[dict[str, Any]]:
-    file = out / "failures.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
 def test_greys_tell_all_clips_apart():
@@ -116,16 +68,6 @@ def test_a_request_holds_the_clip_s_frames_and_nothing_of_the_key_is_kept(shards
             assert body["model"] == "tiny" and body["temperature"] == 0 and body["top_p"] == 0.9
     for file in (path for path in (tmp_path / "out").rglob("*") if path.is_file()):
         assert b"secret" not in file.read_bytes()
-
-
-BAD = {
-    0: said(""),
-    1: said("I’m sorry, but I can’t assist with that."),
-    2: said("A red disc that moves", "length"),
-    3: said("red disc, red disc, red disc, red disc"),
-    4: said("word " * 10_000),
-    5: said(None, "content_filter"),
-}
 
 
 def test_what_is_no_caption_is_counted_by_reason_and_asked_for_again(shards, tmp_path):
@@ -307,31 +249,6 @@ def test_a_key_that_is_withdrawn_stops_at_once_and_what_is_done_is_kept(shards, 
         assert len(server.asked) < 14 and "sk-old" not in str(failed.value)
         (rev,) = (tmp_path / "out" / "captions").iterdir()
         assert sum(len(json.loads(line)["rows"]) for line in next(rev.glob(".part*")).read_text().splitlines()) == 4
-
-
-def test_a_clip_without_frames_is_listed_and_the_others_are_described(tmp_path):
-    video = data_tiny.pixels(1, 16, 16, 5)
-    fields = data_tiny.fields(16, 16, 5, "mp4")
-    good = data_tiny.mp4(video, Fraction(8))
-    data_tiny.write(tmp_path / "shards", [(fields, good), (fields, b""), (fields, good)])
-    with looking(lambda body: said("A grey wall.")) as server:
-        figures = job(tmp_path / "shards", tmp_path / "out", server.url)()
-    assert figures["unreadable"] == 1 and figures["captions"] == 4
-    (failure,) = listed(tmp_path / "out")
-    assert failure["key"] == data_tiny.key(1) and failure["final"] and failure["style"] == ""
-
-
-def test_a_rate_of_zero_costs_a_video_itself_and_an_image_nothing(tmp_path):
-    shapes = [(data_tiny.fields(16, 16, 1, "png"), data_tiny.png(data_tiny.pixels(0, 16, 16, 1)[0]))]
-    shapes += [
-        (data_tiny.fields(16, 16, count, "mp4"), data_tiny.mp4(data_tiny.pixels(1, 16, 16, count), Fraction(8)))
-        for count in (5, 101)
-    ]
-    still = [({**fields, "fps_num": 0}, media) for fields, media in shapes]
-    data_tiny.write(tmp_path / "shards", [*shapes[1:], *still])
-    with looking(lambda body: said("A grey wall.")) as server:
-        figures = job(tmp_path / "shards", tmp_path / "out", server.url)()
-    assert figures["unreadable"] == 2 and figures["captions"] == 6
 
 
 def test_the_revision_tells_models_and_prompts_apart(shards, tmp_path):
