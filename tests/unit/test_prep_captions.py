@@ -2,63 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import tarfile
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+from caption_tables import NAMES, Rows, captions, folder_of, table_of, texts
 from prep_clips import moving, write
 
 from data_prep.__main__ import main
-from data_prep.captions import FILE, TEXT, Columns
+from data_prep.captions import FILE, TEXT
 from data_prep.ingest import find
 from data_prep.pack import Report
 from data_prep.records import Caption
 from soratrain.data.reading import read_manifest
 from soratrain.data.shards import ShardReader
 from soratrain.errors import DataError
-
-Rows = list[dict[str, Any]]
-
-
-def folder_of(path: Path, *names: str) -> Path:
-    """Make files of these names, which are enough to be listed."""
-    for name in names:
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        (path / name).write_bytes(b"x")
-    return path
-
-
-def table_of(path: Path, rows: Rows) -> Path:
-    """Write rows in the form that the name asks for."""
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    else:
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
-
-
-def captions(
-    folder: Path | str, table: Path | str | None, report: Report | None = None, **columns: str
-) -> dict[str, Any]:
-    """Return (type, text, lang) of each caption of each file."""
-    asked = None if table is None else str(table)
-    sources, _ = find(str(folder), report or Report(), asked, Columns(**columns))
-    return {source.uri: [(item.type, item.text, item.lang) for item in source.captions] for source in sources}
-
-
-def texts(folder: Path | str, table: Path | str | None, **columns: str) -> dict[str, list[str]]:
-    return {uri: [text for _, text, _ in found] for uri, found in captions(folder, table, **columns).items()}
 
 
 @pytest.fixture
@@ -112,21 +70,6 @@ def test_several_columns_of_text_are_several_captions_and_others_can_be_asked_fo
     ]
 
 
-NAMES = {
-    "sub/b1.mov": "relative path",
-    "./sub//b1.mov": "relative path",
-    "sub\\b1.mov": "relative path",
-    "clips/sub/b1.mov": "relative path",
-    "{clips}/sub/b1.mov": "relative path",
-    "elsewhere/b1.mov": "base name",
-    "https://host/x/b1.mov?size=3#t": "base name",
-    "C:\\data\\b1.mov": "base name",
-    "b1": "stem",
-    "sub/b1": "stem",
-    "b1.webm": "stem",
-}
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_is_known_by_its_path_else_by_its_base_name_else_by_its_stem(
     tmp_path: Path, clips: Path, name: str
@@ -177,28 +120,6 @@ def test_of_several_columns_with_names_the_one_that_finds_most_is_taken(tmp_path
     report = Report()
     assert captions(clips, table_of(tmp_path / "t.jsonl", rows), report)["a1.mp4"] == [("gt", "a cat", "")]
     assert report.captions is not None and report.captions.column == "id"
-
-
-def test_samples_of_tars_are_known_by_their_keys(tmp_path: Path) -> None:
-    (tmp_path / "tars").mkdir()
-    for shard, keys in (("00000", ("k0", "k1")), ("00001", ("k2", "k0"))):
-        with tarfile.open(tmp_path / f"tars/{shard}.tar", "w") as tar:
-            for name in (f"{key}.{ending}" for key in keys for ending in ("mp4", "txt")):
-                info = tarfile.TarInfo(name)
-                info.size = 6
-                tar.addfile(info, io.BytesIO(b"inside"))
-    rows: Rows = [
-        {"key": "k0", "caption": "not sure"},
-        {"key": "k1", "caption": "one"},
-        {"key": "00001.tar/k0.mp4", "caption": "zero"},
-        {"key": "k2", "caption": "two"},
-    ]
-    assert texts(tmp_path / "tars", table_of(tmp_path / "t.parquet", rows)) == {
-        "00000.tar/k0.mp4": ["inside"],
-        "00000.tar/k1.mp4": ["one"],
-        "00001.tar/k0.mp4": ["zero"],
-        "00001.tar/k2.mp4": ["two"],
-    }
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
