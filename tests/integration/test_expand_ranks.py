@@ -14,7 +14,7 @@ from test_published_chain import UNIT, call
 def test_one_of_two_processes_has_the_prompts_made_and_both_draw_them(tmp_path: Path) -> None:
     sys.path.insert(0, str(UNIT))
     from chat_server import chatting
-    from test_dit_stage import write_chain
+    from dit_stage_tiny import write_chain
 
     write_chain(tmp_path / "nets")
     nets = [f"inputs.vae={tmp_path}/nets", f"inputs.dit={tmp_path}/nets", "machine=laptop", "sampler.steps=1"]

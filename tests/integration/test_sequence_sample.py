@@ -18,8 +18,8 @@ sys.path.insert(0, str(UNIT))
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a chain whose nets are small and at random, and a clip to begin from."""
+    from dit_stage_tiny import write_chain
     from sample_chain import clip
-    from test_dit_stage import write_chain
 
     from soratrain.media import write_video
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import av
 import numpy as np
-from test_dit_stage import write_chain
+from dit_stage_tiny import write_chain
 
 from soratrain.diffusion.sampler import Sampler
 from soratrain.media import write_image, write_video

@@ -11,8 +11,8 @@ import lightning as L
 import pytest
 import torch
 from data_tiny import write_latents
+from dit_stage_tiny import DIT_FACTORY, TEXT_FACTORY, batch, stage
 from loading import cached
-from test_dit_stage import DIT_FACTORY, TEXT_FACTORY, batch, stage
 from torch import Tensor
 
 from soratrain.batch import LatentBatch

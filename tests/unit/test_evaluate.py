@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_dit_stage import write_chain
+from dit_stage_tiny import write_chain
 
 from data_prep.world import World, render
 from soratrain.diffusion.sampler import Sampler

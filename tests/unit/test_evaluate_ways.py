@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dit_stage_tiny import write_chain
 from PIL import Image
 from rich.console import Console
-from test_dit_stage import write_chain
 
 from data_prep.world import World
 from soratrain.compose import compose

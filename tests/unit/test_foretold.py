@@ -12,8 +12,8 @@ import pytest
 import torch
 import vlm_parts_tiny
 from data_tiny import write_clips, write_latents
+from planned_tiny import planned
 from safetensors.torch import load_file, save_file
-from test_plan_stage import planned
 from tiny_dit import VAE_FACTORY, write_vae
 
 from soratrain.data.buckets import Native

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from dit_stage_tiny import DIT_FACTORY, FLOW, THREE, batch
 from hf_tiny import KINDS, save
-from test_dit_stage import DIT_FACTORY, FLOW, THREE, batch, draw, export
+from test_dit_drawing import draw, export
 from torch import Tensor
 
 from soratrain.batch import LatentBatch

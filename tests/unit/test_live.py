@@ -9,8 +9,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from dit_stage_tiny import DIT_FACTORY, TEXT_FACTORY
 from test_dit_segments import EVEN, Kill, conditioned
-from test_dit_stage import DIT_FACTORY, TEXT_FACTORY
 from test_encode import FACTORY, write_shards
 
 from soratrain.batch import LatentBatch, VideoBatch
