@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -11,20 +12,24 @@ from soratrain.errors import ConfigError
 from soratrain.schema import suggest
 
 ANSWER = 30  # seconds that a node has to answer
+TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM has ended; one that listens ends otherwise
 LEAST = {"signal_delay_s": 0, "requeues": 0}  # of the numbers; 1 of the others
 EXAMPLES = {"setup": "['module load cuda']", "srun_args": "['--mpi=none']"}
 
 
 def teardown(requeues: int) -> list[str]:
-    """Return what a job's script does after srun: it starts the job again, at most `requeues` times, for two reasons.
+    """Return what a job's script does after srun: it starts the job again, at most `requeues` times, for three reasons.
 
     A process that cannot reach SLURM, in a container say, has asked for it. Or the job has failed while some of its
     nodes, not all, answer no more: a node that is shut down ends its processes, and with them the job, before SLURM
-    misses it. A job that was cancelled, or that fails on nodes that are well, does not start again.
+    misses it. Or the job had just started again and its processes were terminated before they could listen: when a lost
+    node comes back, SLURM may still send it the order to end the start before. A job that was cancelled, or that fails
+    on nodes that are well, does not start again.
     """
     return f"""\
 code=$?
 again=
+start=$((${{SLURM_RESTART_COUNT:-0}} + 1))
 job=$SLURM_JOB_ID
 if [ -n "$SLURM_ARRAY_TASK_ID" ]; then job=${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID; fi
 answers() {{ timeout {ANSWER} srun --overlap --quiet --nodes=1 --ntasks=1 --nodelist="$1" true && echo "$1"; }}
@@ -32,20 +37,24 @@ nodes() {{ for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do answ
 case "$code" in
 0 | 2 | 130) ;;
 {slurm.AGAIN}) again=yes ;;
-*) if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
-  count=$(nodes 2>/dev/null | wc -l)
-  echo "exit code $code; $count of $SLURM_JOB_NUM_NODES nodes answer"
-  if [ "$count" -gt 0 ] && [ "$count" -lt "$SLURM_JOB_NUM_NODES" ]; then
-    if scontrol show job "$job" -o | grep -q JobState=RUNNING; then again=yes; fi
+*)
+  said="exit code $code of start $start"
+  if [ "$code" = {TERMINATED} ] && [ "$start" -gt 1 ]; then
+    again=yes
+  elif [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
+    count=$(nodes 2>/dev/null | wc -l)
+    said="$said; $count of $SLURM_JOB_NUM_NODES nodes answer"
+    if [ "$count" -gt 0 ] && [ "$count" -lt "$SLURM_JOB_NUM_NODES" ]; then again=yes; fi
   fi
-fi ;;
+  echo "$said"
+  if ! scontrol show job "$job" -o | grep -q JobState=RUNNING; then again=; fi ;;
 esac
 if [ -n "$again" ]; then
-  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {requeues} ]; then
+  if [ "$start" -le {requeues} ]; then
     code={slurm.AGAIN}
     scontrol requeue "$job"
   else
-    echo "SLURM job $job has started again ${{SLURM_RESTART_COUNT:-0}} times, as often as it may (requeues)"
+    echo "SLURM job $job has started again $((start - 1)) times, as often as it may (requeues)"
   fi
 fi
 exit "$code"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,16 +33,25 @@ def errors_in(logs: Sequence[Path]) -> list[str]:
     return [line for first in errors for line in first]
 
 
+def begun_in(log: Path) -> str:
+    """Return with which job and which of its starts a log's last part begins; empty where there is none."""
+    starts = re.findall(rf"^{HEAD} (\S+, start \d+)", log.read_text(errors="replace"), re.MULTILINE)
+    return starts[-1] if starts else ""
+
+
 def rank_logs(out: Path) -> list[Path]:
     """Return the logs of a run's ranks, the first rank's first."""
     return sorted((out / "logs").glob("rank-*.log"))
 
 
 def why(out: Path) -> str:
-    """Return why a run ended before it was done, from what its processes said last."""
-    own = slurm_folder.worker(out).get("log")
+    """Return why a run ended before it was done, from what its processes said last, and SLURM of its last start."""
+    worker = slurm_folder.worker(out)
+    script = [Path(worker["log"])] if worker.get("log") and Path(worker["log"]).is_file() else []
+    ends = re.findall(r"exit code \d+ of (start \d+)", script[0].read_text(errors="replace")) if script else []
+    ranks = [log for log in rank_logs(out) if not ends or begun_in(log) == f"{worker['job']}, {ends[-1]}"]
     said: list[str] = []
-    for log, lines in said_in([*rank_logs(out), *([Path(own)] if own and Path(own).is_file() else [])]):
+    for log, lines in said_in([*ranks, *script]):
         errors = [line for line in lines if line.startswith("error:")]
         if errors:
             return f"{errors[0]} ({log})"

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from soratrain import launcher, outputs, slurm
+from soratrain import launcher, outputs, slurm, slurm_folder
 from soratrain.compose import launcher_node
 from soratrain.errors import ConfigError, DataError
 from soratrain.launcher import SlurmLauncher
 from soratrain.launcher_options import teardown
+from soratrain.launcher_task import HEAD, why
 from soratrain.sweep import Run
 
 
@@ -112,6 +113,9 @@ def test_looking_whether_a_folder_can_be_written_to_leaves_nothing(tmp_path: Pat
         (1, ["n1", "n2"], "RUNNING", "", 1, False),  # a mistake in the code
         (1, [], "RUNNING", "", 1, False),  # nobody can be asked
         (1, ["n1"], "CANCELLED", "", 1, False),
+        (143, ["n1", "n2"], "RUNNING", "1", 75, True),  # by an order that was meant for the start before
+        (143, ["n1", "n2"], "RUNNING", "", 143, False),  # there is none before
+        (143, ["n1", "n2"], "CANCELLED", "1", 143, False),
         (2, ["n1"], "RUNNING", "", 2, False),  # the user can mend it
         (0, ["n1"], "RUNNING", "", 0, False),
         (75, ["n1", "n2"], "RUNNING", "2", 75, True),  # its process wants to and cannot say so
@@ -138,12 +142,24 @@ def test_a_job_that_has_failed_starts_again_where_some_of_its_nodes_answer_no_mo
     said = (place / "scontrol.said").read_text() if (place / "scontrol.said").exists() else ""
     assert ("requeue 17" in said) is requeued
     assert ("has started again 3 times, as often as it may" in done.stdout) is (restarts == "3")
-    assert (place / "srun.said").exists() is (code in (1, 137))
+    assert (place / "srun.said").exists() is (code in (1, 137) or (code == 143 and not restarts))
+
+
+@pytest.mark.parametrize(("start", "reason"), [(2, "srun: error: n2: task 1: Terminated"), (1, "it is told of step 7")])
+def test_why_a_job_ended_is_what_its_last_start_said_not_the_one_before(
+    start: int, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-00000.log").write_text(f"{HEAD} 17, start 1, rank 0 of 2 on n1\nit is told of step 7\n")
+    script = tmp_path / "17_0_log.out"
+    script.write_text(f"exit code 137 of start 1; 1 of 2 nodes answer\nexit code 143 of start {start}\n{reason}\n")
+    slurm_folder.assign(tmp_path, job="17", log=str(script))
+    assert why(tmp_path) == f"{reason} ({script if start == 2 else tmp_path / 'logs' / 'rank-00000.log'})"
 
 
 def test_a_job_is_told_how_often_it_may_start_again_and_one_that_never_may_tells_slurm(place: Path) -> None:
     command(place, "sbatch", f"cp $1 {place}/script; echo Submitted batch job 17")
-    for requeues, said, limit in ((7, "--requeue", "-lt 7 ]"), (0, "--no-requeue", "-lt 0 ]")):
+    for requeues, said, limit in ((7, "--requeue", "-le 7 ]"), (0, "--no-requeue", "-le 0 ]")):
         node = launcher_node(["stage=dit", "trainer.devices=1", f"requeues={requeues}", "hydra/launcher=slurm"])
         made = SlurmLauncher(**{**node, "submitit_folder": str(place / "jobs")})
         made.submit([Run((), place / f"run{requeues}", ("seed=1",), False)])
