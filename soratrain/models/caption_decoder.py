@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from soratrain.models.attention import Packing, attend
+from soratrain.models.few_rows import Ordered
 from soratrain.models.rope import rotate, rotations
 from soratrain.models.writing import Writing, clean
 
@@ -77,10 +78,14 @@ class Block(nn.Module):
 
 
 class Cache:
-    """Keys and values of the places already read, one pair `[B, H, S, K]` a block, so that no byte is read twice."""
+    """Keys and values of the places already read, one pair `[B, H, S, K]` a block, so that no byte is read twice.
 
-    def __init__(self, blocks: int, capacity: int) -> None:
+    It also holds what else is made once for all steps of `rows` texts: rotations, and large weights in a faster order.
+    """
+
+    def __init__(self, blocks: int, capacity: int, rows: int) -> None:
         self.capacity, self.length = capacity, 0
+        self.product = Ordered(rows)
         self.stored: list[tuple[Tensor, Tensor] | None] = [None] * blocks
         self.turns: Tensor | None = None
 
@@ -138,19 +143,19 @@ class DecoderBlock(Block):
 
         Of so few numbers most of the time goes to calling things: layers are applied without being called.
         """
-        heads = (self.num_heads, -1)
-        qkv = F.linear(_normed(x_BD, self.norm_attention), self.qkv.weight).unflatten(-1, (3, *heads))
+        heads, product = (self.num_heads, -1), cache.product
+        qkv = product(_normed(x_BD, self.norm_attention), self.qkv).unflatten(-1, (3, *heads))
         q_BHK, k_BHK, v_BHK = qkv.unbind(1)
         q_BHK = rotate(_normed(q_BHK, self.norm_q), rotation).to(v_BHK.dtype)
         k_BHK = rotate(_normed(k_BHK, self.norm_k), rotation).to(v_BHK.dtype)
         k_BHSK, v_BHSK = cache.extend(index, k_BHK[:, :, None], v_BHK[:, :, None])
         mixed = _look(q_BHK[:, :, None], k_BHSK, v_BHSK, causal=False)
-        x_BD = x_BD + F.linear(mixed.flatten(1), self.out.weight)
-        asked = F.linear(_normed(x_BD, self.norm_cross), self.cross_q.weight).unflatten(-1, heads)
+        x_BD = x_BD + product(mixed.flatten(1), self.out)
+        asked = product(_normed(x_BD, self.norm_cross), self.cross_q).unflatten(-1, heads)
         told = _look(_normed(asked, self.norm_cross_q).to(memory[0].dtype)[:, :, None], *memory, causal=False)
-        x_BD = x_BD + F.linear(told.flatten(1), self.cross_out.weight)
-        inner = F.gelu(F.linear(_normed(x_BD, self.norm_mlp), self.up.weight, self.up.bias), approximate="tanh")
-        return x_BD + F.linear(inner, self.down.weight, self.down.bias)
+        x_BD = x_BD + product(told.flatten(1), self.cross_out)
+        inner = F.gelu(product(_normed(x_BD, self.norm_mlp), self.up), approximate="tanh")
+        return x_BD + product(inner, self.down)
 
 
 def _normed(x: Tensor, layer: nn.LayerNorm) -> Tensor:
@@ -274,7 +279,7 @@ class Decoder(nn.Module):
         batch = len(styles_B)
         bounds = [max_bytes] * batch if isinstance(max_bytes, int) else list(max_bytes)
         writing = Writing(bounds, styles_B.device, end=END, span=CIRCLING, top_p=top_p, draws=draws)
-        memory, cache = self.memory(pooled_BQD), Cache(len(self.blocks), max(bounds) + 1) if cached else None
+        memory, cache = self.memory(pooled_BQD), Cache(len(self.blocks), max(bounds) + 1, batch) if cached else None
         over = False
         while not over:
             read = writing.symbols[:, : writing.count + 1]

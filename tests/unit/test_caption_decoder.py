@@ -38,7 +38,7 @@ def test_logits_from_the_cache_equal_those_of_the_whole_caption():
     symbols, _, packing = encode_captions(["a red disc", "by night 夜"], 24)
     memory, ids = net.decoder.memory(torch.randn(2, 3, 16)), torch.tensor([0, 1])
     whole = packing.pad(net.decoder(symbols, ids, memory, packing))
-    cache = Cache(2, 24)
+    cache = Cache(2, 24, 2)
     for end in range(min(packing.lengths)):
         step = net.decoder.step(symbols[:, : end + 1], ids, memory, cache)
         torch.testing.assert_close(step, whole[:, end], rtol=1e-4, atol=1e-5)
