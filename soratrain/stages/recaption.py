@@ -223,6 +223,9 @@ class Recaption:
             totals[what] += value
             if style:
                 by_style[style][what] = value
+        for found in by_style.values():
+            if "compared" in found:
+                found["agreement"] /= found["compared"]
         missing = folder.missing()
         figures = {"complete": not missing, "figures": by_style, "unreadable": totals["unreadable"]}
         folder.tell({**self._told(folder), **figures})

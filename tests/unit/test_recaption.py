@@ -209,6 +209,18 @@ def test_what_stays_rejected_keeps_the_original_caption_and_much_of_it_is_said(
         assert {row["lang"] for row in by_style.values()} == {"en"}
 
 
+def test_the_words_shared_with_given_captions_are_a_mean_over_clips_for_each_style(
+    tmp_path, shards, captioner, monkeypatch
+):
+    monkeypatch.setattr(Captioner, "say", lambda self, pooled, style, **options: ["short original 0" for _ in pooled])
+    result, others = recaption(shards, captioner, tmp_path / "out")(), len(SHAPES) - 1
+    figures = json.loads((tmp_path / "out" / "captions.json").read_text())["figures"]
+    short, long = (1 + others * 2 / 3) / len(SHAPES), (2 / 3 + others / 3) / len(SHAPES)
+    assert figures["short"]["agreement"] == pytest.approx(short)
+    assert figures["long"]["agreement"] == pytest.approx(long)
+    assert result["agreement"] == pytest.approx((short + long) / 2)
+
+
 def test_a_clip_that_had_no_caption_and_gets_none_has_no_row(tmp_path, captioner, seer, monkeypatch):
     monkeypatch.setattr(data_tiny, "captions", lambda number: [])
     shards = data_tiny.write_clips(tmp_path / "silent", SHAPES[:3])
