@@ -33,10 +33,10 @@ def errors_in(logs: Sequence[Path]) -> list[str]:
     return [line for first in errors for line in first]
 
 
-def begun_in(log: Path) -> str:
-    """Return with which job and which of its starts a log's last part begins; empty where there is none."""
-    starts = re.findall(rf"^{HEAD} (\S+, start \d+)", log.read_text(errors="replace"), re.MULTILINE)
-    return starts[-1] if starts else ""
+def begun_in(log: Path, job: str) -> int:
+    """Return with which start of a job a log's last part begins; 0 where it is of another job."""
+    starts = re.findall(rf"^{HEAD} (\S+), start (\d+)", log.read_text(errors="replace"), re.MULTILINE)
+    return int(starts[-1][1]) if starts and starts[-1][0] == job else 0
 
 
 def rank_logs(out: Path) -> list[Path]:
@@ -45,11 +45,14 @@ def rank_logs(out: Path) -> list[Path]:
 
 
 def why(out: Path) -> str:
-    """Return why a run ended before it was done, from what its processes said last, and SLURM of its last start."""
+    """Return why a run ended before it was done, from what its processes said last.
+
+    Where the job's script has told of a start of which they say nothing, that is what the script says.
+    """
     worker = slurm_folder.worker(out)
     script = [Path(worker["log"])] if worker.get("log") and Path(worker["log"]).is_file() else []
-    ends = re.findall(r"exit code \d+ of (start \d+)", script[0].read_text(errors="replace")) if script else []
-    ranks = [log for log in rank_logs(out) if not ends or begun_in(log) == f"{worker['job']}, {ends[-1]}"]
+    ends = re.findall(r"exit code \d+ of start (\d+)", script[0].read_text(errors="replace")) if script else []
+    ranks = [log for log in rank_logs(out) if not ends or begun_in(log, worker["job"]) >= int(ends[-1])]
     said: list[str] = []
     for log, lines in said_in([*ranks, *script]):
         errors = [line for line in lines if line.startswith("error:")]

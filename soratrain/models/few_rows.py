@@ -33,5 +33,7 @@ class Ordered:
 def can(x: Tensor, weight: Tensor) -> bool:
     """Return whether oneDNN takes such a product here; its operators are missing from torch for some processors."""
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    plain = weight.dtype in (torch.float32, torch.bfloat16) and x.dtype == weight.dtype
-    return there and plain and not (weight.is_cuda or torch.is_autocast_enabled("cpu"))
+    if not there or weight.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return False
+    bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return bf16 or weight.dtype == torch.float32

@@ -145,16 +145,25 @@ def test_a_job_that_has_failed_starts_again_where_some_of_its_nodes_answer_no_mo
     assert (place / "srun.said").exists() is (code in (1, 137) or (code == 143 and not restarts))
 
 
-@pytest.mark.parametrize(("start", "reason"), [(2, "srun: error: n2: task 1: Terminated"), (1, "it is told of step 7")])
+@pytest.mark.parametrize(
+    ("began", "ended", "by_script"),
+    [
+        ("17, start 1", 2, True),  # the second start has not come to say anything
+        ("17, start 1", 1, False),
+        ("17, start 2", 1, False),  # the script is silent about ends that need no word
+        ("16, start 2", 2, True),  # another job's
+    ],
+)
 def test_why_a_job_ended_is_what_its_last_start_said_not_the_one_before(
-    start: int, reason: str, tmp_path: Path
+    began: str, ended: int, by_script: bool, tmp_path: Path
 ) -> None:
-    (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "rank-00000.log").write_text(f"{HEAD} 17, start 1, rank 0 of 2 on n1\nit is told of step 7\n")
-    script = tmp_path / "17_0_log.out"
-    script.write_text(f"exit code 137 of start 1; 1 of 2 nodes answer\nexit code 143 of start {start}\n{reason}\n")
+    log, script = tmp_path / "logs" / "rank-00000.log", tmp_path / "17_0_log.out"
+    log.parent.mkdir()
+    log.write_text(f"{HEAD} {began}, rank 0 of 2 on n1\nit is at step 7\n")
+    script.write_text(f"srun: error: n2: task 1: Terminated\nexit code 143 of start {ended}\n")
     slurm_folder.assign(tmp_path, job="17", log=str(script))
-    assert why(tmp_path) == f"{reason} ({script if start == 2 else tmp_path / 'logs' / 'rank-00000.log'})"
+    said = f"exit code 143 of start {ended} ({script})" if by_script else f"it is at step 7 ({log})"
+    assert why(tmp_path) == said
 
 
 def test_a_job_is_told_how_often_it_may_start_again_and_one_that_never_may_tells_slurm(place: Path) -> None:
