@@ -13,6 +13,7 @@ from soratrain.schema import suggest
 
 ANSWER = 30  # seconds that a node has to answer
 TERMINATED = 128 + signal.SIGTERM  # the exit code of a process that SIGTERM has ended; one that listens ends otherwise
+EARLY = 120  # seconds of a start within which that may have been an order for the start before
 LEAST = {"signal_delay_s": 0, "requeues": 0}  # of the numbers; 1 of the others
 EXAMPLES = {"setup": "['module load cuda']", "srun_args": "['--mpi=none']"}
 
@@ -23,8 +24,8 @@ def teardown(requeues: int) -> list[str]:
     A process that cannot reach SLURM, in a container say, has asked for it. Or the job has failed while some of its
     nodes, not all, answer no more: a node that is shut down ends its processes, and with them the job, before SLURM
     misses it. Or the job had just started again and its processes were terminated before they could listen: when a lost
-    node comes back, SLURM may still send it the order to end the start before. A job that was cancelled, or that fails
-    on nodes that are well, does not start again.
+    node comes back, SLURM may still send it the order to end the start before, once. A job that was cancelled, or that
+    fails on nodes that are well, does not start again.
     """
     return f"""\
 code=$?
@@ -39,7 +40,10 @@ case "$code" in
 {slurm.AGAIN}) again=yes ;;
 *)
   said="exit code $code of start $start"
-  if [ "$code" = {TERMINATED} ] && [ "$start" -gt 1 ]; then
+  facts=$(scontrol show job "$job" -o 2>/dev/null)
+  log=$(echo "$facts" | grep -o ' StdOut=[^ ]*' | cut -d= -f2)
+  if [ "$code" = {TERMINATED} ] && [ "$start" -gt 1 ] && [ "$SECONDS" -lt {EARLY} ] &&
+    ! grep -qsx "exit code {TERMINATED} of start $((start - 1))" "$log"; then
     again=yes
   elif [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
     count=$(nodes 2>/dev/null | wc -l)
@@ -47,7 +51,7 @@ case "$code" in
     if [ "$count" -gt 0 ] && [ "$count" -lt "$SLURM_JOB_NUM_NODES" ]; then again=yes; fi
   fi
   echo "$said"
-  if ! scontrol show job "$job" -o | grep -q JobState=RUNNING; then again=; fi ;;
+  case "$facts" in *JobState=RUNNING*) ;; *) again= ;; esac ;;
 esac
 if [ -n "$again" ]; then
   if [ "$start" -le {requeues} ]; then

@@ -15,6 +15,9 @@ from typing import Any
 from soratrain import slurm, slurm_folder
 
 HEAD = "== SLURM job"  # begins what one start of a job says
+SCRIPT = re.compile(
+    r"exit code \d+ of start|SLURM job \S+ has started again"
+)  # what a job's script says, never a reason
 
 
 def said_in(logs: Sequence[Path]) -> list[tuple[Path, list[str]]]:
@@ -58,6 +61,7 @@ def why(out: Path) -> str:
         errors = [line for line in lines if line.startswith("error:")]
         if errors:
             return f"{errors[0]} ({log})"
+        lines = [line for line in lines if not SCRIPT.match(line)] or lines
         said += [f"{lines[-1][:300]} ({log})"] if lines else []
     return said[0] if said else f"it said nothing ({out}/logs)"
 
@@ -88,7 +92,7 @@ def work(words: Sequence[str], out: str) -> None:
     with log.open("a", encoding="utf-8") as file:
         size = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
         start = f"start {slurm.restarts() + 1}, rank {rank} of {size} on {node}, {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        file.write(f"{HEAD} {slurm.job_id()}, {start}: soratrain {' '.join(words)}\n")
+        file.write(f"\n{HEAD} {slurm.job_id()}, {start}: soratrain {' '.join(words)}\n")
         file.flush()
         command = [sys.executable, "-m", "soratrain", *words]
         signal.pthread_sigmask(signal.SIG_BLOCK, slurm.SIGNALS)  # the command unblocks them once it listens

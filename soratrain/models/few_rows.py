@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST = 2**17  # weights of a matrix for which the order pays; measured: 256 x 256 loses a little, 384 x 384 wins
+LEAST = (
+    2**17
+)  # weights of a matrix for which the order pays; measured: with 8 rows 256 x 256 loses a little, 384 x 384 wins
 
 
 class Ordered:
-    """Linear layers whose weights stay as they are, put in order when a layer is asked for the first time."""
+    """Linear layers whose weights stay as they are; a copy in order is made when one is asked for first."""
 
     def __init__(self, rows: int) -> None:
         self.rows = rows
@@ -32,7 +34,8 @@ class Ordered:
 
 def can(x: Tensor, weight: Tensor) -> bool:
     """Return whether oneDNN takes such a product here; its operators are missing from torch for some processors."""
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    there = torch.backends.mkldnn.enabled and torch.backends.mkldnn.is_available()
+    there = there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if not there or weight.device.type != "cpu" or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return False
     bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -7,6 +7,7 @@ import torch
 from captioner_tiny import captioner, clips
 
 from soratrain.errors import ConfigError
+from soratrain.models import few_rows
 from soratrain.models.caption_decoder import (
     END,
     START,
@@ -18,8 +19,10 @@ from soratrain.models.caption_decoder import (
 from soratrain.models.writing import choose, circles, clean
 
 
+@pytest.mark.parametrize("least", [1, few_rows.LEAST])
 @pytest.mark.parametrize("top_p", [0.0, 0.9])
-def test_cached_captions_equal_uncached_ones(top_p):
+def test_cached_captions_equal_uncached_ones(top_p, least, monkeypatch):
+    monkeypatch.setattr(few_rows, "LEAST", least)
     net = captioner(max_bytes=40)
     pixels, fps = clips(4, 3, 5, 16, 16), torch.full((4,), 8.0)
     arguments = dict(top_p=top_p, draws=[3, 5, 7, 11])
