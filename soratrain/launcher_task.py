@@ -15,9 +15,8 @@ from typing import Any
 from soratrain import slurm, slurm_folder
 
 HEAD = "== SLURM job"  # begins what one start of a job says
-SCRIPT = re.compile(
-    r"exit code \d+ of start|SLURM job \S+ has started again"
-)  # what a job's script says, never a reason
+# What a job's script says at its end (launcher_options.py): never a reason.
+SCRIPT = re.compile(r"exit code \d+ of start|SLURM job \S+ has started again")
 
 
 def said_in(logs: Sequence[Path]) -> list[tuple[Path, list[str]]]:

@@ -2,8 +2,8 @@
 
 That a job which is told to stop is to start again, the process of the first rank decides, here, once all ranks have
 stopped at the same step and the checkpoint is whole; of a job whose node is gone or came
-back just now, its script (launcher_options.py).
-Both count to `requeues`. Lightning's own requeueing is off, and so is submitit's.
+back just now, its script (launcher_options.py). Both count to `requeues`. Lightning's own requeueing is off, and so is
+submitit's.
 
 SLURM sends the signal that was asked for before the time limit (`--signal=USR1@90`), and SIGTERM at pre-emption, at
 the limit itself, when somebody cancels the job and when another of its processes has failed. Only the first two, and a

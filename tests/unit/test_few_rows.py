@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+
 import pytest
 import torch
 from captioner_tiny import captioner
@@ -24,7 +26,10 @@ def test_a_product_is_the_layers_own(rows: int, wide: int, dtype: torch.dtype, b
             torch.testing.assert_close(found, layer(x), rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
             assert found.dtype == dtype
     assert torch.equal(layer.weight, before)
-    assert (product.found[layer] is not None) is (few_rows.can(x, layer.weight) and wide == 512)
+    ordered = product.found[layer] is not None
+    assert ordered is (few_rows.can(x, layer.weight) and wide == 512)
+    if (platform.system(), platform.machine(), dtype, wide) == ("Linux", "x86_64", torch.float32, 512):
+        assert ordered  # else the operators have other names, and nobody would see that it is slow
 
 
 def test_captions_are_the_same_where_no_weight_is_put_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

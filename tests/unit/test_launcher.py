@@ -162,7 +162,7 @@ def test_why_a_job_ended_is_what_its_last_start_said_not_the_one_before(
 ) -> None:
     log, script = tmp_path / "logs" / "rank-00000.log", tmp_path / "17_0_log.out"
     log.parent.mkdir()
-    log.write_text(f"{HEAD} {began}, rank 0 of 2 on n1\nit is at step 7\n")
+    log.write_text(f"\n{HEAD} {began}, rank 0 of 2 on n1\nit is at step 7\n")
     script.write_text(f"srun: error: n2: task 1: Terminated\nexit code 143 of start {ended}\n")
     slurm_folder.assign(tmp_path, job="17", log=str(script))
     said = f"srun: error: n2: task 1: Terminated ({script})" if by_script else f"it is at step 7 ({log})"
